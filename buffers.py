@@ -1,0 +1,240 @@
+"""Multi-task replay buffer and offline dataset file, shared by every algorithm script.
+
+The buffer is the paper's D = {D_i} (Section 3): one D_i for each task. All transitions lie in one preallocated tensor a field; for each
+task two index tables say which of them belong to the RL buffer (critic and actor) and which to the encoder buffer (the histories h that
+are turned into z, Appendix C.2). A transition that belongs to both is stored once.
+"""
+
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+FORMAT_VERSION = 1
+PATH_FIELDS = {"obs": np.float32, "actions": np.float32, "rewards": np.float32, "terminals": np.bool_}
+MAX_BYTES = 8 << 30  # a dataset file that declares more than this is refused before it is unpacked
+
+
+class InputError(Exception):
+    """A flag or a file that can not be used. Scripts print its one sentence and exit with code 2."""
+
+
+# ===== Replay buffer
+
+
+class ReplayBuffer:
+    """Transitions of all tasks, with an "rl" and a "context" index table for each task.
+
+    Args:
+        num_tasks: number N of tasks.
+        obs_dim, action_dim: sizes o and a of an observation and of an action.
+        capacity: transitions that fit in, all tasks together. Memory: 4 * (2o + a + 2) bytes each.
+        device: where the tensors live.
+    """
+
+    def __init__(self, num_tasks: int, obs_dim: int, action_dim: int, capacity: int, device="cpu"):
+        dims = {"obs": obs_dim, "actions": action_dim, "rewards": 1, "next_obs": obs_dim, "terminals": 1}
+        self.fields = {name: torch.empty(capacity, dim, device=device) for name, dim in dims.items()}
+        self.tables = {name: torch.empty(num_tasks, capacity, dtype=torch.int32, device=device) for name in ("rl", "context")}
+        self.sizes = {name: torch.zeros(num_tasks, dtype=torch.int64, device=device) for name in ("rl", "context", "offline")}
+        self.used, self.capacity = 0, capacity
+
+    def add(self, task: int, path: dict, rl: bool = True, context: bool = True) -> None:
+        """Append one trajectory to D_task.
+
+        Args:
+            path: obs (T+1, o), actions (T, a), rewards (T,), terminals (T,).
+            rl, context: which of the two index tables the transitions enter.
+        Raises:
+            IndexError: the buffer is full.
+        """
+        length, start = len(path["actions"]), self.used
+        if start + length > self.capacity:
+            raise IndexError(f"the replay buffer holds {self.capacity} transitions and is full")
+        obs = torch.as_tensor(path["obs"])
+        values = {"obs": obs[:-1], "next_obs": obs[1:]} | {k: torch.as_tensor(path[k]) for k in ("actions", "rewards", "terminals")}
+        for name, field in self.fields.items():
+            field[start : start + length] = values[name].reshape(length, -1)
+        for name, wanted in (("rl", rl), ("context", context)):
+            if wanted:
+                size = int(self.sizes[name][task])
+                self.tables[name][task, size : size + length] = torch.arange(start, start + length)
+                self.sizes[name][task] += length
+        self.used += length
+
+    def mark_offline(self) -> None:
+        """Remember that what the encoder buffers hold now is h_offline, the reward-labelled data of Eq. 4."""
+        self.sizes["offline"].copy_(self.sizes["context"])
+
+    def clear_context(self, task: int) -> None:
+        """Empty the encoder buffer of one task; the RL buffer keeps its transitions."""
+        self.sizes["context"][task] = 0
+
+    def sample(self, tasks: torch.Tensor, n: int, generator: torch.Generator, source: str = "rl") -> dict:
+        """Draw n transitions for each task, uniformly with replacement.
+
+        Args:
+            tasks: (T,) task numbers.
+            source: "rl", "context", or "offline" (the part of "context" that was there at `mark_offline`).
+        Returns:
+            obs (T, n, o), actions (T, n, a), rewards (T, n, 1), next_obs (T, n, o), terminals (T, n, 1).
+        """
+        sizes, table = self.sizes[source], self.tables["rl" if source == "rl" else "context"]
+        uniform = torch.rand(len(tasks), n, generator=generator, device=sizes.device)
+        index = table[tasks[:, None], (uniform * sizes[tasks][:, None]).long()]  # (T, n)
+        return {name: field[index] for name, field in self.fields.items()}
+
+    def paths(self, task: int, where: str, n: int, source: str = "rl") -> list:
+        """The "first" or "last" n transitions of one task in time order, as trajectories (what `add` takes)."""
+        index = self.tables[source][task, : int(self.sizes[source][task])]
+        index = index[:n] if where == "first" else index[-n:]
+        data = {name: field[index].cpu().numpy() for name, field in self.fields.items()}
+        # A trajectory goes on while one transition starts where the one before it ended.
+        breaks = np.flatnonzero((data["obs"][1:] != data["next_obs"][:-1]).any(1)) + 1
+        return [
+            {
+                "obs": np.concatenate([data["obs"][part], data["next_obs"][part[-1:]]]),
+                "actions": data["actions"][part],
+                "rewards": data["rewards"][part, 0],
+                "terminals": data["terminals"][part, 0] > 0,
+            }
+            for part in np.split(np.arange(len(index)), breaks)
+            if len(part)
+        ]
+
+    def state_dict(self) -> dict:
+        """Everything, cut to what is used; made of tensors and integers only."""
+        width = {name: int(self.sizes[name].max()) for name in self.tables}
+        return {
+            "fields": {name: field[: self.used].clone() for name, field in self.fields.items()},
+            "tables": {name: table[:, : width[name]].clone() for name, table in self.tables.items()},
+            "sizes": {name: size.clone() for name, size in self.sizes.items()},
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Inverse of `state_dict`, into a buffer of the same sizes."""
+        self.used = len(state["fields"]["obs"])
+        for name, field in self.fields.items():
+            field[: self.used] = state["fields"][name]
+        for name, table in self.tables.items():
+            table[:, : state["tables"][name].shape[1]] = state["tables"][name]
+        for name, size in self.sizes.items():
+            size.copy_(state["sizes"][name])
+
+
+# ===== Offline dataset: one .npz file for each environment
+#
+#   format_version ()              env_id ()                   command ()  the command that made it
+#   train_tasks (N, k)             test_tasks (M, k)           k numbers describe one task
+#   {rl,encoder}_tasks (P,)        task number of each trajectory, in time order within a task
+#   {rl,encoder}_lengths (P,)      its number of transitions T
+#   {rl,encoder}_obs (sum(T+1), o), _actions (sum(T), a), _rewards (sum(T),), _terminals (sum(T),)
+#
+# With no encoder trajectories (P = 0) the RL trajectories serve as both buffers.
+
+
+def save_dataset(path, env_id: str, train_tasks, test_tasks, rl: list, encoder: list, command: str) -> None:
+    """Write an offline dataset.
+
+    Args:
+        train_tasks, test_tasks: (N, k) and (M, k) task descriptions, from `envs.sample_tasks`.
+        rl, encoder: lists of (task number, trajectory), a trajectory as in `ReplayBuffer.add`.
+        command: the command line that made the data, kept in the file.
+    """
+    arrays = {
+        "format_version": np.array(FORMAT_VERSION),
+        "env_id": np.array(env_id),
+        "command": np.array(command),
+        "train_tasks": np.asarray(train_tasks, np.float64),
+        "test_tasks": np.asarray(test_tasks, np.float64),
+    }
+    for part, entries in (("rl", rl), ("encoder", encoder)):
+        arrays[f"{part}_tasks"] = np.array([task for task, _ in entries], np.int32)
+        arrays[f"{part}_lengths"] = np.array([len(p["actions"]) for _, p in entries], np.int32)
+        for name, dtype in PATH_FIELDS.items():
+            like = rl[0][1][name]  # gives an empty encoder part its number of columns
+            arrays[f"{part}_{name}"] = np.concatenate([p[name] for _, p in entries] or [like[:0]]).astype(dtype)
+    temporary = Path(path).with_suffix(".tmp.npz")
+    np.savez_compressed(temporary, **arrays)
+    temporary.replace(path)
+
+
+def load_dataset(path, env_id: str, spec) -> dict:
+    """Read an offline dataset and check all of it.
+
+    Args:
+        env_id, spec: the environment the data must belong to, and its `envs.SPECS` entry.
+    Returns:
+        train_tasks (N, k), test_tasks (M, k), command, and rl, encoder: lists of (task number, trajectory).
+    Raises:
+        InputError: one sentence that names the file, the field, what was found and what was expected.
+    """
+    if not Path(path).is_file():
+        raise InputError(f"there is no dataset at {path}: pass --dataset, or make one (see datasets/README.md)")
+    names = ["format_version", "env_id", "command", "train_tasks", "test_tasks"]
+    names += [f"{part}_{name}" for part in ("rl", "encoder") for name in ("tasks", "lengths", *PATH_FIELDS)]
+    try:
+        with zipfile.ZipFile(path) as archive:  # look at the declared sizes before unpacking anything
+            declared = sum(member.file_size for member in archive.infolist())
+        if declared > MAX_BYTES:
+            raise ValueError(f"it declares {declared} bytes, more than the {MAX_BYTES} allowed")
+        with np.load(path, allow_pickle=False) as file:  # allow_pickle=False: a data file can not run code
+            data = {name: file[name] for name in names if name in file.files}
+    except Exception as error:  # whatever a damaged or hostile file makes the two readers raise
+        raise InputError(f"{path} can not be read as a dataset: {str(error) or type(error).__name__}".splitlines()[0]) from None
+
+    def expect(name, found, wanted):
+        if found != wanted:
+            raise InputError(f"{path}: {name} is {found}, expected {wanted}")
+
+    for name in names:
+        expect(f"field {name}", "present" if name in data else "missing", "present")
+    for name in ("format_version", "env_id", "command"):
+        expect(f"shape of {name}", data[name].shape, ())
+    expect("format_version", data["format_version"].item(), FORMAT_VERSION)
+    expect("env_id", data["env_id"].item(), env_id)
+    for name in ("train_tasks", "test_tasks"):
+        expect(f"dtype of {name}", str(data[name].dtype), "float64")
+        expect(f"shape of {name}", data[name].shape, (max(1, len(data[name])) if data[name].ndim else 1, spec.task_dim))
+        expect(f"{name}", "finite" if np.isfinite(data[name]).all() else "not finite", "finite")
+    num_tasks, result = len(data["train_tasks"]), {"train_tasks": data["train_tasks"], "test_tasks": data["test_tasks"]}
+    for part in ("rl", "encoder"):
+        tasks, lengths = data[f"{part}_tasks"], data[f"{part}_lengths"]
+        for name, array in (("tasks", tasks), ("lengths", lengths)):
+            expect(f"dtype of {part}_{name}", str(array.dtype), "int32")
+            expect(f"shape of {part}_{name}", array.shape, (lengths.size,))
+        if lengths.size and (lengths.min() < 1 or tasks.min() < 0 or tasks.max() >= num_tasks):
+            raise InputError(f"{path}: {part}_lengths must be at least 1 and {part}_tasks within 0..{num_tasks - 1}")
+        total = int(lengths.sum(dtype=np.int64))
+        wanted = {
+            "obs": (total + lengths.size, spec.obs_dim),
+            "actions": (total, spec.action_dim),
+            "rewards": (total,),
+            "terminals": (total,),
+        }
+        for name, dtype in PATH_FIELDS.items():
+            array = data[f"{part}_{name}"]
+            expect(f"dtype of {part}_{name}", str(array.dtype), np.dtype(dtype).name)
+            expect(f"shape of {part}_{name}", array.shape, wanted[name])
+            expect(f"{part}_{name}", "finite" if np.isfinite(array).all() else "not finite", "finite")
+        if np.abs(data[f"{part}_actions"]).max(initial=0) > 1:
+            raise InputError(f"{path}: {part}_actions must lie in [-1, 1]")
+        if part == "rl" or lengths.size:
+            missing = np.setdiff1d(np.arange(num_tasks), tasks)
+            if missing.size:
+                raise InputError(f"{path}: {part} has no transition of task {missing[0]}, and every training task needs some")
+        cuts, obs_cuts = np.cumsum(lengths)[:-1], np.cumsum(lengths + 1)[:-1]
+        columns = {name: np.split(data[f"{part}_{name}"], obs_cuts if name == "obs" else cuts) for name in PATH_FIELDS}
+        result[part] = [(int(tasks[i]), {name: columns[name][i] for name in PATH_FIELDS}) for i in range(lengths.size)]
+    return result | {"command": data["command"].item()}
+
+
+def fill_from_dataset(buffer: ReplayBuffer, dataset: dict) -> None:
+    """Put a dataset into the RL and encoder buffers; without encoder trajectories the RL trajectories fill both."""
+    shared = not dataset["encoder"]
+    for task, path in dataset["rl"]:
+        buffer.add(task, path, rl=True, context=shared)
+    for task, path in dataset["encoder"]:
+        buffer.add(task, path, rl=False, context=True)
+    buffer.mark_offline()

@@ -1,0 +1,313 @@
+"""envs.py against formulas written out here a second time, from the raw simulation state before and after each step."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import gymnasium as gym
+import mujoco
+import numpy as np
+import pytest
+from gymnasium.utils.env_checker import check_env
+
+import envs
+
+ALL = list(envs.SPECS)
+PARAM = ["HopperParam", "WalkerParam"]
+CHEETAH_FIRST = [0.7860740250467451, 0.47605191646339684, 0.8343795584830792]  # m/s
+ANT_FIRST_DEGREES = [94.32888300560941, 57.12622997560762, 100.12554701796951]
+
+
+# ----- Rewards, observations and terminations, once more. `old` and `new` are snapshots of the simulation.
+
+
+def snapshot(env):
+    m, d = env.model, env.data
+    com = (m.body_mass[:, None] * d.xipos).sum(0) / m.body_mass.sum()
+    return dict(qpos=d.qpos.copy(), qvel=d.qvel.copy(), torso=d.xpos[1].copy(), com=com, cfrc=d.cfrc_ext.copy())
+
+
+def cheetah(env, task, action, old, new):
+    reward = -abs((new["qpos"][0] - old["qpos"][0]) / 0.05 - task[0]) - 0.05 * (action**2).sum()
+    return np.concatenate([new["qpos"][1:], new["qvel"], new["torso"]]), reward, False
+
+
+def ant(env, task, action, old, new):
+    vx, vy = (new["torso"] - old["torso"])[:2] / 0.05
+    cost = 0.5 * (action**2).sum() + 5e-4 * (np.clip(new["cfrc"], -1, 1) ** 2).sum()
+    done = not 0.2 <= new["qpos"][2] <= 1.0
+    return np.concatenate([new["qpos"][2:], new["qvel"]]), vx * np.cos(task[0]) + vy * np.sin(task[0]) + 1 - cost, done
+
+
+def humanoid(env, task, action, old, new):
+    vx, vy = (new["com"] - old["com"])[:2] / 0.015
+    reward = 1.25 * (vx * np.cos(task[0]) + vy * np.sin(task[0])) - 0.1 * ((0.4 * action) ** 2).sum() + 5
+    d = env.data
+    parts = [new["qpos"][2:], new["qvel"], d.cinert.flatten(), d.cvel.flatten(), d.qfrc_actuator, [0.0] * 84]
+    return np.concatenate(parts), reward, not 1.0 < new["qpos"][2] < 2.0
+
+
+def hopper(env, task, action, old, new):
+    reward = (new["qpos"][0] - old["qpos"][0]) / 0.016 + 1 - 1e-3 * (action**2).sum()
+    state = np.concatenate([new["qpos"], new["qvel"]])
+    done = not ((abs(state[2:]) < 100).all() and state[1] > 0.7 and abs(state[2]) < 0.2)
+    return np.concatenate([new["qpos"][1:], np.clip(new["qvel"], -10, 10)]), reward, done
+
+
+def walker(env, task, action, old, new):
+    reward = (new["qpos"][0] - old["qpos"][0]) / 0.016 + 1 - 1e-3 * (action**2).sum()
+    done = not (0.8 < new["qpos"][1] < 2.0 and abs(new["qpos"][2]) < 1.0)
+    return np.concatenate([new["qpos"][1:], np.clip(new["qvel"], -10, 10)]), reward, done
+
+
+FAMILIES = {
+    "HopperParam": (hopper, 800),
+    "WalkerParam": (walker, 800),
+    "CheetahVelocity": (cheetah, 500),
+    "AntDirection": (ant, 1500),
+    "HumanoidDirection": (humanoid, 400),
+}
+
+
+@pytest.mark.parametrize("env_id", FAMILIES)
+def test_reward_observation_termination(env_id):
+    formula, steps = FAMILIES[env_id]
+    env, rng = envs.make(env_id), np.random.default_rng(0)
+    inner, falls, ends = env.unwrapped, 0, 0
+    tasks = envs.sample_tasks(env_id, 20)
+    for step in range(steps):
+        if step == 0 or terminated or truncated:
+            task = tasks[ends % 20]
+            inner.set_task(task)
+            env.reset(seed=step)
+        action = rng.uniform(-1.5, 1.5, env.action_space.shape).astype(np.float32)  # beyond the bounds: must be clipped
+        old = snapshot(inner)
+        obs, reward, terminated, truncated, _ = env.step(action)
+        expected = formula(inner, task, np.clip(action.astype(np.float64), -1, 1), old, snapshot(inner))
+        np.testing.assert_array_equal(obs, expected[0].astype(np.float32))
+        assert obs.dtype == np.float32 and obs.shape == (envs.SPECS[env_id].obs_dim,)
+        assert reward == pytest.approx(expected[1], abs=1e-9)
+        assert terminated == expected[2]
+        falls, ends = falls + terminated, ends + (terminated or truncated)
+    assert falls == 0 if env_id == "CheetahVelocity" else falls >= 3
+
+
+def test_point():
+    env, rng = envs.make("PointDirection"), np.random.default_rng(0)
+    env.unwrapped.set_task([2.0])
+    obs, _ = env.reset(seed=0)
+    assert abs(obs[:2]).max() < 0.1 and (obs[2:] == 0).all()
+    x, v = env.unwrapped.state[:2], np.zeros(2)
+    for step in range(50):
+        action = rng.uniform(-1.5, 1.5, 2)
+        v = 0.8 * v + 0.2 * np.clip(action, -1, 1)
+        x = x + 0.1 * v
+        obs, reward, terminated, truncated, _ = env.step(action)
+        np.testing.assert_allclose(obs, [*x, *v], rtol=1e-6)
+        assert reward == pytest.approx(v[0] * np.cos(2.0) + v[1] * np.sin(2.0))
+        assert not terminated and truncated == (step == 49)
+
+
+@pytest.mark.parametrize("env_id", ALL)
+def test_sizes_and_horizon(env_id):
+    env, spec = envs.make(env_id), envs.SPECS[env_id]
+    assert env.observation_space.shape == (spec.obs_dim,) and env.observation_space.dtype == np.float32
+    assert env.action_space == env.unwrapped.action_space == gym.spaces.Box(-1, 1, (spec.action_dim,), np.float32)
+    assert env.spec.max_episode_steps == spec.horizon
+    assert env.unwrapped.task.shape == (spec.task_dim,)
+    obs, _ = env.reset(seed=0)
+    assert obs.dtype == np.float32
+
+
+def test_cheetah_is_truncated_at_200():
+    env = envs.make("CheetahVelocity")
+    env.reset(seed=0)
+    assert [env.step(np.zeros(6))[3] for _ in range(200)] == [False] * 199 + [True]
+
+
+def test_humanoid_rescales_and_clips_actions():
+    env = envs.make("HumanoidDirection").unwrapped
+    after = []
+    for scale in (1.0, 1.5):
+        env.reset(seed=0)
+        after.append(env.step(scale * np.ones(17, np.float32)))
+        np.testing.assert_allclose(env.data.ctrl, 0.4)
+    np.testing.assert_array_equal(after[0][0], after[1][0])
+    assert after[0][1] == after[1][1]
+
+
+# ----- Tasks
+
+
+def test_task_lists_are_the_released_ones():
+    cheetah_tasks, ant_tasks = envs.sample_tasks("CheetahVelocity", 130), envs.sample_tasks("AntDirection", 120)
+    np.testing.assert_allclose(cheetah_tasks[:3, 0], CHEETAH_FIRST, rtol=1e-9)
+    np.testing.assert_allclose(np.rad2deg(ant_tasks[:3, 0]), ANT_FIRST_DEGREES, rtol=1e-9)
+    np.testing.assert_array_equal(cheetah_tasks, np.random.RandomState(1337).uniform(0, 3, 130)[:, None])
+    np.testing.assert_allclose(np.rad2deg(ant_tasks[:, 0]), np.random.RandomState(1337).uniform(0, 360, 120))
+
+
+@pytest.mark.parametrize("env_id", ALL)
+def test_sample_tasks(env_id):
+    np.random.seed(0)
+    global_state = np.random.get_state()[1].copy()
+    tasks = envs.sample_tasks(env_id, 30)
+    assert tasks.shape == (30, envs.SPECS[env_id].task_dim) and tasks.dtype == np.float64
+    np.testing.assert_array_equal(tasks[:10], envs.sample_tasks(env_id, 10))
+    assert (tasks != envs.sample_tasks(env_id, 30, seed=7)).all()
+    np.testing.assert_array_equal(global_state, np.random.get_state()[1])
+    if "Direction" in env_id:
+        assert (0 <= tasks).all() and (tasks < 2 * np.pi).all() and np.ptp(tasks) > 5
+
+
+@pytest.mark.parametrize("env_id", PARAM)
+def test_multipliers_are_log_uniform(env_id):
+    m = envs.make(env_id).unwrapped.model
+    assert envs.SPECS[env_id].task_dim == 4 * m.nbody + m.nv + 3 * m.ngeom
+    damping = slice(4 * m.nbody, 4 * m.nbody + m.nv)
+    exponents = np.log(envs.sample_tasks(env_id, 2000)) / np.log(1.5)
+    exponents[:, damping] *= np.log(1.5) / np.log(1.3)
+    assert abs(exponents).max() <= 3 + 1e-9
+    np.testing.assert_allclose(exponents.min(0), -3, atol=0.05)
+    np.testing.assert_allclose(exponents.max(0), 3, atol=0.05)
+    np.testing.assert_allclose(exponents.std(0), np.sqrt(3), rtol=0.08)  # that of U(-3, 3)
+
+
+def arrays(model):
+    """Every numeric array of a compiled model, copied."""
+    names = [name for name in dir(model) if not name.startswith("_")]
+    values = {name: getattr(model, name) for name in names}
+    return {name: value.copy() for name, value in values.items() if isinstance(value, np.ndarray)}
+
+
+@pytest.mark.parametrize("env_id", PARAM)
+def test_set_task_scales_the_nominal_model(env_id):
+    env, fresh = envs.make(env_id).unwrapped, envs.make(env_id).unwrapped
+    xml = {"HopperParam": "hopper.xml", "WalkerParam": "walker2d.xml"}[env_id]
+    stock = mujoco.MjModel.from_xml_path(str(Path(gym.__file__).parent / "envs" / "mujoco" / "assets" / xml))
+    tasks = envs.sample_tasks(env_id, 30)
+    env.reset(seed=0)
+    state = env.data.qpos.copy(), env.data.qvel.copy(), env.data.qacc.copy(), env.data.xpos.copy(), env.data.time
+    for task in [*tasks, tasks[-1]]:  # many, and the last one twice: nothing compounds
+        env.set_task(task)
+    for before, after in zip(state, (env.data.qpos, env.data.qvel, env.data.qacc, env.data.xpos, env.data.time)):
+        np.testing.assert_array_equal(before, after)
+    b, v, g = stock.nbody, stock.nv, stock.ngeom
+    mass, inertia, damping, friction = np.split(tasks[-1], [b, 4 * b, 4 * b + v])
+    np.testing.assert_array_equal(env.model.body_mass, stock.body_mass * mass)
+    np.testing.assert_array_equal(env.model.body_inertia, stock.body_inertia * inertia.reshape(b, 3))
+    np.testing.assert_array_equal(env.model.dof_damping, stock.dof_damping * damping)
+    np.testing.assert_array_equal(env.model.geom_friction, stock.geom_friction * friction.reshape(g, 3))
+    assert env.model.body_subtreemass[1] == pytest.approx(env.model.body_mass.sum())  # derived constants follow
+    assert (env.model.body_invweight0[1:] != fresh.model.body_invweight0[1:]).all()
+    assert (env.model.dof_invweight0 != fresh.model.dof_invweight0).all()
+    fresh.set_task(tasks[-1])
+    after_many, after_one = arrays(env.model), arrays(fresh.model)
+    env.set_task(np.ones(len(tasks[0])))
+    nominal, expected = arrays(env.model), arrays(stock)
+    for name in expected:
+        np.testing.assert_array_equal(after_many[name], after_one[name], err_msg=name)
+        np.testing.assert_allclose(nominal[name], expected[name], rtol=1e-12, atol=1e-14, err_msg=name)
+
+
+def test_a_task_is_copied():
+    env, task = envs.make("CheetahVelocity").unwrapped, np.array([2.0])
+    env.set_task(task)
+    task[0] = 0.0
+    assert env.task[0] == 2.0
+
+
+# ----- Determinism
+
+
+def rollout(env, task, seed, steps=60):
+    env.unwrapped.set_task(task)
+    trace = [env.reset(seed=seed)[0]]
+    actions = np.random.default_rng(seed).uniform(-1, 1, (steps, *env.action_space.shape))
+    for action in actions:
+        obs, reward, terminated, truncated, _ = env.step(action)
+        trace.append(np.append(obs, reward))
+        if terminated or truncated:
+            break
+    return np.concatenate(trace)
+
+
+@pytest.mark.parametrize("env_id", ALL)
+def test_deterministic(env_id):
+    tasks = envs.sample_tasks(env_id, 3)
+    env, other = envs.make(env_id), envs.make(env_id)
+    first = rollout(env, tasks[0], seed=3)
+    different = rollout(env, tasks[1], seed=3)  # a different task and back
+    np.testing.assert_array_equal(first, rollout(env, tasks[0], seed=3))
+    assert first.shape != different.shape or (first != different).any()
+    # Two environments in turn, step by step, do not disturb each other.
+    actions = np.random.default_rng(3).uniform(-1, 1, (60, *env.action_space.shape))
+    traces = []
+    for e, task in ((env, tasks[0]), (other, tasks[2])):
+        e.unwrapped.set_task(task)
+        traces.append([e.reset(seed=3)[0]])
+    stopped = [False, False]
+    for action in actions:
+        for i, e in enumerate((env, other)):
+            if not stopped[i]:
+                obs, reward, terminated, truncated, _ = e.step(action)
+                traces[i].append(np.append(obs, reward))
+                stopped[i] = terminated or truncated
+    np.testing.assert_array_equal(np.concatenate(traces[0]), first)
+    np.testing.assert_array_equal(np.concatenate(traces[1]), rollout(envs.make(env_id), tasks[2], seed=3))
+
+
+# ----- Gymnasium
+
+
+@pytest.mark.parametrize("env_id", ALL)
+@pytest.mark.filterwarnings("ignore:.*A Box observation space (minimum|maximum) value is.*infinity")
+@pytest.mark.filterwarnings("error")
+def test_gymnasium_interface(env_id):
+    env = gym.make(f"smac/{env_id}-v0")
+    assert type(env.unwrapped).__name__ == env_id
+    check_env(env.unwrapped, skip_render_check=True)
+
+
+def test_quiet_and_leaves_no_file(tmp_path):
+    code = "import envs\nfor i in envs.SPECS:\n    e = envs.make(i); e.reset(seed=0); e.step(e.action_space.sample())"
+    path = {**os.environ, "PYTHONPATH": str(Path(envs.__file__).parent)}
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=path, capture_output=True, text=True)
+    assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_cheetah_is_the_stock_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the stock loader writes its log here
+    ours = envs.make("CheetahVelocity").unwrapped
+    expected, actual = arrays(mujoco.MjModel.from_xml_path(ours.fullpath)), arrays(ours.model)
+    for name in expected:
+        np.testing.assert_array_equal(actual[name], expected[name], err_msg=name)
+    wide = gym.make("smac/CheetahVelocity-v0", width=1024).unwrapped.model  # as in the stock loader
+    assert wide.vis.global_.offwidth == 1024
+
+
+# ----- Errors
+
+
+def test_unknown_environment():
+    for call in (lambda: envs.make("HoperParam"), lambda: envs.sample_tasks("HoperParam", 3)):
+        with pytest.raises(ValueError, match="'HoperParam'.*HopperParam"):
+            call()
+
+
+@pytest.mark.parametrize("env_id", ALL)
+def test_bad_tasks(env_id):
+    env, size = envs.make(env_id).unwrapped, envs.SPECS[env_id].task_dim
+    before = env.task.copy()
+    for wrong in (np.ones(size + 1), np.ones((1, size)), 1.0):
+        with pytest.raises(ValueError, match=f"{env_id} has shape .{size},."):
+            env.set_task(wrong)
+    for bad in (np.nan, np.inf):
+        with pytest.raises(ValueError, match="NaN or infinity"):
+            env.set_task([*np.ones(size - 1), bad])
+    if env_id in PARAM:
+        with pytest.raises(ValueError, match="positive"):
+            env.set_task(np.zeros(size))
+    np.testing.assert_array_equal(env.task, before)
