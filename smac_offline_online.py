@@ -114,7 +114,7 @@ PRESETS = {
     "AntDirection": dict(),
     "HumanoidDirection": dict(),
     "PointDirection": dict(
-        q_hidden=(128, 128), policy_hidden=(128, 128), encoder_hidden=(128, 128), rl_batch=128, kl_coef=0.002, offline_steps=3_000,
+        q_hidden=(128, 128), policy_hidden=(128, 128), encoder_hidden=(128, 128), rl_batch=128, lr=1e-3, kl_coef=0.002, offline_steps=3_000,
         online_iterations=24, tasks_per_iteration=5, prior_steps=150, posterior_steps=250, updates_per_iteration=400,
         eval_every=1_200, checkpoint_every=1_200,
     ),
