@@ -1,8 +1,8 @@
 """Multi-task replay buffer and offline dataset file, shared by every algorithm script.
 
-The buffer is the paper's D = {D_i} (Section 3): one D_i for each task. All transitions lie in one preallocated tensor a field; for each
-task two index tables say which of them belong to the RL buffer (critic and actor) and which to the encoder buffer (the histories h that
-are turned into z, Appendix C.2). A transition that belongs to both is stored once.
+The buffer is the paper's D = {D_i} (Section 3), one D_i for each task. All transitions lie in one preallocated tensor a
+field; for each task two index tables say which of them belong to the RL buffer (for critic and actor) and which to the
+encoder buffer (the histories h that become z, Appendix C.2). A transition that belongs to both is stored once.
 """
 
 import zipfile
@@ -36,8 +36,12 @@ class ReplayBuffer:
     def __init__(self, num_tasks: int, obs_dim: int, action_dim: int, capacity: int, device="cpu"):
         dims = {"obs": obs_dim, "actions": action_dim, "rewards": 1, "next_obs": obs_dim, "terminals": 1}
         self.fields = {name: torch.empty(capacity, dim, device=device) for name, dim in dims.items()}
-        self.tables = {name: torch.empty(num_tasks, capacity, dtype=torch.int32, device=device) for name in ("rl", "context")}
-        self.sizes = {name: torch.zeros(num_tasks, dtype=torch.int64, device=device) for name in ("rl", "context", "offline")}
+        self.tables = {
+            name: torch.empty(num_tasks, capacity, dtype=torch.int32, device=device) for name in ("rl", "context")
+        }
+        self.sizes = {
+            name: torch.zeros(num_tasks, dtype=torch.int64, device=device) for name in ("rl", "context", "offline")
+        }
         self.used, self.capacity = 0, capacity
 
     def add(self, task: int, path: dict, rl: bool = True, context: bool = True) -> None:
@@ -53,7 +57,9 @@ class ReplayBuffer:
         if start + length > self.capacity:
             raise IndexError(f"the replay buffer holds {self.capacity} transitions and is full")
         obs = torch.as_tensor(path["obs"])
-        values = {"obs": obs[:-1], "next_obs": obs[1:]} | {k: torch.as_tensor(path[k]) for k in ("actions", "rewards", "terminals")}
+        values = {"obs": obs[:-1], "next_obs": obs[1:]} | {
+            k: torch.as_tensor(path[k]) for k in ("actions", "rewards", "terminals")
+        }
         for name, field in self.fields.items():
             field[start : start + length] = values[name].reshape(length, -1)
         for name, wanted in (("rl", rl), ("context", context)):
@@ -182,7 +188,9 @@ def load_dataset(path, env_id: str, spec) -> dict:
         with np.load(path, allow_pickle=False) as file:  # allow_pickle=False: a data file can not run code
             data = {name: file[name] for name in names if name in file.files}
     except Exception as error:  # whatever a damaged or hostile file makes the two readers raise
-        raise InputError(f"{path} can not be read as a dataset: {str(error) or type(error).__name__}".splitlines()[0]) from None
+        raise InputError(
+            f"{path} can not be read as a dataset: {str(error) or type(error).__name__}".splitlines()[0]
+        ) from None
 
     def expect(name, found, wanted):
         if found != wanted:
@@ -223,7 +231,9 @@ def load_dataset(path, env_id: str, spec) -> dict:
         if part == "rl" or lengths.size:
             missing = np.setdiff1d(np.arange(num_tasks), tasks)
             if missing.size:
-                raise InputError(f"{path}: {part} has no transition of task {missing[0]}, and every training task needs some")
+                raise InputError(
+                    f"{path}: {part} has no transition of task {missing[0]}, and every training task needs some"
+                )
         cuts, obs_cuts = np.cumsum(lengths)[:-1], np.cumsum(lengths + 1)[:-1]
         columns = {name: np.split(data[f"{part}_{name}"], obs_cuts if name == "obs" else cuts) for name in PATH_FIELDS}
         result[part] = [(int(tasks[i]), {name: columns[name][i] for name in PATH_FIELDS}) for i in range(lengths.size)]

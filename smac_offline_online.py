@@ -1,8 +1,8 @@
 """SMAC, semi-supervised meta actor-critic: offline meta-training, then self-supervised meta-training without rewards.
 
-Paper: Pong, Nair, Smith, Huang, Levine, "Offline Meta-Reinforcement Learning with Online Self-Supervision", ICML 2022
-(https://arxiv.org/abs/2107.03974). The file follows the paper: networks (C.3), losses (Eq. 1 to 4), the meta-episode (Section 3),
-Algorithm 1. A departure from the paper's text says `PAPER: ... CODE: ...` at its line; README.md lists them all.
+Paper: Pong, Nair, Smith, Huang, Levine, "Offline Meta-Reinforcement Learning with Online Self-Supervision", ICML 2022,
+https://arxiv.org/abs/2107.03974. The file has the networks (C.3), the losses (Eq. 1 to 4), the meta-episode (Section 3)
+and Algorithm 1. A departure from the paper's text says `PAPER: ... CODE: ...` at its line; README.md lists them all.
 
 Run: python smac_offline_online.py --env-id HopperParam
 """
@@ -105,22 +105,18 @@ class Args:
     """new data that enter the encoder buffer: exploration with z from the prior, all, or none [C.2]"""
 
 
-# What differs from the defaults above. C.2 freezes the encoder buffer on Cheetah. PointDirection is not in the paper: small networks,
-# and a KL weight that fits rewards of about .1 to .5.
+# What differs from the defaults above. C.2 freezes the encoder buffer on Cheetah. PointDirection is not in the paper:
+# small networks, a short run, and a KL weight that fits rewards of about .1 to .5.
 PRESETS = {
-    "HopperParam": dict(),
-    "WalkerParam": dict(),
+    "HopperParam": {}, "WalkerParam": {}, "AntDirection": {}, "HumanoidDirection": {},
     "CheetahVelocity": dict(encoder_buffer="frozen"),
-    "AntDirection": dict(),
-    "HumanoidDirection": dict(),
     "PointDirection": dict(
-        q_hidden=(128, 128), policy_hidden=(128, 128), encoder_hidden=(128, 128), rl_batch=128, lr=1e-3, kl_coef=0.002, offline_steps=3_000,
-        online_iterations=24, tasks_per_iteration=5, prior_steps=150, posterior_steps=250, updates_per_iteration=400,
-        eval_every=1_200, checkpoint_every=1_200,
+        q_hidden=(128, 128), policy_hidden=(128, 128), encoder_hidden=(128, 128), rl_batch=128, lr=1e-3, kl_coef=0.002,
+        offline_steps=3_000, online_iterations=24, tasks_per_iteration=5, prior_steps=150, posterior_steps=250,
+        updates_per_iteration=400, eval_every=1_200, checkpoint_every=1_200,
     ),
 }  # fmt: skip
-POSITIVE = "rl_batch context_batch meta_batch q_hidden policy_hidden encoder_hidden decoder_hidden latent_dim lr awr_lambda".split()
-POSITIVE += "eval_every checkpoint_every tasks_per_iteration updates_per_iteration".split()
+MAY_BE_ZERO = "seed offline_steps online_iterations lambda_pearl kl_coef prior_steps posterior_steps".split()
 EVAL_REPEATS, TRAIN_EVAL_TASKS = 4, 10  # meta-episodes a task in an evaluation; training tasks in it
 LOG_EVERY = 200  # gradient steps averaged into one point of the loss curves
 
@@ -129,7 +125,7 @@ LOG_EVERY = 200  # gradient steps averaged into one point of the loss curves
 
 
 def mlp(sizes, last_init=3e-3):
-    """ReLU network of the given layer sizes. Initial values as in the authors' code: hidden U(+-1/sqrt(out)), biases 0."""
+    """ReLU network of the given layer sizes; initial values of the authors' code: hidden U(+-1/sqrt(out)), biases 0."""
     layers = []
     for i, (n_in, n_out) in enumerate(zip(sizes[:-1], sizes[1:])):
         linear = nn.Linear(n_in, n_out)
@@ -188,8 +184,9 @@ class TwinQ(nn.Module):
         super().__init__()
         nets = [mlp([obs_dim + action_dim + latent_dim, *hidden, 1]) for _ in range(2)]
         pairs = [pair for pair in zip(*nets) if isinstance(pair[0], nn.Linear)]
-        self.weights = nn.ParameterList(torch.stack([q.weight.T for q in pair]).detach() for pair in pairs)  # (2, in, out)
-        self.biases = nn.ParameterList(torch.stack([q.bias[None] for q in pair]).detach() for pair in pairs)  # (2, 1, out)
+        # A list entry for each layer: weights (2, in, out), biases (2, 1, out)
+        self.weights = nn.ParameterList(torch.stack([q.weight.T for q in pair]).detach() for pair in pairs)
+        self.biases = nn.ParameterList(torch.stack([q.bias[None] for q in pair]).detach() for pair in pairs)
 
     def forward(self, obs, actions, z, frozen=False):
         """obs (N, o), actions (N, a), z (N, dz) -> (2, N). frozen: gradients reach the inputs and not the weights."""
@@ -224,7 +221,8 @@ def make_context(data, args):
 def tanh_gaussian_log_prob(u, mean, log_std):
     """log density of a = tanh(u) with u ~ N(mean, std): (N, a) each -> (N,)."""
     gaussian = -0.5 * ((u - mean) * (-log_std).exp()).square() - log_std - 0.5 * math.log(2 * math.pi)
-    return (gaussian - 2 * (math.log(2) - u - F.softplus(-2 * u))).sum(-1)  # the last term is log(1 - a^2), exact for any u
+    log_derivative = 2 * (math.log(2) - u - F.softplus(-2 * u))  # log(1 - a^2), exact for any u
+    return (gaussian - log_derivative).sum(-1)
 
 
 def kl_to_prior(mu, sigma):
@@ -289,8 +287,8 @@ def update(agent, optimizer, batch, args, online):
     """One gradient step: Algorithm 1, lines 4 and 5 (offline), 11 and 12 (online).
 
     Args:
-        batch: context h (T, C, in_dim) and, of the second history h', obs, next_obs (T, B, o), actions (T, B, a), rewards,
-            terminals (T, B, 1); standard normal noise_z (T, dz), noise_a, noise_next_a (N, a).
+        batch: context h (T, C, in_dim); of the second history h': obs, next_obs (T, B, o), actions (T, B, a), rewards,
+            terminals (T, B, 1); standard normal noise_z (T, dz), noise_a and noise_next_a (N, a).
         online: self-supervised phase: the PEARL actor loss joins, encoder and decoder stay as they are (Section 5.2).
     Returns:
         scalars to log, as tensors.
@@ -315,7 +313,7 @@ def update(agent, optimizer, batch, args, online):
     with torch.no_grad():
         info = {"losses/critic": l_critic, "losses/actor": l_actor, "losses/reward": error, "losses/kl": kl}
         info |= {"train/q_mean": q.mean(), "train/q_max": q.amax()}
-        info["train/actor_weight_ess"] = 1 / weights.square().mean()  # effective sample size over N, as the mean weight is 1
+        info["train/actor_weight_ess"] = 1 / weights.square().mean()  # effective sample size / N: the mean weight is 1
         return {name: value.detach() for name, value in info.items()}
 
 
@@ -325,9 +323,9 @@ def sample_batch(buffer, args, generator):
     tasks = torch.randint(num_tasks, (args.meta_batch,), generator=generator, device=device)
     batch = buffer.sample(tasks, args.rl_batch, generator)
     batch["context"] = make_context(buffer.sample(tasks, args.context_batch, generator, "context"), args)
-    action_shape = (args.meta_batch * args.rl_batch, batch["actions"].shape[-1])
-    for name, shape in (("noise_z", (args.meta_batch, args.latent_dim)), ("noise_a", action_shape), ("noise_next_a", action_shape)):
-        batch[name] = torch.randn(shape, generator=generator, device=device)
+    batch["noise_z"] = torch.randn(args.meta_batch, args.latent_dim, generator=generator, device=device)
+    for name in ("noise_a", "noise_next_a"):
+        batch[name] = torch.randn(batch["actions"].flatten(0, 1).shape, generator=generator, device=device)
     return batch
 
 
@@ -369,72 +367,76 @@ def rollout(env_list, agent, mu, sigma, args, generator, deterministic=False, re
     return [path | {"rewards": np.array(r, np.float32)} for path, r in zip(paths, rewards)] if read_rewards else paths
 
 
-@torch.no_grad()
-def infer_posterior(agent, paths, args):
-    """q(z | h), h all transitions of some trajectories: mean and standard deviation, (dz,) each."""
+def concatenate(paths, device):
+    """All transitions of some trajectories, as `ReplayBuffer.sample` gives them: obs (L, o), ..., rewards (L, 1)."""
     columns = {"obs": [p["obs"][:-1] for p in paths], "next_obs": [p["obs"][1:] for p in paths]}
     columns |= {"actions": [p["actions"] for p in paths], "rewards": [p["rewards"][:, None] for p in paths]}
-    data = {name: torch.as_tensor(np.concatenate(parts)) for name, parts in columns.items()}
-    mu, sigma = agent.encoder(make_context(data, args)[None].to(next(agent.parameters()).device))
-    return mu[0], sigma[0]
+    return {name: torch.as_tensor(np.concatenate(parts)).to(device) for name, parts in columns.items()}
 
 
+def prior(num, args, device):
+    """p(z) = N(0, 1): mean and standard deviation, (num, dz) each."""
+    return torch.zeros(num, args.latent_dim, device=device), torch.ones(num, args.latent_dim, device=device)
+
+
+@torch.no_grad()
 def adapt(env_list, agent, args, generator):
-    """The meta-episode of Section 3 with T = 3: two exploration episodes with z ~ p(z), then one with z ~ q(z | both).
+    """The meta-episode of Section 3, T = 3: two exploration episodes with z ~ p(z), then one with z ~ q(z | both).
 
     Returns:
-        return of the third episode (E,), mean return of the first two (E,), KL of the posterior to the prior (E,), and for
-        each environment its two exploration trajectories.
+        return of the third episode (E,), mean return of the first two (E,), KL of the posterior to the prior (E,), and
+        the two exploration trajectories of each environment.
     """
     device = next(agent.parameters()).device
-    mu, sigma = torch.zeros(len(env_list), args.latent_dim, device=device), torch.ones(len(env_list), args.latent_dim, device=device)
+    mu, sigma = prior(len(env_list), args, device)
     exploration = list(zip(*(rollout(env_list, agent, mu, sigma, args, generator) for _ in range(2))))
-    mu, sigma = (torch.stack(part) for part in zip(*(infer_posterior(agent, paths, args) for paths in exploration)))
+    contexts = [make_context(concatenate(paths, device), args)[None] for paths in exploration]  # (1, L, in_dim) each
+    mu, sigma = (torch.cat(part) for part in zip(*(agent.encoder(context) for context in contexts)))  # (E, dz)
     final = rollout(env_list, agent, mu, sigma, args, generator, deterministic=True)
     returns = np.array([path["rewards"].sum() for path in final])
-    explored = np.array([np.mean([path["rewards"].sum() for path in paths]) for paths in exploration])
+    explored = np.array([sum(path["rewards"].sum() for path in paths) / 2 for paths in exploration])
     return returns, explored, kl_to_prior(mu, sigma).cpu().numpy(), exploration
 
 
+@torch.no_grad()
 def evaluate(agent, buffer, eval_envs, args):
     """Post-adaptation returns and diagnostics, with generators of their own: evaluating changes nothing in training.
 
     Args:
-        eval_envs: {"test": environments, "train": environments}, EVAL_REPEATS for each task, train task i being buffer D_i.
+        eval_envs: {"test": environments, "train": environments}, EVAL_REPEATS for a task; train task i has buffer D_i.
     Returns:
-        rows (split, context, returns (E,), exploration returns (E,)), scalars to log, KL values to log as histograms (E,).
+        rows (split, context, returns (E,), exploration returns (E,)), scalars to log, KL values (E,) for histograms.
     """
     device = buffer.sizes["rl"].device
-    rng, buffer_rng = torch.Generator().manual_seed(10_000 + args.seed), torch.Generator(device).manual_seed(args.seed)
-    rows, scalars, kls = [], {}, {}
+    rng, buffer_rng = torch.Generator().manual_seed(args.seed), torch.Generator(device).manual_seed(args.seed)
+    rows, kls, scalars = [], {}, {}
     for split, env_list in eval_envs.items():
         returns, explored, kls[f"{split}_online_context"], exploration = adapt(env_list, agent, args, rng)
         rows.append((split, "online", returns, explored))
+        scalars[f"eval/{split}/exploration_return"] = explored.mean()
 
-    # The same training tasks, z ~ q(z | h_offline) instead (Figure 2).
-    tasks = torch.arange(len(eval_envs["train"]), device=device) // EVAL_REPEATS
-    with torch.no_grad():
-        mu, sigma = agent.encoder(make_context(buffer.sample(tasks, args.context_batch, buffer_rng, "offline"), args))  # (E, dz)
+    # The same training tasks with z ~ q(z | h_offline) instead (Figure 2)
+    tasks = torch.arange(len(eval_envs["train"]), device=device) // EVAL_REPEATS  # (E,)
+    h_offline = make_context(buffer.sample(tasks, args.context_batch, buffer_rng, "offline"), args)
+    mu, sigma = agent.encoder(h_offline)  # (E, dz)
     kls["train_offline_context"] = kl_to_prior(mu, sigma).cpu().numpy()
     final = rollout(eval_envs["train"], agent, mu, sigma, args, rng, deterministic=True)
     rows.append(("train", "offline", np.array([path["rewards"].sum() for path in final]), explored))
 
-    # How good is the decoder on offline data, and on the exploration of the training tasks? For us to read, never for training.
+    # Decoder against true rewards, on offline data and on this exploration: for us to read, never for training
     data = buffer.sample(tasks, args.rl_batch, buffer_rng, "offline")
-    with torch.no_grad():
-        predicted = agent.decoder(data["obs"], data["actions"], mu[:, None].expand(-1, args.rl_batch, -1))
-        scalars["eval/decoder_loss_over_reward_variance"] = ((predicted - data["rewards"].squeeze(-1)).square().mean() / data["rewards"].var()).item()
-        pairs = [(path, mean) for paths, mean in zip(exploration, mu) for path in paths]
-        obs, actions = (torch.as_tensor(np.concatenate(part)).to(device) for part in zip(*((p["obs"][:-1], p["actions"]) for p, _ in pairs)))
-        z = torch.cat([mean.expand(len(path["actions"]), -1) for path, mean in pairs])
-        true = torch.as_tensor(np.concatenate([path["rewards"] for path, _ in pairs])).to(device)
-        error = (agent.decoder(obs, actions, z) - true).square().mean()
-    scalars["eval/generated_reward_mse"] = error.item()
-    scalars["eval/generated_reward_mse_over_variance"] = (error / true.var()).item()
-    for split, context, returns, explored in rows:
-        scalars[f"eval/{split}/{context}_context_return"] = float(returns.mean())
-    scalars |= {f"eval/{split}/exploration_return": float(explored.mean()) for split, context, _, explored in rows if context == "online"}
-    return rows, scalars | {f"eval/kl_{name}": float(kl.mean()) for name, kl in kls.items()}, kls
+    lengths = torch.tensor([sum(len(path["actions"]) for path in paths) for paths in exploration], device=device)
+    explored_data = concatenate([path for paths in exploration for path in paths], device)
+    for name, batch, z in (
+        ("decoder_loss", {k: v.flatten(0, 1) for k, v in data.items()}, mu.repeat_interleave(args.rl_batch, 0)),
+        ("generated_reward_mse", explored_data, mu.repeat_interleave(lengths, 0)),
+    ):
+        error = agent.decoder(batch["obs"], batch["actions"], z) - batch["rewards"].squeeze(-1)
+        scalars[f"eval/{name}"] = error.square().mean()
+        scalars[f"eval/{name}_over_reward_variance"] = scalars[f"eval/{name}"] / batch["rewards"].var()
+    scalars |= {f"eval/{split}/{context}_context_return": returns.mean() for split, context, returns, _ in rows}
+    scalars |= {f"eval/kl_{name}": kl.mean() for name, kl in kls.items()}
+    return rows, {name: float(value) for name, value in scalars.items()}, kls
 
 
 # ===== The run: flags, checkpoint, eval.csv
@@ -448,16 +450,15 @@ def parse_args(argv=None):
         raise InputError(f"--env-id {known.env_id}: there is no such environment, the nearest are {', '.join(near)}")
     defaults = Args(**{"env_id": known.env_id} | PRESETS[known.env_id])
     if known.resume:
-        saved = load_checkpoint(known.resume)["args"]
-        defaults = Args(**{name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()})
+        defaults = Args(**load_checkpoint(known.resume)["args"])
     args = tyro.cli(Args, args=argv, default=defaults, description=__doc__)
     for name, value in vars(args).items():
-        flag = "--" + name.replace("_", "-")
-        if known.resume and value != getattr(defaults, name) and name not in ("resume", "device", "online_iterations"):
-            raise InputError(f"{flag} is {getattr(defaults, name)} in the run to resume and can not become {value}")
-        for number in value if isinstance(value, tuple) else [value]:
-            if isinstance(number, (int, float)) and not (math.isfinite(number) and (number > 0 or number == 0 and name not in POSITIVE)):
-                raise InputError(f"{flag} is {number}, it must be {'above' if name in POSITIVE else 'at least'} 0")
+        flag, old = "--" + name.replace("_", "-"), getattr(defaults, name)
+        if known.resume and value != old and name not in ("resume", "device", "online_iterations"):
+            raise InputError(f"{flag} is {old} in the run to resume and can not become {value}")
+        numbers = [n for n in (value if isinstance(value, tuple) else [value]) if type(n) in (int, float)]
+        if not all(0 < n < math.inf or n == 0 and name in MAY_BE_ZERO for n in numbers):
+            raise InputError(f"{flag} is {value}, it must be {'at least' if name in MAY_BE_ZERO else 'above'} 0")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: PyTorch finds no GPU here")
     return args
@@ -469,18 +470,42 @@ def load_checkpoint(run):
     if not path.is_file():
         raise InputError(f"there is no checkpoint at {path}")
     try:
-        return torch.load(path, weights_only=True)
+        checkpoint = torch.load(path, weights_only=True)
+        Args(**checkpoint["args"])
+        return checkpoint
     except Exception as error:  # whatever a damaged or hostile file makes torch raise
-        raise InputError(f"{path} can not be read as a checkpoint ({type(error).__name__})") from None
+        raise InputError(f"{path} can not be read as a checkpoint of this script ({type(error).__name__})") from None
 
 
 def use_fast_matmul(device):
-    """Allow the faster matrix products ("medium") unless they are less exact than fp32 here. On CPUs they often are fp32, and twice as fast."""
+    """Let matrix products take faster kernels ("medium"), unless these are less exact than fp32 on this machine."""
     torch.set_float32_matmul_precision("medium")
     x = torch.randn(256, 256, generator=torch.Generator().manual_seed(0)).to(device)
     exact = x.double() @ x.double()
     if ((x @ x - exact).norm() / exact.norm()).item() > 1e-5:
         torch.set_float32_matmul_precision("highest")
+
+
+def save_checkpoint(run, args, step, env_steps, parts, generators):
+    """Write RUN/checkpoint.pt whole or not at all: to another file first, which is then renamed."""
+    state = {"args": vars(args) | {"resume": None}, "step": step, "env_steps": env_steps}
+    state |= {name: part.state_dict() for name, part in parts.items()}
+    state |= {name: generator.get_state() for name, generator in generators.items()}
+    torch.save(state, run / "checkpoint.tmp")
+    os.replace(run / "checkpoint.tmp", run / "checkpoint.pt")
+
+
+def restore(checkpoint, parts, generators):
+    """Put a checkpoint into networks, optimizer, buffer, generators; returns step, env_steps. Raises InputError."""
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(checkpoint[name])
+        for name, generator in generators.items():
+            generator.set_state(checkpoint[name])
+        return int(checkpoint["step"]), int(checkpoint["env_steps"])
+    except Exception as error:  # missing keys, other shapes or types
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"the checkpoint does not fit this run ({type(error).__name__}: {reason})") from None
 
 
 CSV_COLUMNS = ["gradient_step", "env_steps", "split", "context", "task", "return", "exploration_return"]
@@ -499,60 +524,61 @@ def start_csv(path, step):
 def append_csv(path, step, env_steps, rows):
     """One line for each task: the mean over its EVAL_REPEATS meta-episodes."""
     with open(path, "a", newline="") as file:
-        for split, context, *columns in rows:
-            means = np.stack(columns, -1).reshape(-1, EVAL_REPEATS, 2).mean(1)  # (tasks, 2)
-            csv.writer(file).writerows([step, env_steps, split, context, i, f"{r:.4f}", f"{e:.4f}"] for i, (r, e) in enumerate(means))
+        for split, context, returns, explored in rows:
+            means = np.stack([returns, explored], -1).reshape(-1, EVAL_REPEATS, 2).mean(1)  # (tasks, 2)
+            lines = [[step, env_steps, split, context, task, *np.round(mean, 4)] for task, mean in enumerate(means)]
+            csv.writer(file).writerows(lines)
 
 
 def print_csv(path):
-    """The table at the end of a run: mean over tasks of every evaluation."""
+    """The table at the end of a run: every evaluation, mean over tasks."""
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
     groups = list(dict.fromkeys((row["split"], row["context"]) for row in rows))
-    print("\nPost-adaptation return, mean over tasks\n" + f"{'gradient step':>14}{'transitions':>13}" + "".join(f"{s + ', ' + c + ' context':>24}" for s, c in groups))
-    for step, env_steps in dict.fromkeys((row["gradient_step"], row["env_steps"]) for row in rows):
-        at = [row for row in rows if row["gradient_step"] == step and row["env_steps"] == env_steps]
-        means = [np.mean([float(row["return"]) for row in at if (row["split"], row["context"]) == group]) for group in groups]
-        print(f"{step:>14}{env_steps:>13}" + "".join(f"{mean:>24.1f}" for mean in means))
+    print("\nPost-adaptation return, mean over tasks")
+    print(f"{'gradient step':>14}{'transitions':>13}" + "".join(f"{f'{s}, {c} context':>24}" for s, c in groups))
+    for at in dict.fromkeys((row["gradient_step"], row["env_steps"]) for row in rows):
+        here = [row for row in rows if (row["gradient_step"], row["env_steps"]) == at]
+        values = [[float(row["return"]) for row in here if (row["split"], row["context"]) == g] for g in groups]
+        print(f"{at[0]:>14}{at[1]:>13}" + "".join(f"{np.mean(v):>24.1f}" for v in values))
 
 
 def main(args):
     """Algorithm 1. Returns the trained agent. Raises InputError."""
     spec = envs.SPECS[args.env_id]
-    device = torch.device("cuda" if args.device == "auto" and torch.cuda.is_available() else args.device.replace("auto", "cpu"))
+    gpu = args.device == "cuda" or args.device == "auto" and torch.cuda.is_available()
+    device = torch.device("cuda" if gpu else "cpu")
     use_fast_matmul(device)
     run = Path(args.resume or Path(args.run_dir) / f"{args.env_id}__{Path(__file__).stem}__{args.seed}")
-    checkpoint = load_checkpoint(run) if args.resume else None
-    if checkpoint is None and (run / "checkpoint.pt").exists():
-        raise InputError(f"{run} holds a run already: continue it with --resume {run}, or choose another --run-dir or --seed")
+    if not args.resume and (run / "checkpoint.pt").exists():
+        raise InputError(f"{run} holds a run: continue it with --resume {run}, or choose another --run-dir or --seed")
 
-    # [Alg. 1, l. 1] datasets, networks
-    dataset = load_dataset(args.dataset or Path(__file__).parent / "datasets" / f"{args.env_id}.npz", args.env_id, spec)
+    # --- [Alg. 1, l. 1] Datasets D_i, networks, environments
+    default_file = Path(__file__).parent / "datasets" / f"{args.env_id}.npz"
+    dataset = load_dataset(args.dataset or default_file, args.env_id, spec)
     train_tasks, test_tasks = dataset["train_tasks"], dataset["test_tasks"]
     torch.manual_seed(args.seed)
     agent = Agent(spec.obs_dim, spec.action_dim, args).to(device)
     optimizer = torch.optim.Adam([p for p in agent.parameters() if p.requires_grad], lr=args.lr, fused=True)
-    visit = args.prior_steps + args.posterior_steps + 2 * spec.horizon  # transitions of one visit of a task, at most
+    visit = args.prior_steps + args.posterior_steps + 2 * spec.horizon  # new transitions of one visit, at most
     capacity = sum(len(path["actions"]) for _, path in dataset["rl"] + dataset["encoder"])
     capacity += args.online_iterations * args.tasks_per_iteration * visit
     buffer = ReplayBuffer(len(train_tasks), spec.obs_dim, spec.action_dim, capacity, device)
+    fill_from_dataset(buffer, dataset)
     env, eval_envs = envs.make(args.env_id), {}
     for split, tasks in (("test", test_tasks), ("train", train_tasks[:TRAIN_EVAL_TASKS])):
         eval_envs[split] = [envs.make(args.env_id) for _ in range(len(tasks) * EVAL_REPEATS)]
         for i, eval_env in enumerate(eval_envs[split]):
             eval_env.unwrapped.set_task(tasks[i // EVAL_REPEATS])
+
+    # --- State of the run: everything that a checkpoint holds
     act_rng, rng = torch.Generator().manual_seed(args.seed), torch.Generator(device).manual_seed(args.seed)
+    parts = {"agent": agent, "optimizer": optimizer, "buffer": buffer}
+    generators = {"act_rng": act_rng, "rng": rng}
     step, env_steps = 0, 0
+    if args.resume:
+        step, env_steps = restore(load_checkpoint(run), parts, generators)
     total_steps = args.offline_steps + args.online_iterations * args.updates_per_iteration
-    if checkpoint:
-        agent.load_state_dict(checkpoint["agent"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        buffer.load_state_dict(checkpoint["buffer"])
-        act_rng.set_state(checkpoint["act_rng"])
-        rng.set_state(checkpoint["rng"])
-        step, env_steps = checkpoint["step"], checkpoint["env_steps"]
-    else:
-        fill_from_dataset(buffer, dataset)
 
     run.mkdir(parents=True, exist_ok=True)
     versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "gymnasium", "mujoco")}
@@ -562,88 +588,83 @@ def main(args):
     stop_signals = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: stop_signals.append(number))
+    totals, count, since = {}, 0, time.time()
 
-    def collect(task, num_steps, prior):
+    def collect(task, num_steps, explore):
         """[Alg. 1, l. 7 to 9] Explore one training task, label each trajectory, add it to D_task."""
         nonlocal env_steps
         index, end = torch.tensor([task], device=device), env_steps + num_steps
-        mu, sigma = torch.zeros(1, args.latent_dim, device=device), torch.ones(1, args.latent_dim, device=device)  # z ~ p(z)
+        mu, sigma = prior(1, args, device)
         env.unwrapped.set_task(train_tasks[task])
         while env_steps < end:  # whole episodes
-            if not prior:  # PAPER: z ~ p(z) only. CODE: in three fifths of the transitions z ~ q(z | h).
+            if not explore:
+                # PAPER: z ~ p(z) only. CODE: z ~ q(z | h) in 600 of 1000 transitions, which enter the RL buffer only.
                 with torch.no_grad():
-                    mu, sigma = agent.encoder(make_context(buffer.sample(index, args.context_batch, rng, "context"), args))
-            path = rollout([env], agent, mu, sigma, args, act_rng, read_rewards=args.oracle_rewards)[0]
+                    history = buffer.sample(index, args.context_batch, rng, "context")
+                    mu, sigma = agent.encoder(make_context(history, args))
+            (path,) = rollout([env], agent, mu, sigma, args, act_rng, read_rewards=args.oracle_rewards)
             if not args.oracle_rewards:
-                # PAPER: D_i drawn anew for the label. CODE: the D_i of the task that was explored.
+                # PAPER: D_i drawn anew for the label. CODE: D_i of the task that was explored.
                 h_offline = make_context(buffer.sample(index, args.context_batch, rng, "offline"), args)
                 obs, actions = (torch.as_tensor(path[name]).to(device) for name in ("obs", "actions"))
                 noise_z = torch.randn(1, args.latent_dim, generator=rng, device=device)
                 path["rewards"] = generate_rewards(agent, obs[:-1], actions, h_offline, noise_z)
-            buffer.add(task, path, context=args.encoder_buffer == "all" or (prior and args.encoder_buffer == "prior"))
+            in_context = args.encoder_buffer == "all" or explore and args.encoder_buffer == "prior"
+            buffer.add(task, path, context=in_context)
             env_steps += len(path["actions"])
 
-    totals, count, since = {}, 0, time.time()
-
     def after_update(info, progress):
-        """Log, evaluate, save: whatever is due after a gradient step."""
+        """Count a gradient step; log, evaluate and save what is due after it."""
         nonlocal step, totals, count, since
         step, count = step + 1, count + 1
         totals = {name: totals.get(name, 0) + value for name, value in info.items()}
         progress.update()
-        last = step in (args.offline_steps, total_steps)
-        due = {what: last or step % every == 0 for what, every in (("eval", args.eval_every), ("save", args.checkpoint_every))}
-        if step % LOG_EVERY == 0 or any(due.values()) or stop_signals:
+        phase_ends = step in (args.offline_steps, total_steps)
+        eval_due = phase_ends or step % args.eval_every == 0
+        save_due = phase_ends or step % args.checkpoint_every == 0 or bool(stop_signals)
+        if step % LOG_EVERY == 0 or eval_due or save_due:
             means = {name: value.item() / count for name, value in totals.items()}
-            if not all(math.isfinite(value) for value in means.values()):
-                broken = ", ".join(name for name, value in means.items() if not math.isfinite(value))
-                raise InputError(f"{broken} became NaN or infinite before step {step}; the last good checkpoint is {run}/checkpoint.pt")
+            broken = ", ".join(name for name, value in means.items() if not math.isfinite(value))
+            if broken:
+                last = f"the last good checkpoint is {run}/checkpoint.pt, if there is one"
+                raise InputError(f"{broken} became NaN or infinite before step {step}; {last}")
             for name, value in (means | {"charts/SPS": count / (time.time() - since)}).items():
                 writer.add_scalar(name, value, step)
-            totals, count, since = {}, 0, time.time()
-        if due["eval"]:
-            evaluate_now()
-        if due["save"] or stop_signals:
-            state = {"args": vars(args) | {"resume": None}, "step": step, "env_steps": env_steps, "act_rng": act_rng.get_state(), "rng": rng.get_state()}
-            state |= {"agent": agent.state_dict(), "optimizer": optimizer.state_dict(), "buffer": buffer.state_dict()}
-            torch.save(state, run / "checkpoint.tmp")
-            os.replace(run / "checkpoint.tmp", run / "checkpoint.pt")
+            totals, count = {}, 0
+        if eval_due:
+            rows, scalars, kls = evaluate(agent, buffer, eval_envs, args)
+            append_csv(run / "eval.csv", step, env_steps, rows)
+            for name, value in scalars.items():
+                writer.add_scalar(name, value, step)
+            for name, values in kls.items():
+                writer.add_histogram(f"eval/kl_{name}", values, step)
+            returns = ", ".join(f"{split} ({context} context) {r.mean():.1f}" for split, context, r, _ in rows)
+            tqdm.write(f"step {step}, {env_steps} new transitions | return: {returns}")
+        if save_due:
+            save_checkpoint(run, args, step, env_steps, parts, generators)
         if stop_signals:
             progress.close()
             raise SystemExit(f"stopped after step {step}; continue with: python {Path(__file__).name} --resume {run}")
-        if due["eval"] or due["save"]:
-            since = time.time()  # charts/SPS counts gradient steps and collection
-
-    def evaluate_now():
-        rows, scalars, kls = evaluate(agent, buffer, eval_envs, args)
-        append_csv(run / "eval.csv", step, env_steps, rows)
-        for name, value in scalars.items():
-            writer.add_scalar(name, value, step)
-        for name, values in kls.items():
-            writer.add_histogram(f"eval/kl_{name}", values, step)
-        returns = "  ".join(f"{split}/{context} {returns.mean():.1f}" for split, context, returns, _ in rows)
-        tqdm.write(f"step {step}, {env_steps} new transitions | return: {returns} | decoder loss / reward variance "
-                   f"{scalars['eval/decoder_loss_over_reward_variance']:.3f}, KL {scalars['eval/kl_train_offline_context']:.2f}")  # fmt: skip
-
-    if step == 0:
-        evaluate_now()
+        if count == 0:
+            since = time.time()  # charts/SPS leaves out evaluations and checkpoints
 
     # ===== Offline phase [Alg. 1, l. 2 to 5]
-    with tqdm(total=args.offline_steps, initial=min(step, args.offline_steps), desc="offline", unit="step", smoothing=0.02) as progress:
+    with tqdm(total=args.offline_steps, initial=min(step, args.offline_steps), desc="offline", unit="step") as progress:
         while step < args.offline_steps:
             batch = sample_batch(buffer, args, rng)  # l. 3
-            after_update(update(agent, optimizer, batch, args, online=False), progress)  # l. 4 and 5
+            after_update(update(agent, optimizer, batch, args, online=False), progress)  # l. 4, 5
 
-    # ===== Self-supervised phase: no rewards from the environment [Alg. 1, l. 6 to 12]
-    online_steps = total_steps - args.offline_steps
-    with tqdm(total=online_steps, initial=step - args.offline_steps, desc="self-supervised", unit="step", smoothing=0.02) as progress:
+    # ===== Self-supervised phase, without rewards from the environment [Alg. 1, l. 6 to 12]
+    online_total, done = total_steps - args.offline_steps, step - args.offline_steps
+    with tqdm(total=online_total, initial=done, desc="self-supervised", unit="step") as progress:
         while step < total_steps:
             if (step - args.offline_steps) % args.updates_per_iteration == 0:
-                for task in torch.randint(len(train_tasks), (args.tasks_per_iteration,), generator=act_rng).tolist():
-                    collect(task, args.prior_steps, prior=True)  # l. 7 to 9
-                    collect(task, args.posterior_steps, prior=False)
+                drawn = torch.randint(len(train_tasks), (args.tasks_per_iteration,), generator=act_rng)
+                for task in drawn.tolist():
+                    collect(task, args.prior_steps, explore=True)  # l. 7 to 9
+                    collect(task, args.posterior_steps, explore=False)
             batch = sample_batch(buffer, args, rng)  # l. 10
-            after_update(update(agent, optimizer, batch, args, online=True), progress)  # l. 11 and 12
+            after_update(update(agent, optimizer, batch, args, online=True), progress)  # l. 11, 12
 
     writer.close()
     print_csv(run / "eval.csv")
@@ -653,6 +674,6 @@ def main(args):
 if __name__ == "__main__":
     try:
         main(parse_args())
-    except InputError as error:
+    except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -25,7 +25,12 @@ for name, direction_error in (("PointDirection", 2.0), ("PointDirectionGoal", 0.
         env.unwrapped.set_task([angle])
         for episode in range(EPISODES):
             heading, speed = angle + rng.normal(0, direction_error), rng.uniform(0.1, 0.8)
-            path = {"obs": [env.reset(seed=EPISODES * task + episode)[0]], "actions": [], "rewards": [], "terminals": []}
+            path = {
+                "obs": [env.reset(seed=EPISODES * task + episode)[0]],
+                "actions": [],
+                "rewards": [],
+                "terminals": [],
+            }
             for _ in range(spec.horizon):
                 action = speed * np.array([np.cos(heading), np.sin(heading)]) + rng.normal(0, ACTION_NOISE, 2)
                 path["actions"].append(np.clip(action, -1, 1).astype(np.float32))
@@ -35,5 +40,7 @@ for name, direction_error in (("PointDirection", 2.0), ("PointDirectionGoal", 0.
             returns.append(sum(path["rewards"]))
             entries.append((task, {key: np.array(values) for key, values in path.items()}))
     file = Path(__file__).parent / f"{name}.npz"
-    buffers.save_dataset(file, "PointDirection", train_tasks, test_tasks, entries, [], "python datasets/make_point_direction.py")
+    buffers.save_dataset(
+        file, "PointDirection", train_tasks, test_tasks, entries, [], "python datasets/make_point_direction.py"
+    )
     print(f"{file.name}: {len(entries)} trajectories, mean return {np.mean(returns):.1f}")
