@@ -398,29 +398,43 @@ def adapt(env_list, agent, args, generator):
     return returns, explored, kl_to_prior(mu, sigma).cpu().numpy(), exploration
 
 
+def make_eval_envs(args, train_tasks, test_tasks):
+    """{"test": all test tasks, "train": TRAIN_EVAL_TASKS of the training tasks}, as (task number, environment) pairs."""
+    # Evenly spaced in sorted order: ten directions drawn at random would favour policies that ignore the task.
+    middles = (np.arange(TRAIN_EVAL_TASKS) + 0.5) / TRAIN_EVAL_TASKS * len(train_tasks)
+    spaced = np.unique(np.argsort(train_tasks[:, 0])[middles.astype(int)])
+    pairs = {"test": [], "train": []}
+    for split, tasks, numbers in (("test", test_tasks, range(len(test_tasks))), ("train", train_tasks, spaced)):
+        for number in np.repeat(numbers, EVAL_REPEATS).tolist():
+            pairs[split].append((number, envs.make(args.env_id)))
+            pairs[split][-1][1].unwrapped.set_task(tasks[number])
+    return pairs
+
+
 @torch.no_grad()
 def evaluate(agent, buffer, eval_envs, args):
     """Post-adaptation returns and diagnostics, with generators of their own: evaluating changes nothing in training.
 
     Args:
-        eval_envs: {"test": environments, "train": environments}, EVAL_REPEATS for a task; train task i has buffer D_i.
+        eval_envs: {"test": pairs, "train": pairs}, a pair being (task number, environment), E of them.
     Returns:
         rows (split, context, returns (E,), exploration returns (E,)), scalars to log, KL values (E,) for histograms.
     """
     device = buffer.sizes["rl"].device
     rng, buffer_rng = torch.Generator().manual_seed(args.seed), torch.Generator(device).manual_seed(args.seed)
     rows, kls, scalars = [], {}, {}
-    for split, env_list in eval_envs.items():
+    for split, pairs in eval_envs.items():  # "train" comes last, and is used below
+        env_list = [env for _, env in pairs]
         returns, explored, kls[f"{split}_online_context"], exploration = adapt(env_list, agent, args, rng)
         rows.append((split, "online", returns, explored))
         scalars[f"eval/{split}/exploration_return"] = explored.mean()
 
     # The same training tasks with z ~ q(z | h_offline) instead (Figure 2)
-    tasks = torch.arange(len(eval_envs["train"]), device=device) // EVAL_REPEATS  # (E,)
+    tasks = torch.tensor([task for task, _ in eval_envs["train"]], device=device)  # (E,)
     h_offline = make_context(buffer.sample(tasks, args.context_batch, buffer_rng, "offline"), args)
     mu, sigma = agent.encoder(h_offline)  # (E, dz)
     kls["train_offline_context"] = kl_to_prior(mu, sigma).cpu().numpy()
-    final = rollout(eval_envs["train"], agent, mu, sigma, args, rng, deterministic=True)
+    final = rollout(env_list, agent, mu, sigma, args, rng, deterministic=True)
     rows.append(("train", "offline", np.array([path["rewards"].sum() for path in final]), explored))
 
     # Decoder against true rewards, on offline data and on this exploration: for us to read, never for training
@@ -521,13 +535,13 @@ def start_csv(path, step):
         csv.writer(file).writerows([CSV_COLUMNS, *rows])
 
 
-def append_csv(path, step, env_steps, rows):
+def append_csv(path, step, env_steps, rows, eval_envs):
     """One line for each task: the mean over its EVAL_REPEATS meta-episodes."""
     with open(path, "a", newline="") as file:
-        for split, context, returns, explored in rows:
-            means = np.stack([returns, explored], -1).reshape(-1, EVAL_REPEATS, 2).mean(1)  # (tasks, 2)
-            lines = [[step, env_steps, split, context, task, *np.round(mean, 4)] for task, mean in enumerate(means)]
-            csv.writer(file).writerows(lines)
+        for split, context, *columns in rows:
+            means = np.stack(columns, -1).reshape(-1, EVAL_REPEATS, 2).mean(1).round(4)  # (tasks, 2)
+            numbers = [task for task, _ in eval_envs[split][::EVAL_REPEATS]]
+            csv.writer(file).writerows([step, env_steps, split, context, i, *m] for i, m in zip(numbers, means))
 
 
 def print_csv(path):
@@ -565,11 +579,7 @@ def main(args):
     capacity += args.online_iterations * args.tasks_per_iteration * visit
     buffer = ReplayBuffer(len(train_tasks), spec.obs_dim, spec.action_dim, capacity, device)
     fill_from_dataset(buffer, dataset)
-    env, eval_envs = envs.make(args.env_id), {}
-    for split, tasks in (("test", test_tasks), ("train", train_tasks[:TRAIN_EVAL_TASKS])):
-        eval_envs[split] = [envs.make(args.env_id) for _ in range(len(tasks) * EVAL_REPEATS)]
-        for i, eval_env in enumerate(eval_envs[split]):
-            eval_env.unwrapped.set_task(tasks[i // EVAL_REPEATS])
+    env, eval_envs = envs.make(args.env_id), make_eval_envs(args, train_tasks, test_tasks)
 
     # --- State of the run: everything that a checkpoint holds
     act_rng, rng = torch.Generator().manual_seed(args.seed), torch.Generator(device).manual_seed(args.seed)
@@ -633,7 +643,7 @@ def main(args):
             totals, count = {}, 0
         if eval_due:
             rows, scalars, kls = evaluate(agent, buffer, eval_envs, args)
-            append_csv(run / "eval.csv", step, env_steps, rows)
+            append_csv(run / "eval.csv", step, env_steps, rows, eval_envs)
             for name, value in scalars.items():
                 writer.add_scalar(name, value, step)
             for name, values in kls.items():
