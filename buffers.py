@@ -1,10 +1,12 @@
-"""Multi-task replay buffer and offline dataset file, shared by every algorithm script.
+"""Multi-task replay buffer, offline dataset file and the files of a run, shared by every algorithm script.
 
 The buffer is the paper's D = {D_i} (Section 3), one D_i for each task. All transitions lie in one preallocated tensor a
 field; for each task two index tables say which of them belong to the RL buffer (for critic and actor) and which to the
 encoder buffer (the histories h that become z, Appendix C.2). A transition that belongs to both is stored once.
 """
 
+import csv
+import os
 import zipfile
 from pathlib import Path
 
@@ -37,7 +39,7 @@ class ReplayBuffer:
         dims = {"obs": obs_dim, "actions": action_dim, "rewards": 1, "next_obs": obs_dim, "terminals": 1}
         self.fields = {name: torch.empty(capacity, dim, device=device) for name, dim in dims.items()}
         self.tables = {
-            name: torch.empty(num_tasks, capacity, dtype=torch.int32, device=device) for name in ("rl", "context")
+            name: torch.zeros(num_tasks, capacity, dtype=torch.int32, device=device) for name in ("rl", "context")
         }
         self.sizes = {
             name: torch.zeros(num_tasks, dtype=torch.int64, device=device) for name in ("rl", "context", "offline")
@@ -94,7 +96,7 @@ class ReplayBuffer:
     def paths(self, task: int, where: str, n: int, source: str = "rl") -> list:
         """The "first" or "last" n transitions of one task in time order, as trajectories (what `add` takes)."""
         index = self.tables[source][task, : int(self.sizes[source][task])]
-        index = index[:n] if where == "first" else index[-n:]
+        index = index[:n] if where == "first" else index[max(0, len(index) - n) :]
         data = {name: field[index].cpu().numpy() for name, field in self.fields.items()}
         # A trajectory goes on while one transition starts where the one before it ended.
         breaks = np.flatnonzero((data["obs"][1:] != data["next_obs"][:-1]).any(1)) + 1
@@ -194,7 +196,7 @@ def load_dataset(path, env_id: str, spec) -> dict:
 
     def expect(name, found, wanted):
         if found != wanted:
-            raise InputError(f"{path}: {name} is {found}, expected {wanted}")
+            raise InputError(" ".join(f"{path}: {name} is {found}, expected {wanted}".split()))
 
     for name in names:
         expect(f"field {name}", "present" if name in data else "missing", "present")
@@ -248,3 +250,83 @@ def fill_from_dataset(buffer: ReplayBuffer, dataset: dict) -> None:
     for task, path in dataset["encoder"]:
         buffer.add(task, path, rl=False, context=True)
     buffer.mark_offline()
+
+
+# ===== Files of a run: checkpoint.pt and eval.csv
+
+
+CSV_COLUMNS = ["gradient_step", "env_steps", "split", "context", "task", "return", "exploration_return"]
+
+
+def save_checkpoint(run, args, step, env_steps, parts, generators):
+    """Write RUN/checkpoint.pt whole or not at all: to another file first, which is then renamed."""
+    state = {"args": vars(args) | {"resume": None}, "step": step, "env_steps": env_steps}
+    state |= {name: part.state_dict() for name, part in parts.items()}
+    state |= {name: generator.get_state() for name, generator in generators.items()}
+    torch.save(state, run / "checkpoint.tmp")
+    os.replace(run / "checkpoint.tmp", run / "checkpoint.pt")
+
+
+def load_checkpoint(run, args_class):
+    """Read RUN/checkpoint.pt, its "args" as an args_class; it can not run code.
+
+    Raises:
+        InputError: it is missing or damaged, or another script wrote it.
+    """
+    path = Path(run) / "checkpoint.pt"
+    if not path.is_file():
+        raise InputError(f"there is no checkpoint at {path}")
+    try:
+        checkpoint = torch.load(path, weights_only=True)
+        return checkpoint | {"args": args_class(**checkpoint["args"])}
+    except Exception as error:  # whatever a damaged or hostile file makes torch raise
+        raise InputError(f"{path} can not be read as a checkpoint of this script ({type(error).__name__})") from None
+
+
+def restore(checkpoint, parts, generators):
+    """Put a checkpoint into networks, optimizer, buffer, generators; returns step, env_steps. Raises InputError."""
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(checkpoint[name])
+        for name, generator in generators.items():
+            generator.set_state(checkpoint[name])
+        return int(checkpoint["step"]), int(checkpoint["env_steps"])
+    except Exception as error:  # missing keys, other shapes or types
+        raise InputError(f"the checkpoint does not fit this run ({type(error).__name__})") from None
+
+
+def start_csv(path, step):
+    """Write eval.csv with its header and, of a run to resume, the rows up to `step`: the later ones come again."""
+    rows = []
+    if step and path.exists():
+        with open(path, newline="") as file:
+            rows = [row for row in list(csv.reader(file))[1:] if int(row[0]) <= step]
+    with open(path, "w", newline="") as file:
+        csv.writer(file).writerows([CSV_COLUMNS, *rows])
+
+
+def append_csv(path, step, env_steps, rows, eval_envs, repeats):
+    """Add one evaluation, a line for each task: the mean over its repeated meta-episodes.
+
+    Args:
+        rows: (split, context, returns (E,), exploration returns (E,)); repeats neighbours belong to one task.
+        eval_envs: for each split its E pairs (task number, environment).
+    """
+    with open(path, "a", newline="") as file:
+        for split, context, *columns in rows:
+            means = np.stack(columns, -1).reshape(-1, repeats, 2).mean(1).round(4)  # (tasks, 2)
+            numbers = [task for task, _ in eval_envs[split][::repeats]]
+            csv.writer(file).writerows([step, env_steps, split, context, i, *m] for i, m in zip(numbers, means))
+
+
+def print_csv(path):
+    """The table at the end of a run: every evaluation, mean over tasks."""
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    groups = list(dict.fromkeys((row["split"], row["context"]) for row in rows))
+    print("\nPost-adaptation return, mean over tasks")
+    print(f"{'gradient step':>14}{'transitions':>13}" + "".join(f"{f'{s}, {c} context':>24}" for s, c in groups))
+    for at in dict.fromkeys((row["gradient_step"], row["env_steps"]) for row in rows):
+        here = [row for row in rows if (row["gradient_step"], row["env_steps"]) == at]
+        values = [[float(row["return"]) for row in here if (row["split"], row["context"]) == g] for g in groups]
+        print(f"{at[0]:>14}{at[1]:>13}" + "".join(f"{np.mean(v):>24.1f}" for v in values))

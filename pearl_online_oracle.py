@@ -8,13 +8,11 @@ Run: python pearl_online_oracle.py --env-id HopperParam
 The dataset of HopperParam: the same with --tasks-per-iteration 5 --save-dataset datasets/HopperParam.npz
 """
 
-import csv
 import dataclasses
 import difflib
 import importlib.metadata
 import json
 import math
-import os
 import signal
 import sys
 import time
@@ -30,7 +28,8 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import envs
-from buffers import InputError, ReplayBuffer, save_dataset
+from buffers import InputError, ReplayBuffer, save_dataset  # D and the file of offline data
+from buffers import append_csv, load_checkpoint, print_csv, restore, save_checkpoint, start_csv  # files of a run
 
 
 @dataclasses.dataclass
@@ -228,7 +227,7 @@ def sample_action(agent, obs, z, noise):
     return torch.tanh(u), tanh_gaussian_log_prob(u, mean, log_std), mean, log_std
 
 
-def critic_loss(agent, batch, z, args):
+def soft_critic_loss(agent, batch, z, args):
     """Soft Bellman error; its gradient trains the encoder too, through z (N, dz). -> loss, Q of both critics (2, N)."""
     with torch.no_grad():
         # y = r + gamma (Q_target(s', a', z) - log pi(a' | s', z)); a fall ends the sum, the time limit does not
@@ -240,7 +239,7 @@ def critic_loss(agent, batch, z, args):
     return (q - target).square().mean(1).sum(), q
 
 
-def actor_loss(agent, batch, z, args):
+def pearl_actor_loss(agent, batch, z, args):
     """L_actor^PEARL: D_KL(pi(a | s, z) || exp Q / Z) up to a constant (C.3). z (N, dz) -> loss, log pi (N,)."""
     actions, log_prob, mean, log_std = sample_action(agent, batch["obs"], z, batch["noise_a"])
     loss = (log_prob - agent.q(batch["obs"], actions, z, frozen=True).amin(0)).mean()
@@ -264,14 +263,14 @@ def update(agent, optimizer, batch, args):
     mu, sigma = agent.encoder(batch["context"])  # (T, dz)
     z = (mu + sigma * batch["noise_z"]).repeat_interleave(repeat, dim=0)  # (N, dz)
     kl = kl_to_prior(mu, sigma).mean()
-    l_critic, q = critic_loss(agent, batch, z, args)
-    l_actor, log_prob = actor_loss(agent, batch, z.detach(), args)
+    l_critic, q = soft_critic_loss(agent, batch, z, args)
+    l_actor, log_prob = pearl_actor_loss(agent, batch, z.detach(), args)
 
     optimizer.zero_grad(set_to_none=True)
     (l_critic + l_actor + args.kl_coef * kl).backward()
     optimizer.step()
-    torch._foreach_lerp_(list(agent.q_target.parameters()), list(agent.q.parameters()), args.tau)
     with torch.no_grad():
+        torch._foreach_lerp_(list(agent.q_target.parameters()), list(agent.q.parameters()), args.tau)  # soft update
         info = {"losses/critic": l_critic, "losses/actor": l_actor, "losses/kl": kl}
         info |= {"train/q_mean": q.mean(), "train/q_max": q.amax(), "train/policy_entropy": -log_prob.mean()}
         return {name: value.detach() for name, value in info.items()}
@@ -359,7 +358,7 @@ def adapt(env_list, agent, args, generator):
 
 
 def make_eval_envs(args, train_tasks, test_tasks):
-    """{"test": all test tasks, "train": TRAIN_EVAL_TASKS of the training tasks}, as (task number, environment) pairs."""
+    """{"test": all test tasks, "train": TRAIN_EVAL_TASKS training tasks}, as pairs (task number, environment)."""
     # Evenly spaced in sorted order: ten directions drawn at random would favour policies that ignore the task.
     middles = (np.arange(TRAIN_EVAL_TASKS) + 0.5) / TRAIN_EVAL_TASKS * len(train_tasks)
     spaced = np.unique(np.argsort(train_tasks[:, 0])[middles.astype(int)])
@@ -391,7 +390,7 @@ def evaluate(agent, eval_envs, args):
     return rows, {name: float(value) for name, value in scalars.items()}, kls
 
 
-# ===== The run: flags, checkpoint, eval.csv
+# ===== The run
 
 
 def parse_args(argv=None):
@@ -402,7 +401,7 @@ def parse_args(argv=None):
         raise InputError(f"--env-id {known.env_id}: there is no such environment, the nearest are {', '.join(near)}")
     defaults = Args(**{"env_id": known.env_id} | PRESETS[known.env_id])
     if known.resume:
-        defaults = Args(**load_checkpoint(known.resume)["args"])
+        defaults = load_checkpoint(known.resume, Args)["args"]
     args = tyro.cli(Args, args=argv, default=defaults, description=__doc__)
     for name, value in vars(args).items():
         flag, old = "--" + name.replace("_", "-"), getattr(defaults, name)
@@ -416,19 +415,6 @@ def parse_args(argv=None):
     return args
 
 
-def load_checkpoint(run):
-    """Read RUN/checkpoint.pt; it can not run code. Raises InputError where it is missing or damaged."""
-    path = Path(run) / "checkpoint.pt"
-    if not path.is_file():
-        raise InputError(f"there is no checkpoint at {path}")
-    try:
-        checkpoint = torch.load(path, weights_only=True)
-        Args(**checkpoint["args"])
-        return checkpoint
-    except Exception as error:  # whatever a damaged or hostile file makes torch raise
-        raise InputError(f"{path} can not be read as a checkpoint of this script ({type(error).__name__})") from None
-
-
 def use_fast_matmul(device):
     """Let matrix products take faster kernels ("medium"), unless these are less exact than fp32 on this machine."""
     torch.set_float32_matmul_precision("medium")
@@ -436,63 +422,6 @@ def use_fast_matmul(device):
     exact = x.double() @ x.double()
     if ((x @ x - exact).norm() / exact.norm()).item() > 1e-5:
         torch.set_float32_matmul_precision("highest")
-
-
-def save_checkpoint(run, args, step, env_steps, parts, generators):
-    """Write RUN/checkpoint.pt whole or not at all: to another file first, which is then renamed."""
-    state = {"args": vars(args) | {"resume": None}, "step": step, "env_steps": env_steps}
-    state |= {name: part.state_dict() for name, part in parts.items()}
-    state |= {name: generator.get_state() for name, generator in generators.items()}
-    torch.save(state, run / "checkpoint.tmp")
-    os.replace(run / "checkpoint.tmp", run / "checkpoint.pt")
-
-
-def restore(checkpoint, parts, generators):
-    """Put a checkpoint into networks, optimizer, buffer, generators; returns step, env_steps. Raises InputError."""
-    try:
-        for name, part in parts.items():
-            part.load_state_dict(checkpoint[name])
-        for name, generator in generators.items():
-            generator.set_state(checkpoint[name])
-        return int(checkpoint["step"]), int(checkpoint["env_steps"])
-    except Exception as error:  # missing keys, other shapes or types
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"the checkpoint does not fit this run ({type(error).__name__}: {reason})") from None
-
-
-CSV_COLUMNS = ["gradient_step", "env_steps", "split", "context", "task", "return", "exploration_return"]
-
-
-def start_csv(path, step):
-    """Write eval.csv with its header and, of a run to resume, the rows up to `step`: the later ones come again."""
-    rows = []
-    if step and path.exists():
-        with open(path, newline="") as file:
-            rows = [row for row in list(csv.reader(file))[1:] if int(row[0]) <= step]
-    with open(path, "w", newline="") as file:
-        csv.writer(file).writerows([CSV_COLUMNS, *rows])
-
-
-def append_csv(path, step, env_steps, rows, eval_envs):
-    """One line for each task: the mean over its EVAL_REPEATS meta-episodes."""
-    with open(path, "a", newline="") as file:
-        for split, context, *columns in rows:
-            means = np.stack(columns, -1).reshape(-1, EVAL_REPEATS, 2).mean(1).round(4)  # (tasks, 2)
-            numbers = [task for task, _ in eval_envs[split][::EVAL_REPEATS]]
-            csv.writer(file).writerows([step, env_steps, split, context, i, *m] for i, m in zip(numbers, means))
-
-
-def print_csv(path):
-    """The table at the end of a run: every evaluation, mean over tasks."""
-    with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
-    groups = list(dict.fromkeys((row["split"], row["context"]) for row in rows))
-    print("\nPost-adaptation return, mean over tasks")
-    print(f"{'gradient step':>14}{'transitions':>13}" + "".join(f"{f'{s}, {c} context':>24}" for s, c in groups))
-    for at in dict.fromkeys((row["gradient_step"], row["env_steps"]) for row in rows):
-        here = [row for row in rows if (row["gradient_step"], row["env_steps"]) == at]
-        values = [[float(row["return"]) for row in here if (row["split"], row["context"]) == g] for g in groups]
-        print(f"{at[0]:>14}{at[1]:>13}" + "".join(f"{np.mean(v):>24.1f}" for v in values))
 
 
 def write_dataset(buffer, train_tasks, test_tasks, args):
@@ -534,7 +463,7 @@ def main(args):
     generators = {"act_rng": act_rng, "rng": rng}
     step, env_steps = 0, 0
     if args.resume:
-        step, env_steps = restore(load_checkpoint(run), parts, generators)
+        step, env_steps = restore(load_checkpoint(run, Args), parts, generators)
     total_steps = args.online_iterations * args.updates_per_iteration
 
     run.mkdir(parents=True, exist_ok=True)
@@ -565,11 +494,11 @@ def main(args):
     def after_update(info, progress):
         """Count a gradient step; log, evaluate and save what is due after it."""
         nonlocal step, totals, count, since
-        step, count = step + 1, count + 1
+        step, count, stopping = step + 1, count + 1, bool(stop_signals)
         totals = {name: totals.get(name, 0) + value for name, value in info.items()}
         progress.update()
         eval_due = step == total_steps or step % args.eval_every == 0
-        save_due = step == total_steps or step % args.checkpoint_every == 0 or bool(stop_signals)
+        save_due = step == total_steps or step % args.checkpoint_every == 0 or stopping
         if step % LOG_EVERY == 0 or eval_due or save_due:
             means = {name: value.item() / count for name, value in totals.items()}
             broken = ", ".join(name for name, value in means.items() if not math.isfinite(value))
@@ -581,7 +510,7 @@ def main(args):
             totals, count = {}, 0
         if eval_due:
             rows, scalars, kls = evaluate(agent, eval_envs, args)
-            append_csv(run / "eval.csv", step, env_steps, rows, eval_envs)
+            append_csv(run / "eval.csv", step, env_steps, rows, eval_envs, EVAL_REPEATS)
             for name, value in scalars.items():
                 writer.add_scalar(name, value, step)
             for name, values in kls.items():
@@ -592,7 +521,7 @@ def main(args):
             write_dataset(buffer, train_tasks, test_tasks, args)
         if save_due:
             save_checkpoint(run, args, step, env_steps, parts, generators)
-        if stop_signals:
+        if stopping:
             progress.close()
             raise SystemExit(f"stopped after step {step}; continue with: python {Path(__file__).name} --resume {run}")
         if count == 0:

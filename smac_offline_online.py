@@ -7,13 +7,11 @@ and Algorithm 1. A departure from the paper's text says `PAPER: ... CODE: ...` a
 Run: python smac_offline_online.py --env-id HopperParam
 """
 
-import csv
 import dataclasses
 import difflib
 import importlib.metadata
 import json
 import math
-import os
 import signal
 import sys
 import time
@@ -29,7 +27,8 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import envs
-from buffers import InputError, ReplayBuffer, fill_from_dataset, load_dataset
+from buffers import InputError, ReplayBuffer, fill_from_dataset, load_dataset  # D and its file
+from buffers import append_csv, load_checkpoint, print_csv, restore, save_checkpoint, start_csv  # files of a run
 
 
 @dataclasses.dataclass
@@ -260,7 +259,7 @@ def actor_loss(agent, batch, z, q, args, lambda_pearl):
     data_u = torch.atanh(batch["actions"].clamp(-1 + 1e-6, 1 - 1e-6))
     loss = -(weights * tanh_gaussian_log_prob(data_u, mean, log_std)).mean()
     if lambda_pearl:  # D_KL(pi(a | s, z) || exp Q / Z), up to a constant
-        # PAPER: with the entropy, as here. The authors' code has no log pi term.
+        # As in the text, with log pi, PEARL's entropy; the authors' code leaves it out.
         loss = loss + lambda_pearl * (tanh_gaussian_log_prob(u, mean, log_std) - q_new).mean()
     return loss, weights
 
@@ -309,8 +308,8 @@ def update(agent, optimizer, batch, args, online):
     optimizer.zero_grad(set_to_none=True)  # the optimizer skips a frozen network, whose gradient is None
     (l_critic + l_actor + l_reward if train_encoder else l_critic + l_actor).backward()
     optimizer.step()
-    torch._foreach_lerp_(list(agent.q_target.parameters()), list(agent.q.parameters()), args.tau)
     with torch.no_grad():
+        torch._foreach_lerp_(list(agent.q_target.parameters()), list(agent.q.parameters()), args.tau)  # soft update
         info = {"losses/critic": l_critic, "losses/actor": l_actor, "losses/reward": error, "losses/kl": kl}
         info |= {"train/q_mean": q.mean(), "train/q_max": q.amax()}
         info["train/actor_weight_ess"] = 1 / weights.square().mean()  # effective sample size / N: the mean weight is 1
@@ -399,7 +398,7 @@ def adapt(env_list, agent, args, generator):
 
 
 def make_eval_envs(args, train_tasks, test_tasks):
-    """{"test": all test tasks, "train": TRAIN_EVAL_TASKS of the training tasks}, as (task number, environment) pairs."""
+    """{"test": all test tasks, "train": TRAIN_EVAL_TASKS training tasks}, as pairs (task number, environment)."""
     # Evenly spaced in sorted order: ten directions drawn at random would favour policies that ignore the task.
     middles = (np.arange(TRAIN_EVAL_TASKS) + 0.5) / TRAIN_EVAL_TASKS * len(train_tasks)
     spaced = np.unique(np.argsort(train_tasks[:, 0])[middles.astype(int)])
@@ -453,7 +452,7 @@ def evaluate(agent, buffer, eval_envs, args):
     return rows, {name: float(value) for name, value in scalars.items()}, kls
 
 
-# ===== The run: flags, checkpoint, eval.csv
+# ===== The run
 
 
 def parse_args(argv=None):
@@ -464,7 +463,7 @@ def parse_args(argv=None):
         raise InputError(f"--env-id {known.env_id}: there is no such environment, the nearest are {', '.join(near)}")
     defaults = Args(**{"env_id": known.env_id} | PRESETS[known.env_id])
     if known.resume:
-        defaults = Args(**load_checkpoint(known.resume)["args"])
+        defaults = load_checkpoint(known.resume, Args)["args"]
     args = tyro.cli(Args, args=argv, default=defaults, description=__doc__)
     for name, value in vars(args).items():
         flag, old = "--" + name.replace("_", "-"), getattr(defaults, name)
@@ -478,19 +477,6 @@ def parse_args(argv=None):
     return args
 
 
-def load_checkpoint(run):
-    """Read RUN/checkpoint.pt; it can not run code. Raises InputError where it is missing or damaged."""
-    path = Path(run) / "checkpoint.pt"
-    if not path.is_file():
-        raise InputError(f"there is no checkpoint at {path}")
-    try:
-        checkpoint = torch.load(path, weights_only=True)
-        Args(**checkpoint["args"])
-        return checkpoint
-    except Exception as error:  # whatever a damaged or hostile file makes torch raise
-        raise InputError(f"{path} can not be read as a checkpoint of this script ({type(error).__name__})") from None
-
-
 def use_fast_matmul(device):
     """Let matrix products take faster kernels ("medium"), unless these are less exact than fp32 on this machine."""
     torch.set_float32_matmul_precision("medium")
@@ -498,63 +484,6 @@ def use_fast_matmul(device):
     exact = x.double() @ x.double()
     if ((x @ x - exact).norm() / exact.norm()).item() > 1e-5:
         torch.set_float32_matmul_precision("highest")
-
-
-def save_checkpoint(run, args, step, env_steps, parts, generators):
-    """Write RUN/checkpoint.pt whole or not at all: to another file first, which is then renamed."""
-    state = {"args": vars(args) | {"resume": None}, "step": step, "env_steps": env_steps}
-    state |= {name: part.state_dict() for name, part in parts.items()}
-    state |= {name: generator.get_state() for name, generator in generators.items()}
-    torch.save(state, run / "checkpoint.tmp")
-    os.replace(run / "checkpoint.tmp", run / "checkpoint.pt")
-
-
-def restore(checkpoint, parts, generators):
-    """Put a checkpoint into networks, optimizer, buffer, generators; returns step, env_steps. Raises InputError."""
-    try:
-        for name, part in parts.items():
-            part.load_state_dict(checkpoint[name])
-        for name, generator in generators.items():
-            generator.set_state(checkpoint[name])
-        return int(checkpoint["step"]), int(checkpoint["env_steps"])
-    except Exception as error:  # missing keys, other shapes or types
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"the checkpoint does not fit this run ({type(error).__name__}: {reason})") from None
-
-
-CSV_COLUMNS = ["gradient_step", "env_steps", "split", "context", "task", "return", "exploration_return"]
-
-
-def start_csv(path, step):
-    """Write eval.csv with its header and, of a run to resume, the rows up to `step`: the later ones come again."""
-    rows = []
-    if step and path.exists():
-        with open(path, newline="") as file:
-            rows = [row for row in list(csv.reader(file))[1:] if int(row[0]) <= step]
-    with open(path, "w", newline="") as file:
-        csv.writer(file).writerows([CSV_COLUMNS, *rows])
-
-
-def append_csv(path, step, env_steps, rows, eval_envs):
-    """One line for each task: the mean over its EVAL_REPEATS meta-episodes."""
-    with open(path, "a", newline="") as file:
-        for split, context, *columns in rows:
-            means = np.stack(columns, -1).reshape(-1, EVAL_REPEATS, 2).mean(1).round(4)  # (tasks, 2)
-            numbers = [task for task, _ in eval_envs[split][::EVAL_REPEATS]]
-            csv.writer(file).writerows([step, env_steps, split, context, i, *m] for i, m in zip(numbers, means))
-
-
-def print_csv(path):
-    """The table at the end of a run: every evaluation, mean over tasks."""
-    with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
-    groups = list(dict.fromkeys((row["split"], row["context"]) for row in rows))
-    print("\nPost-adaptation return, mean over tasks")
-    print(f"{'gradient step':>14}{'transitions':>13}" + "".join(f"{f'{s}, {c} context':>24}" for s, c in groups))
-    for at in dict.fromkeys((row["gradient_step"], row["env_steps"]) for row in rows):
-        here = [row for row in rows if (row["gradient_step"], row["env_steps"]) == at]
-        values = [[float(row["return"]) for row in here if (row["split"], row["context"]) == g] for g in groups]
-        print(f"{at[0]:>14}{at[1]:>13}" + "".join(f"{np.mean(v):>24.1f}" for v in values))
 
 
 def main(args):
@@ -587,7 +516,7 @@ def main(args):
     generators = {"act_rng": act_rng, "rng": rng}
     step, env_steps = 0, 0
     if args.resume:
-        step, env_steps = restore(load_checkpoint(run), parts, generators)
+        step, env_steps = restore(load_checkpoint(run, Args), parts, generators)
     total_steps = args.offline_steps + args.online_iterations * args.updates_per_iteration
 
     run.mkdir(parents=True, exist_ok=True)
@@ -626,12 +555,12 @@ def main(args):
     def after_update(info, progress):
         """Count a gradient step; log, evaluate and save what is due after it."""
         nonlocal step, totals, count, since
-        step, count = step + 1, count + 1
+        step, count, stopping = step + 1, count + 1, bool(stop_signals)
         totals = {name: totals.get(name, 0) + value for name, value in info.items()}
         progress.update()
         phase_ends = step in (args.offline_steps, total_steps)
         eval_due = phase_ends or step % args.eval_every == 0
-        save_due = phase_ends or step % args.checkpoint_every == 0 or bool(stop_signals)
+        save_due = phase_ends or step % args.checkpoint_every == 0 or stopping
         if step % LOG_EVERY == 0 or eval_due or save_due:
             means = {name: value.item() / count for name, value in totals.items()}
             broken = ", ".join(name for name, value in means.items() if not math.isfinite(value))
@@ -643,7 +572,7 @@ def main(args):
             totals, count = {}, 0
         if eval_due:
             rows, scalars, kls = evaluate(agent, buffer, eval_envs, args)
-            append_csv(run / "eval.csv", step, env_steps, rows, eval_envs)
+            append_csv(run / "eval.csv", step, env_steps, rows, eval_envs, EVAL_REPEATS)
             for name, value in scalars.items():
                 writer.add_scalar(name, value, step)
             for name, values in kls.items():
@@ -652,7 +581,7 @@ def main(args):
             tqdm.write(f"step {step}, {env_steps} new transitions | return: {returns}")
         if save_due:
             save_checkpoint(run, args, step, env_steps, parts, generators)
-        if stop_signals:
+        if stopping:
             progress.close()
             raise SystemExit(f"stopped after step {step}; continue with: python {Path(__file__).name} --resume {run}")
         if count == 0:
