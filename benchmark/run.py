@@ -1,0 +1,80 @@
+"""Run a benchmark and keep its evidence: python benchmark/run.py point_direction
+
+Starts the runs of one row of BENCHMARKS with one thread each, --parallel at a time, and copies eval.csv and args.json of
+each into benchmark/results/{name}/. Results that are there already are not made again.
+"""
+
+import dataclasses
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import tyro
+
+ROOT = Path(__file__).resolve().parent.parent
+POINT = "smac_offline_online.py --env-id PointDirection"
+HOPPER = "--env-id HopperParam"
+BENCHMARKS = {
+    # name: {label: (command, seeds)}
+    "point_direction": {
+        "smac": (POINT, (1, 2, 3)),
+        "smac_oracle_rewards": (f"{POINT} --oracle-rewards", (1, 2, 3)),
+        "smac_goal_directed_data": (f"{POINT} --dataset datasets/PointDirectionGoal.npz", (1, 2, 3)),
+    },
+    "hopper_param": {
+        "smac": (f"smac_offline_online.py {HOPPER}", (1, 2, 3)),
+        "pearl": (f"pearl_online_oracle.py {HOPPER} --tasks-per-iteration 5 --online-iterations 50", (1,)),
+    },
+}
+
+
+@dataclasses.dataclass
+class Args:
+    name: tyro.conf.Positional[str]
+    """a key of BENCHMARKS"""
+    parallel: int = 2
+    """runs side by side, one thread each"""
+    run_dir: str = "runs/benchmark"
+    """where the runs write; a run that was stopped goes on from its checkpoint"""
+
+
+def run(name, label, command, seed, run_dir):
+    """Start or continue one run; copy what it wrote."""
+    out = ROOT / "benchmark" / "results" / name
+    if (out / f"{label}__{seed}.csv").exists():
+        return
+    script, *flags = shlex.split(command)
+    env_id = flags[flags.index("--env-id") + 1]
+    folder = ROOT / run_dir / name / label
+    result = folder / f"{env_id}__{Path(script).stem}__{seed}"
+    line = [sys.executable, script, *flags, "--seed", str(seed), "--run-dir", str(folder.relative_to(ROOT))]
+    if (result / "checkpoint.pt").exists():
+        line = [sys.executable, script, "--resume", str(result)]
+    folder.mkdir(parents=True, exist_ok=True)
+    start = time.time()
+    with open(folder / f"{seed}.log", "a") as log:
+        subprocess.run(line, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=log, check=True)
+    out.mkdir(parents=True, exist_ok=True)
+    for file, suffix in (("eval.csv", ".csv"), ("args.json", ".json")):
+        shutil.copy(result / file, out / f"{label}__{seed}{suffix}")
+    print(f"{name} {label} seed {seed}: {(time.time() - start) / 60:.1f} minutes", flush=True)
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args, description=__doc__)
+    if args.name not in BENCHMARKS:
+        print(f"error: there is no benchmark {args.name}, only {', '.join(BENCHMARKS)}", file=sys.stderr)
+        sys.exit(2)
+    with ThreadPoolExecutor(args.parallel) as pool:
+        jobs = [
+            pool.submit(run, args.name, label, command, seed, args.run_dir)
+            for label, (command, seeds) in BENCHMARKS[args.name].items()
+            for seed in seeds
+        ]
+        for job in jobs:
+            job.result()
