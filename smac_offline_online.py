@@ -116,6 +116,7 @@ PRESETS = {
     ),
 }  # fmt: skip
 MAY_BE_ZERO = "seed offline_steps online_iterations lambda_pearl kl_coef prior_steps posterior_steps".split()
+AT_MOST = {"gamma": 1, "tau": 1, "seed": 2**32}
 EVAL_REPEATS, TRAIN_EVAL_TASKS = 4, 10  # meta-episodes a task in an evaluation; training tasks in it
 LOG_EVERY = 200  # gradient steps averaged into one point of the loss curves
 
@@ -470,8 +471,9 @@ def parse_args(argv=None):
         if known.resume and value != old and name not in ("resume", "device", "online_iterations"):
             raise InputError(f"{flag} is {old} in the run to resume and can not become {value}")
         numbers = [n for n in (value if isinstance(value, tuple) else [value]) if type(n) in (int, float)]
-        if not all(0 < n < math.inf or n == 0 and name in MAY_BE_ZERO for n in numbers):
-            raise InputError(f"{flag} is {value}, it must be {'at least' if name in MAY_BE_ZERO else 'above'} 0")
+        low, high = "at least" if name in MAY_BE_ZERO else "above", AT_MOST.get(name, math.inf)
+        if not all((0 < n or n == 0 and name in MAY_BE_ZERO) and n <= high and math.isfinite(n) for n in numbers):
+            raise InputError(f"{flag} is {value}, it must be {low} 0" + (f" and at most {high}" if name in AT_MOST else ""))
     if args.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: PyTorch finds no GPU here")
     return args
