@@ -473,7 +473,8 @@ def parse_args(argv=None):
         numbers = [n for n in (value if isinstance(value, tuple) else [value]) if type(n) in (int, float)]
         low, high = "at least" if name in MAY_BE_ZERO else "above", AT_MOST.get(name, math.inf)
         if not all((0 < n or n == 0 and name in MAY_BE_ZERO) and n <= high and math.isfinite(n) for n in numbers):
-            raise InputError(f"{flag} is {value}, it must be {low} 0" + (f" and at most {high}" if name in AT_MOST else ""))
+            bound = f" and at most {high}" if name in AT_MOST else ""
+            raise InputError(f"{flag} is {value}, it must be {low} 0{bound}")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: PyTorch finds no GPU here")
     return args

@@ -15,7 +15,7 @@ SCRIPTS = [
     for name, tree in TREES.items()
     if any(isinstance(node, ast.ClassDef) and node.name == "Args" for node in tree.body)
 ]
-MAY_DIFFER = {"Args", "Agent", "update", "main", "evaluate"}
+MAY_DIFFER = {"Args", "Agent", "update", "main", "evaluate", "sample_batch"}
 
 
 def source(name):
@@ -105,3 +105,21 @@ def test_house_style(name):
     assert not re.search(r"\b(TODO|FIXME|XXX|breakpoint|pdb)\b", text)
     assert ast.get_docstring(TREES[name])
     assert [number for number, line in enumerate(text.splitlines(), 1) if len(line) > 120] == []
+
+
+def test_the_readme_lists_every_departure_from_the_paper():
+    rows = re.findall(r"^\| \d+ \| (\w+\.py) \|", source("README.md"), re.M)
+    for name in sorted(OURS):
+        tagged = len(re.findall(r"# PAPER: ", source(f"{name}.py")))
+        assert rows.count(f"{name}.py") == tagged, name
+
+
+def test_the_readme_names_functions_that_exist():
+    table = source("README.md").split("## The paper in the file")[1].split("\n## ")[0]
+    named = {word for row in re.findall(r"\| ([^|]*) \|$", table, re.M) for word in re.findall(r"`(\w+)`", row)}
+    assert len(named) > 8 and all(re.search(rf"^\s*(def|class) {n}\b|^{n} =", source("smac_offline_online.py"), re.M) for n in named)
+
+
+def test_the_readmes_numbers_are_those_of_the_results():
+    table = (ROOT / "benchmark" / "results" / "point_direction" / "table.md").read_text()
+    assert table.strip() in source("README.md")

@@ -1,0 +1,103 @@
+"""Meta behaviour cloning: its loss by hand, what trains what, a run with evaluation and resuming, and that it imitates."""
+
+import csv
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import meta_bc
+
+OBS, ACTION, T, B = 4, 2, 2, 3
+GOAL_DATA = str(Path(meta_bc.__file__).parent / "datasets" / "PointDirectionGoal.npz")
+SMALL = "--env-id PointDirection --policy-hidden 16 16 --encoder-hidden 16 --decoder-hidden 8 --rl-batch 16 --latent-dim 3"
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    for name, value in (("EVAL_REPEATS", 1), ("TRAIN_EVAL_TASKS", 3), ("LOG_EVERY", 5)):
+        monkeypatch.setattr(meta_bc, name, value)
+
+
+def setting():
+    torch.manual_seed(0)
+    sizes = {"policy_hidden": (8,), "encoder_hidden": (8,), "decoder_hidden": (8,), "latent_dim": 3}
+    args = meta_bc.Args(env_id="PointDirection", **sizes)
+    agent = meta_bc.Agent(OBS, ACTION, args)
+    with torch.no_grad():
+        for parameter in agent.parameters():
+            parameter += 0.3 * torch.randn_like(parameter)
+    batch = {"obs": torch.randn(T, B, OBS), "actions": torch.rand(T, B, ACTION), "rewards": torch.randn(T, B, 1)}
+    batch |= {"next_obs": torch.randn(T, B, OBS), "terminals": torch.zeros(T, B, 1)}
+    return agent, batch | {"context": torch.randn(T, 5, OBS + ACTION + 1), "noise_z": torch.randn(T, 3)}, args
+
+
+def start(folder, *flags):
+    agent = meta_bc.main(meta_bc.parse_args([*SMALL.split(), "--device", "cpu", "--run-dir", str(folder), *flags]))
+    return Path(folder) / "PointDirection__meta_bc__1", agent
+
+
+def test_cloning_loss_is_the_negative_log_density_of_the_data():
+    agent, batch, _ = setting()
+    obs, actions, z = batch["obs"].flatten(0, 1), batch["actions"].flatten(0, 1), torch.randn(T * B, 3)
+    with torch.no_grad():
+        mean, log_std = (part.double().numpy() for part in agent.policy(obs, z))
+    a = actions.double().numpy()
+    gaussian = -0.5 * ((np.arctanh(a) - mean) / np.exp(log_std)) ** 2 - log_std - 0.5 * math.log(2 * math.pi)
+    expected = -(gaussian - np.log(1 - a**2)).sum(-1).mean()
+    loss = meta_bc.cloning_loss(agent, {"obs": obs, "actions": actions}, z)
+    assert loss.item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_policy_learns_from_actions_and_the_encoder_from_rewards_alone():
+    agent, batch, args = setting()
+    gradients = {}
+    for name, changed in (("as is", {}), ("other actions", {"actions": -batch["actions"]})):
+        agent.zero_grad()
+        optimizer = torch.optim.SGD(agent.parameters(), lr=0.0)
+        # The decoder reads the actions too: with its weights on them at zero only the policy can tell the two apart.
+        with torch.no_grad():
+            agent.decoder.net[0].weight[:, OBS : OBS + ACTION] = 0
+        meta_bc.update(agent, optimizer, batch | changed, args)
+        gradients[name] = {key: parameter.grad.clone() for key, parameter in agent.named_parameters()}
+    for key, value in gradients["as is"].items():
+        same = torch.allclose(value, gradients["other actions"][key], atol=1e-7)
+        if key.startswith("encoder.") or key.startswith("policy.net.0.weight"):
+            assert same == key.startswith("encoder.") and value.abs().sum() > 0
+
+
+def test_a_run_evaluates_and_resumes_bit_for_bit(tmp_path, quick):
+    flags = "--offline-steps 20 --eval-every 10 --checkpoint-every 7".split()
+    whole, agent = start(tmp_path / "whole", *flags)
+    update, calls = meta_bc.update, []
+
+    def stop_after_nine(*args):
+        calls.append(1)
+        if len(calls) == 9:
+            raise KeyboardInterrupt
+        return update(*args)
+
+    meta_bc.update = stop_after_nine
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            start(tmp_path / "part", *flags)
+    finally:
+        meta_bc.update = update
+    part = tmp_path / "part" / whole.name
+    resumed = meta_bc.main(meta_bc.parse_args(["--env-id", "PointDirection", "--resume", str(part)]))
+    assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in agent.state_dict().items())
+    assert (whole / "eval.csv").read_bytes() == (part / "eval.csv").read_bytes()
+    with open(whole / "eval.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 * (20 + 3 + 3)  # two evaluations: all test tasks, 3 training tasks with either context
+
+
+def test_it_imitates_goal_directed_data(tmp_path):
+    """With offline context it heads for the task: LEARN_BC_NUMBERS for seeds 1, 2, 3."""
+    flags = "--env-id PointDirection --rl-batch 64 --offline-steps 1500 --eval-every 1500 --dataset".split()
+    meta_bc.main(meta_bc.parse_args([*flags, GOAL_DATA, "--run-dir", str(tmp_path)]))
+    with open(tmp_path / "PointDirection__meta_bc__1" / "eval.csv", newline="") as file:
+        returns = [float(row["return"]) for row in csv.DictReader(file) if row["context"] == "offline"]
+    assert np.mean(returns) > 10
