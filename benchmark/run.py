@@ -1,7 +1,7 @@
 """Run a benchmark and keep its evidence: python benchmark/run.py point_direction
 
-Starts the runs of one row of BENCHMARKS with one thread each, --parallel at a time, and copies eval.csv and args.json of
-each into benchmark/results/{name}/. Results that are there already are not made again.
+Starts the runs of one row of BENCHMARKS with one thread each, --parallel at a time, and copies eval.csv and args.json
+of each into benchmark/results/{name}/. Results that are there already are not made again.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""Meta behaviour cloning: its loss by hand, what trains what, a run with evaluation and resuming, and that it imitates."""
+"""Meta behaviour cloning: its loss by hand, what trains what, evaluation and resuming, and that it imitates."""
 
 import csv
 import math
@@ -12,7 +12,7 @@ import meta_bc
 
 OBS, ACTION, T, B = 4, 2, 2, 3
 GOAL_DATA = str(Path(meta_bc.__file__).parent / "datasets" / "PointDirectionGoal.npz")
-SMALL = "--env-id PointDirection --policy-hidden 16 16 --encoder-hidden 16 --decoder-hidden 8 --rl-batch 16 --latent-dim 3"
+SMALL = "--env-id PointDirection --policy-hidden 16 --encoder-hidden 16 --decoder-hidden 8 --rl-batch 16 --latent-dim 3"
 
 
 @pytest.fixture
@@ -95,9 +95,9 @@ def test_a_run_evaluates_and_resumes_bit_for_bit(tmp_path, quick):
 
 
 def test_it_imitates_goal_directed_data(tmp_path):
-    """With offline context it heads for the task: LEARN_BC_NUMBERS for seeds 1, 2, 3."""
+    """With offline context it heads for the task: 15 to 47 for seeds 1, 2, 3, and about 0 if it ignored z."""
     flags = "--env-id PointDirection --rl-batch 64 --offline-steps 1500 --eval-every 1500 --dataset".split()
     meta_bc.main(meta_bc.parse_args([*flags, GOAL_DATA, "--run-dir", str(tmp_path)]))
     with open(tmp_path / "PointDirection__meta_bc__1" / "eval.csv", newline="") as file:
         returns = [float(row["return"]) for row in csv.DictReader(file) if row["context"] == "offline"]
-    assert np.mean(returns) > 10
+    assert np.mean(returns) > 8
