@@ -277,7 +277,7 @@ def load_checkpoint(run, args_class):
     if not path.is_file():
         raise InputError(f"there is no checkpoint at {path}")
     try:
-        checkpoint = torch.load(path, weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         return checkpoint | {"args": args_class(**checkpoint["args"])}
     except Exception as error:  # whatever a damaged or hostile file makes torch raise
         raise InputError(f"{path} can not be read as a checkpoint of this script ({type(error).__name__})") from None

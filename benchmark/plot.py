@@ -18,7 +18,7 @@ import numpy as np
 
 RESULTS = Path(__file__).resolve().parent / "results"
 GROUPS = {("test", "online"): "-", ("train", "online"): "--", ("train", "offline"): ":"}  # what is measured: line style
-COLOURS = {"smac": "tab:red", "smac_oracle_rewards": "black", "pearl": "black", "smac_goal_directed_data": "tab:blue"}
+COLOURS = {"smac": "tab:red", "smac_goal_data": "tab:blue", "smac_goal_data_slow": "tab:cyan"}  # others black
 
 
 def read(file):
@@ -49,8 +49,8 @@ def main(name):
             by_step = [{at[0]: value for at, value in seed[group].items()} for seed in seeds]
             values = np.array([[seed[step] for step in steps] for seed in by_step])  # (seeds, steps)
             mean, std = values.mean(0), values.std(0)
-            axis.plot(steps, mean, style, color=COLOURS.get(label), label=f"{group[0]} tasks, {group[1]} context")
-            axis.fill_between(steps, mean - std, mean + std, color=COLOURS.get(label), alpha=0.12, linewidth=0)
+            axis.plot(steps, mean, style, color=COLOURS.get(label, "black"), label=f"{group[0]} tasks, {group[1]} context")
+            axis.fill_between(steps, mean - std, mean + std, color=COLOURS.get(label, "black"), alpha=0.12, linewidth=0)
             offline = [at[0] for at in seeds[0][group] if at[1] == 0]
             switch = steps.index(max(offline)) if offline else None
             before = f"{mean[switch]:.1f} ± {std[switch]:.1f}" if offline else ""
