@@ -1,11 +1,12 @@
 """Learning curve and table of a benchmark: python benchmark/plot.py point_direction
 
-Reads benchmark/results/{name}/{label}__{seed}.csv, the eval.csv files of its runs; writes curve.png and table.md beside
-them. A line is the mean over seeds, the band its standard deviation. In the table "data" is the return of the offline
-dataset's whole trajectories.
+Reads benchmark/results/{name}/{label}__{seed}.csv and .json, the eval.csv and args.json of its runs; writes curve.png and
+table.md beside them. A line is the mean over seeds, the band its standard deviation. "Data" is the mean return of the
+trajectories in the offline dataset (where a task's data begin within a trajectory, of what is left of it).
 """
 
 import csv
+import json
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -15,6 +16,10 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import buffers
+import envs
 
 RESULTS = Path(__file__).resolve().parent / "results"
 GROUPS = {("test", "online"): "-", ("train", "online"): "--", ("train", "offline"): ":"}  # what is measured: line style
@@ -31,6 +36,16 @@ def read(file):
     return {group: {at: np.mean(values) for at, values in steps.items()} for group, steps in cells.items()}
 
 
+def data_return(file):
+    """Mean return of the trajectories that a run was given, from its args.json; empty for a run without a dataset."""
+    args = json.loads(file.read_text())
+    if "dataset" not in args:
+        return ""
+    root, env_id = RESULTS.parent.parent, args["env_id"]
+    dataset = buffers.load_dataset(root / (args["dataset"] or f"datasets/{env_id}.npz"), env_id, envs.SPECS[env_id])
+    return f"{np.mean([path['rewards'].sum() for _, path in dataset['rl']]):.1f}"
+
+
 def main(name):
     folder = RESULTS / name
     runs = defaultdict(list)
@@ -40,7 +55,7 @@ def main(name):
         print(f"error: there are no results in {folder}: run benchmark/run.py {name}", file=sys.stderr)
         sys.exit(2)
     figure, axes = plt.subplots(1, len(runs), figsize=(4.5 * len(runs), 3.4), sharey=True, squeeze=False)
-    lines = ["| run | seeds | context of | after the offline phase | at the end |", "|---|---|---|---|---|"]
+    lines = ["| run | seeds | data | measured on | after the offline phase | at the end |", "|---|---|---|---|---|---|"]
     for axis, (label, seeds) in zip(axes[0], runs.items()):
         for group, style in GROUPS.items():
             if group not in seeds[0]:
@@ -54,8 +69,8 @@ def main(name):
             offline = [at[0] for at in seeds[0][group] if at[1] == 0]
             switch = steps.index(max(offline)) if offline else None
             before = f"{mean[switch]:.1f} ± {std[switch]:.1f}" if offline else ""
-            what = f"{group[0]} tasks, {group[1]} data"
-            lines.append(f"| {label} | {len(seeds)} | {what} | {before} | {mean[-1]:.1f} ± {std[-1]:.1f} |")
+            what = f"{len(seeds)} | {data_return(folder / f'{label}__1.json')} | {group[0]} tasks, {group[1]} context"
+            lines.append(f"| {label} | {what} | {before} | {mean[-1]:.1f} ± {std[-1]:.1f} |")
         if offline and switch < len(steps) - 1:
             axis.axvline(steps[switch], color="grey", linewidth=0.8)  # here the self-supervised phase begins
         axis.set(title=label, xlabel="gradient step")
