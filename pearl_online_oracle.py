@@ -456,6 +456,14 @@ def main(args):
     if not args.resume and (run / "checkpoint.pt").exists():
         raise InputError(f"{run} holds a run: continue it with --resume {run}, or choose another --run-dir or --seed")
 
+    if args.save_dataset and not (
+        args.dataset_iteration <= args.online_iterations and Path(args.save_dataset).resolve().parent.is_dir()
+    ):
+        raise InputError(
+            f"--save-dataset {args.save_dataset} needs a folder that exists, and at least {args.dataset_iteration} "
+            "--online-iterations (--dataset-iteration)"
+        )
+
     # --- Tasks, networks, environments
     tasks = envs.sample_tasks(args.env_id, spec.num_train_tasks + spec.num_test_tasks, args.task_seed)
     train_tasks, test_tasks = np.split(tasks, [spec.num_train_tasks])

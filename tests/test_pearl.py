@@ -185,7 +185,7 @@ def test_cheetah_takes_the_first_of_one_buffer_and_the_last_of_the_other(tmp_pat
 
 
 def test_it_learns_the_point_mass(tmp_path):
-    """At the end seeds 1, 2, 3 have 24, 21, 17 on test and 35, 26, 19 on train tasks; an untrained agent has about 0."""
+    """At the end seeds 1, 2, 3 have 24, 21, 17 on test and 35, 26, 19 on train tasks; an untrained one about 0."""
     flags = "--env-id PointDirection --rl-batch 64 --online-iterations 8 --updates-per-iteration 350 --eval-every 2800"
     run = tmp_path / "PointDirection__pearl_online_oracle__1"
     pearl.main(pearl.parse_args([*flags.split(), "--run-dir", str(tmp_path)]))
