@@ -441,7 +441,11 @@ def write_dataset(buffer, train_tasks, test_tasks, args):
     for part, source, piece in zip(parts, ("rl", "context"), DATASET_SLICES.get(args.env_id, DEFAULT_SLICES)):
         if piece:
             part += [(task, path) for task in range(len(train_tasks)) for path in buffer.paths(task, *piece, source)]
-    command = "python " + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    preset, flags = vars(Args(**{"env_id": args.env_id} | PRESETS[args.env_id])), f"--env-id {args.env_id}"
+    changed = {name: value for name, value in vars(args).items() if value != preset[name] and name != "resume"}
+    for name, value in changed.items():  # not sys.argv, which has no flags if the run was resumed
+        flags += f" --{name.replace('_', '-')} {' '.join(map(str, value)) if isinstance(value, tuple) else value}"
+    command = f"python {Path(__file__).name} {flags}"
     save_dataset(args.save_dataset, args.env_id, train_tasks, test_tasks, *parts, command)
     tqdm.write(f"dataset written to {args.save_dataset}")
 
@@ -456,13 +460,10 @@ def main(args):
     if not args.resume and (run / "checkpoint.pt").exists():
         raise InputError(f"{run} holds a run: continue it with --resume {run}, or choose another --run-dir or --seed")
 
-    if args.save_dataset and not (
-        args.dataset_iteration <= args.online_iterations and Path(args.save_dataset).resolve().parent.is_dir()
-    ):
-        raise InputError(
-            f"--save-dataset {args.save_dataset} needs a folder that exists, and at least {args.dataset_iteration} "
-            "--online-iterations (--dataset-iteration)"
-        )
+    if args.save_dataset and args.dataset_iteration > args.online_iterations:
+        raise InputError(f"--save-dataset: --dataset-iteration {args.dataset_iteration} comes after the last")
+    if args.save_dataset and not Path(args.save_dataset).absolute().parent.is_dir():
+        raise InputError(f"--save-dataset {args.save_dataset}: there is no such folder")
 
     # --- Tasks, networks, environments
     tasks = envs.sample_tasks(args.env_id, spec.num_train_tasks + spec.num_test_tasks, args.task_seed)
