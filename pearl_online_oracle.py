@@ -444,7 +444,8 @@ def write_dataset(buffer, train_tasks, test_tasks, args):
     preset, flags = vars(Args(**{"env_id": args.env_id} | PRESETS[args.env_id])), f"--env-id {args.env_id}"
     changed = {name: value for name, value in vars(args).items() if value != preset[name] and name != "resume"}
     for name, value in changed.items():  # not sys.argv, which has no flags if the run was resumed
-        flags += f" --{name.replace('_', '-')} {' '.join(map(str, value)) if isinstance(value, tuple) else value}"
+        no, words = "no-" if value is False else "", value if isinstance(value, tuple) else (value,)
+        flags += " ".join([f" --{no}{name.replace('_', '-')}", *(str(word) for word in words if not isinstance(word, bool))])
     command = f"python {Path(__file__).name} {flags}"
     save_dataset(args.save_dataset, args.env_id, train_tasks, test_tasks, *parts, command)
     tqdm.write(f"dataset written to {args.save_dataset}")
