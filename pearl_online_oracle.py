@@ -441,13 +441,13 @@ def write_dataset(buffer, train_tasks, test_tasks, args):
     for part, source, piece in zip(parts, ("rl", "context"), DATASET_SLICES.get(args.env_id, DEFAULT_SLICES)):
         if piece:
             part += [(task, path) for task in range(len(train_tasks)) for path in buffer.paths(task, *piece, source)]
-    preset, flags = vars(Args(**{"env_id": args.env_id} | PRESETS[args.env_id])), f"--env-id {args.env_id}"
-    changed = {name: value for name, value in vars(args).items() if value != preset[name] and name != "resume"}
-    for name, value in changed.items():  # not sys.argv, which has no flags if the run was resumed
-        no, words = "no-" if value is False else "", value if isinstance(value, tuple) else (value,)
-        flags += " ".join([f" --{no}{name.replace('_', '-')}", *(str(word) for word in words if not isinstance(word, bool))])
-    command = f"python {Path(__file__).name} {flags}"
-    save_dataset(args.save_dataset, args.env_id, train_tasks, test_tasks, *parts, command)
+    # The command, from the flags themselves: sys.argv has none of them if the run was resumed.
+    preset, command = vars(Args(**{"env_id": args.env_id} | PRESETS[args.env_id])), ["python", Path(__file__).name]
+    for name, value in vars(args).items():
+        if value != preset[name] and name != "resume" or name == "env_id":
+            words = () if isinstance(value, bool) else value if isinstance(value, tuple) else (value,)
+            command += [f"--{'no-' if value is False else ''}{name.replace('_', '-')}", *map(str, words)]
+    save_dataset(args.save_dataset, args.env_id, train_tasks, test_tasks, *parts, " ".join(command))
     tqdm.write(f"dataset written to {args.save_dataset}")
 
 
