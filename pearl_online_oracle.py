@@ -5,7 +5,7 @@ Variables", ICML 2019, https://arxiv.org/abs/1903.08254. SMAC: https://arxiv.org
 Where the two papers name different sizes, SMAC's Table 1 holds. Networks and helpers are smac_offline_online.py's.
 
 Run: python pearl_online_oracle.py --env-id HopperParam
-The dataset of HopperParam: the same with --tasks-per-iteration 5 --save-dataset datasets/HopperParam.npz
+Its dataset: the same with --tasks-per-iteration 5 --online-iterations 50 --save-dataset datasets/HopperParam.npz
 """
 
 import ctypes
@@ -420,14 +420,14 @@ def parse_args(argv=None):
 
 
 def speed_up(device):
-    """Settings of the process that make a gradient step on a CPU about twice as fast; they change no result."""
+    """Settings of the process that make a gradient step on a CPU faster, at the precision of fp32."""
     # Faster matrix products ("medium"), on most CPUs true fp32 as well; not where they are less exact.
     torch.set_float32_matmul_precision("medium")
     x = torch.randn(256, 256, generator=torch.Generator().manual_seed(0)).to(device)
     exact = x.double() @ x.double()
     if ((x @ x - exact).norm() / exact.norm()).item() > 1e-5:
         torch.set_float32_matmul_precision("highest")
-    # glibc gives large freed blocks back to the system: 3000 page faults a step, a fifth of its time. Let it keep them.
+    # glibc gives large freed blocks back to the system: thousands of page faults in a step. Let it keep them.
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:
         # M_MMAP_THRESHOLD, M_TOP_PAD, M_TRIM_THRESHOLD
