@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
 FORMAT_VERSION = 1
 PATH_FIELDS = {"obs": np.float32, "actions": np.float32, "rewards": np.float32, "terminals": np.bool_}
@@ -110,6 +111,10 @@ class ReplayBuffer:
             for part in np.split(np.arange(len(index)), breaks)
             if len(part)
         ]
+
+    def offline_paths(self, task: int) -> list:
+        """The trajectories of h_offline of one task."""
+        return self.paths(task, "first", int(self.sizes["offline"][task]), "context")
 
     def state_dict(self) -> dict:
         """Everything, cut to what is used; made of tensors and integers only."""
@@ -305,18 +310,54 @@ def start_csv(path, step):
         csv.writer(file).writerows([CSV_COLUMNS, *rows])
 
 
-def append_csv(path, step, env_steps, rows, eval_envs, repeats):
-    """Add one evaluation, a line for each task: the mean over its repeated meta-episodes.
+def task_means(rows):
+    """Of the rows that `evaluate` returns, a line for each task: split, context, task, mean of each column."""
+    for split, context, tasks, *columns in rows:
+        for task in dict.fromkeys(tasks):  # in order
+            yield [split, context, task, *(column[np.equal(tasks, task)].mean().round(4) for column in columns)]
+
+
+def log_evaluation(run, writer, step, env_steps, rows, scalars, arrays) -> str:
+    """Write what `evaluate` returns to eval.csv and TensorBoard; returns the mean returns in words.
 
     Args:
-        rows: (split, context, returns (E,), exploration returns (E,)); repeats neighbours belong to one task.
-        eval_envs: for each split its E pairs (task number, environment).
+        rows: (split, context, task numbers, returns, exploration returns), each of the last three (E,).
+        arrays: KL values "kl_..." (E,) and, if any, paths over ground to draw (., L+1, 2).
     """
-    with open(path, "a", newline="") as file:
-        for split, context, *columns in rows:
-            means = np.stack(columns, -1).reshape(-1, repeats, 2).mean(1).round(4)  # (tasks, 2)
-            numbers = [task for task, _ in eval_envs[split][::repeats]]
-            csv.writer(file).writerows([step, env_steps, split, context, i, *m] for i, m in zip(numbers, means))
+    with open(run / "eval.csv", "a", newline="") as file:
+        csv.writer(file).writerows([step, env_steps, *line] for line in task_means(rows))
+    for split, context, _, returns, explored in rows:
+        writer.add_scalar(f"eval/{split}/{context}_context_return", returns.mean(), step)
+        if context == "online":
+            writer.add_scalar(f"eval/{split}/exploration_return", explored.mean(), step)
+    for name, value in scalars.items():
+        writer.add_scalar(name, value, step)
+    for name in (name for name in arrays if name.startswith("kl_")):
+        writer.add_scalar(f"eval/{name}", arrays[name].mean(), step)
+        writer.add_histogram(f"eval/{name}", arrays[name], step)
+    if "exploration" in arrays:
+        figure = Figure()
+        draw_paths(figure.subplots(), arrays)
+        writer.add_figure("eval/paths", figure, step)
+    return ", ".join(f"{split} ({context} context) {returns.mean():.1f}" for split, context, _, returns, _ in rows)
+
+
+def draw_paths(axes, ground: dict) -> None:
+    """Draw {label: paths (., L+1, 2) in metres} on matplotlib axes, from above, in the colours of Figures 6 and 8."""
+    colours = {"offline data": "red", "exploration": "green", "offline context": "blue", "online context": "orange"}
+    for label in (label for label in colours if label in ground):
+        x, y = np.moveaxis(ground[label], (1, 2), (1, 0))  # (., L+1) each
+        lines = axes.plot(x.T, y.T, color=f"tab:{colours[label]}", linewidth=0.6)
+        lines[0].set_label(label)
+    axes.set(aspect="equal", xlabel="x (m)", ylabel="y (m)")
+    axes.legend(fontsize=7)
+
+
+def print_rows(rows) -> None:
+    """The return on each task, of the rows that `evaluate` returns."""
+    print(f"{'split':>8}{'context':>10}{'task':>6}{'return':>12}{'exploration':>14}")
+    for split, context, task, mean, explored in task_means(rows):
+        print(f"{split:>8}{context:>10}{task:>6}{mean:>12.1f}{explored:>14.1f}")
 
 
 def print_csv(path):

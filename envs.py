@@ -17,6 +17,7 @@ import difflib
 from dataclasses import dataclass
 
 import gymnasium as gym
+import imageio
 import mujoco
 import numpy as np
 from gymnasium.envs.mujoco.ant_v5 import AntEnv
@@ -25,6 +26,7 @@ from gymnasium.envs.mujoco.hopper_v5 import HopperEnv
 from gymnasium.envs.mujoco.humanoid_v5 import HumanoidEnv
 from gymnasium.envs.mujoco.walker2d_v5 import Walker2dEnv
 from gymnasium.utils import EzPickle
+from gymnasium.wrappers import RenderCollection
 
 
 @dataclass(frozen=True)
@@ -57,13 +59,16 @@ SPECS: dict[str, Spec] = {
 # inertia (nbody, 3), damping (nv) and friction (ngeom, 3), and is the concatenation of the four, flattened.
 PARAM_SIZES = {"HopperParam": (5, 6, 5), "WalkerParam": (8, 9, 8)}
 
+# First of the two columns of an observation that hold the velocity over ground, and the seconds of a step
+GROUND_VELOCITY = {"AntDirection": (13, 0.05), "HumanoidDirection": (22, 0.015), "PointDirection": (2, 0.1)}
+
 
 def make(env_id: str, render_mode: str | None = None) -> gym.Env:
     """Build one environment of the family `env_id`, set to a nominal task.
 
     Args:
         env_id: a key of SPECS.
-        render_mode: None or "rgb_array" (any MuJoCo family).
+        render_mode: None or "rgb_array".
 
     Returns an env with actions in [-1, 1] (clipped), float32 observations (obs_dim,) and truncation at the horizon.
     Choose the task with `env.unwrapped.set_task(task)`, then reset.
@@ -104,6 +109,54 @@ def lookup(env_id: str) -> Spec:
         nearest = difflib.get_close_matches(str(env_id), SPECS, n=3, cutoff=0.0)
         raise ValueError(f"Unknown environment {env_id!r}: the nearest known names are {', '.join(nearest)}.")
     return SPECS[env_id]
+
+
+# ----- Evaluation, and looking at it
+
+
+def make_evaluation(env_id: str, train_tasks, test_tasks, num_train: int, repeats: int) -> dict:
+    """{"test": all test tasks, "train": num_train training tasks}, each task `repeats` times.
+
+    Returns for both splits a list of pairs (row of the task, environment set to it).
+    """
+    # Evenly spaced in sorted order: ten directions drawn at random would favour policies that ignore the task.
+    middles = (np.arange(num_train) + 0.5) / num_train * len(train_tasks)
+    spaced = np.unique(np.argsort(train_tasks[:, 0])[middles.astype(int)])
+    pairs = {"test": [], "train": []}
+    for split, tasks, numbers in (("test", test_tasks, range(len(test_tasks))), ("train", train_tasks, spaced)):
+        for number in np.repeat(numbers, repeats).tolist():
+            pairs[split].append((number, make(env_id)))
+            pairs[split][-1][1].unwrapped.set_task(tasks[number])
+    return pairs
+
+
+def film(env_id: str, task, play, file) -> None:
+    """Write a GIF of what `play(env)` does in an environment set to `task`.
+
+    Raises OSError if this machine can not render.
+    """
+    try:
+        env = RenderCollection(make(env_id, render_mode="rgb_array"), reset_clean=False)
+        env.unwrapped.set_task(task)
+        play(env)
+        frames = [frame[::2, ::2] for frame in env.render()[::2]]  # every second one, at half the size
+        imageio.mimsave(file, frames, duration=40, loop=0)  # 40 ms each
+        env.close()
+    except Exception as error:  # each graphics library raises its own
+        hint = "without a display, MuJoCo needs MUJOCO_GL=egl or MUJOCO_GL=osmesa and that library"
+        raise OSError(f"{env_id} can not be rendered here ({str(error) or type(error).__name__}); {hint}") from None
+
+
+def ground_paths(env_id: str, paths: list) -> np.ndarray:
+    """Where E trajectories of a Direction family lead, in metres from the start: (E, L+1, 2), NaN after their end.
+
+    The robots do not observe where they are, so this is the sum of the velocities in the observations.
+    """
+    first, seconds = GROUND_VELOCITY[env_id]
+    ground = np.full((len(paths), max(len(path["obs"]) for path in paths), 2), np.nan, np.float32)
+    for row, path in zip(ground, paths):
+        row[: len(path["obs"])] = np.cumsum(path["obs"][:, first : first + 2] * seconds, axis=0)
+    return ground
 
 
 # ----- What the classes share
@@ -299,7 +352,7 @@ class HumanoidDirection(Direction, HumanoidEnv):
 class PointDirection(Direction, gym.Env):
     """A point mass on a plane. Observation (4,): x, y, vx, vy. Reward: velocity . direction. Never terminates."""
 
-    metadata = {"render_modes": []}
+    metadata = {"render_modes": ["rgb_array"]}
 
     def __init__(self, render_mode=None):
         self.render_mode = render_mode
@@ -315,6 +368,16 @@ class PointDirection(Direction, gym.Env):
         velocity = 0.8 * self.state[2:] + 0.2 * clip(action)
         self.state = np.concatenate([self.state[:2] + 0.1 * velocity, velocity])
         return self.state.astype(np.float32), float(velocity @ self.direction), False, False, {}
+
+    def render(self):
+        """The plane from above, 12 m wide: the point black, and green where the task's direction leads."""
+        if self.render_mode is None:
+            return None
+        y, x = np.mgrid[6:-6:480j, -6:6:480j]
+        image = np.full((480, 480, 3), 255, np.uint8)
+        for centre, colour in ((5.5 * self.direction, (0, 160, 0)), (self.state[:2], (0, 0, 0))):
+            image[(x - centre[0]) ** 2 + (y - centre[1]) ** 2 < 0.1] = colour
+        return image
 
 
 for _env_id, _spec in SPECS.items():

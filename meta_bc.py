@@ -14,6 +14,7 @@ import difflib
 import importlib.metadata
 import json
 import math
+import shutil
 import signal
 import sys
 import time
@@ -30,7 +31,7 @@ from tqdm import tqdm
 
 import envs
 from buffers import InputError, ReplayBuffer, fill_from_dataset, load_dataset  # D and its file
-from buffers import append_csv, load_checkpoint, print_csv, restore, save_checkpoint, start_csv  # files of a run
+from buffers import load_checkpoint, log_evaluation, print_csv, print_rows, restore, save_checkpoint, start_csv
 
 
 @dataclasses.dataclass
@@ -54,6 +55,14 @@ class Args:
     """gradient steps between two evaluations"""
     checkpoint_every: int = 4_000
     """gradient steps between two checkpoints"""
+    eval_only: bool = False
+    """with --resume: evaluate the checkpoint, print the return on each task, write nothing else"""
+    capture_video: bool = False
+    """at the end (or with --eval-only) film the three episodes on the first test task: RUN/video.gif"""
+    compile: bool = False
+    """torch.compile the gradient step; needs a C++ compiler"""
+    cuda_graph: bool = True
+    """on a GPU, record the gradient step once and replay it"""
 
     # --- Algorithm
     rl_batch: int = 256
@@ -90,6 +99,7 @@ PRESETS = {
     ),
 }  # fmt: skip
 MAY_BE_ZERO = "seed offline_steps kl_coef".split()
+FREE = "resume device eval_only capture_video compile cuda_graph".split()  # of --resume
 AT_MOST = {"seed": 2**32}
 EVAL_REPEATS, TRAIN_EVAL_TASKS = 4, 10  # meta-episodes a task in an evaluation; training tasks in it
 LOG_EVERY = 200  # gradient steps averaged into one point of the loss curves
@@ -190,12 +200,10 @@ def cloning_loss(agent, batch, z):
     return -tanh_gaussian_log_prob(data_u, mean, log_std).mean()
 
 
-def reward_loss(agent, batch, z, mu, sigma, args):
-    """L_reward (Eq. 3), on unscaled rewards. z (N, dz), mu, sigma (T, dz) -> loss, squared error, KL."""
+def reward_loss(agent, batch, z):
+    """The squared error of L_reward (Eq. 3), on unscaled rewards; `update` adds the KL. z (N, dz) -> scalar."""
     # PAPER: sum over h, KL weight 1. CODE: mean over transitions and tasks, KL weight kl_coef.
-    error = (agent.decoder(batch["obs"], batch["actions"], z) - batch["rewards"]).square().mean()
-    kl = kl_to_prior(mu, sigma).mean()
-    return error + args.kl_coef * kl, error, kl
+    return (agent.decoder(batch["obs"], batch["actions"], z) - batch["rewards"]).square().mean()
 
 
 def update(agent, optimizer, batch, args):
@@ -213,14 +221,15 @@ def update(agent, optimizer, batch, args):
 
     # One backward pass: the detached z keeps the policy's loss out of the encoder.
     mu, sigma = agent.encoder(batch["context"])  # (T, dz)
+    kl = kl_to_prior(mu, sigma).mean()
     z = (mu + sigma * batch["noise_z"]).repeat_interleave(repeat, dim=0)  # (N, dz)
-    l_reward, error, kl = reward_loss(agent, batch, z, mu, sigma, args)
+    l_reward = reward_loss(agent, batch, z)
     l_actor = cloning_loss(agent, batch, z.detach())
 
     optimizer.zero_grad(set_to_none=True)
-    (l_actor + l_reward).backward()
+    (l_actor + l_reward + args.kl_coef * kl).backward()
     optimizer.step()
-    return {"losses/actor": l_actor.detach(), "losses/reward": error.detach(), "losses/kl": kl.detach()}
+    return {"losses/actor": l_actor.detach(), "losses/reward": l_reward.detach(), "losses/kl": kl.detach()}
 
 
 def sample_batch(buffer, args, generator):
@@ -288,8 +297,7 @@ def adapt(env_list, agent, args, generator):
     """The meta-episode of Section 3, T = 3: two exploration episodes with z ~ p(z), then one with z ~ q(z | both).
 
     Returns:
-        return of the third episode (E,), mean return of the first two (E,), KL of the posterior to the prior (E,), and
-        the two exploration trajectories of each environment.
+        for each of E environments the third trajectory, the two of exploration, and the KL of the posterior (E,).
     """
     device = next(agent.parameters()).device
     mu, sigma = prior(len(env_list), args, device)
@@ -297,22 +305,12 @@ def adapt(env_list, agent, args, generator):
     contexts = [make_context(concatenate(paths, device), args)[None] for paths in exploration]  # (1, L, in_dim) each
     mu, sigma = (torch.cat(part) for part in zip(*(agent.encoder(context) for context in contexts)))  # (E, dz)
     final = rollout(env_list, agent, mu, sigma, args, generator, deterministic=True)
-    returns = np.array([path["rewards"].sum() for path in final])
-    explored = np.array([sum(path["rewards"].sum() for path in paths) / 2 for paths in exploration])
-    return returns, explored, kl_to_prior(mu, sigma).cpu().numpy(), exploration
+    return final, exploration, kl_to_prior(mu, sigma).cpu().numpy()
 
 
-def make_eval_envs(args, train_tasks, test_tasks):
-    """{"test": all test tasks, "train": TRAIN_EVAL_TASKS training tasks}, as pairs (task number, environment)."""
-    # Evenly spaced in sorted order: ten directions drawn at random would favour policies that ignore the task.
-    middles = (np.arange(TRAIN_EVAL_TASKS) + 0.5) / TRAIN_EVAL_TASKS * len(train_tasks)
-    spaced = np.unique(np.argsort(train_tasks[:, 0])[middles.astype(int)])
-    pairs = {"test": [], "train": []}
-    for split, tasks, numbers in (("test", test_tasks, range(len(test_tasks))), ("train", train_tasks, spaced)):
-        for number in np.repeat(numbers, EVAL_REPEATS).tolist():
-            pairs[split].append((number, envs.make(args.env_id)))
-            pairs[split][-1][1].unwrapped.set_task(tasks[number])
-    return pairs
+def sum_rewards(paths):
+    """Undiscounted returns of E trajectories: (E,)."""
+    return np.array([path["rewards"].sum() for path in paths])
 
 
 @torch.no_grad()
@@ -322,39 +320,44 @@ def evaluate(agent, buffer, eval_envs, args):
     Args:
         eval_envs: {"test": pairs, "train": pairs}, a pair being (task number, environment), E of them.
     Returns:
-        rows (split, context, returns (E,), exploration returns (E,)), scalars to log, KL values (E,) for histograms.
+        rows (split, context, task numbers, returns, exploration returns: (E,) each), scalars to log, arrays to draw: KL
+        values (E,) for Figure 2 and, of the Direction families, paths over ground (., L+1, 2) for Figures 6 and 8.
     """
     device = buffer.sizes["rl"].device
     rng, buffer_rng = torch.Generator().manual_seed(args.seed), torch.Generator(device).manual_seed(args.seed)
-    rows, kls, scalars = [], {}, {}
+    rows, scalars, arrays = [], {}, {}
     for split, pairs in eval_envs.items():  # "train" comes last, and is used below
-        env_list = [env for _, env in pairs]
-        returns, explored, kls[f"{split}_online_context"], exploration = adapt(env_list, agent, args, rng)
-        rows.append((split, "online", returns, explored))
-        scalars[f"eval/{split}/exploration_return"] = explored.mean()
+        numbers, env_list = zip(*pairs)
+        final, exploration, arrays[f"kl_{split}_online_context"] = adapt(env_list, agent, args, rng)
+        explored = np.mean([sum_rewards(paths) for paths in zip(*exploration)], axis=0)  # (E,)
+        rows.append((split, "online", numbers, sum_rewards(final), explored))
 
     # The same training tasks with z ~ q(z | h_offline) instead (Figure 2)
-    tasks = torch.tensor([task for task, _ in eval_envs["train"]], device=device)  # (E,)
+    tasks = torch.tensor(numbers, device=device)  # (E,)
     h_offline = make_context(buffer.sample(tasks, args.context_batch, buffer_rng, "offline"), args)
     mu, sigma = agent.encoder(h_offline)  # (E, dz)
-    kls["train_offline_context"] = kl_to_prior(mu, sigma).cpu().numpy()
-    final = rollout(env_list, agent, mu, sigma, args, rng, deterministic=True)
-    rows.append(("train", "offline", np.array([path["rewards"].sum() for path in final]), explored))
+    arrays["kl_train_offline_context"] = kl_to_prior(mu, sigma).cpu().numpy()
+    final_offline = rollout(env_list, agent, mu, sigma, args, rng, deterministic=True)
+    rows.append(("train", "offline", numbers, sum_rewards(final_offline), explored))
 
     # Decoder against true rewards, on offline data and on this exploration: for us to read, never for training
     data = buffer.sample(tasks, args.rl_batch, buffer_rng, "offline")
-    lengths = torch.tensor([sum(len(path["actions"]) for path in paths) for paths in exploration], device=device)
-    explored_data = concatenate([path for paths in exploration for path in paths], device)
+    lengths = torch.tensor([sum(len(path["actions"]) for path in pair) for pair in exploration], device=device)
+    explored_paths = [path for pair in exploration for path in pair]
     for name, batch, z in (
         ("decoder_loss", {k: v.flatten(0, 1) for k, v in data.items()}, mu.repeat_interleave(args.rl_batch, 0)),
-        ("generated_reward_mse", explored_data, mu.repeat_interleave(lengths, 0)),
+        ("generated_reward_mse", concatenate(explored_paths, device), mu.repeat_interleave(lengths, 0)),
     ):
         error = agent.decoder(batch["obs"], batch["actions"], z) - batch["rewards"].squeeze(-1)
-        scalars[f"eval/{name}"] = error.square().mean()
-        scalars[f"eval/{name}_over_reward_variance"] = scalars[f"eval/{name}"] / batch["rewards"].var()
-    scalars |= {f"eval/{split}/{context}_context_return": returns.mean() for split, context, returns, _ in rows}
-    scalars |= {f"eval/kl_{name}": kl.mean() for name, kl in kls.items()}
-    return rows, {name: float(value) for name, value in scalars.items()}, kls
+        scalars[f"eval/{name}"] = error.square().mean().item()
+        scalars[f"eval/{name}_over_reward_variance"] = scalars[f"eval/{name}"] / batch["rewards"].var().item()
+
+    if args.env_id in envs.GROUND_VELOCITY:
+        data = [path for task in set(numbers) for path in buffer.offline_paths(task)]
+        groups = {"offline data": data, "exploration": explored_paths, "offline context": final_offline}
+        for name, paths in (groups | {"online context": final}).items():
+            arrays[name] = envs.ground_paths(args.env_id, paths)
+    return rows, scalars, arrays
 
 
 # ===== The run
@@ -372,13 +375,17 @@ def parse_args(argv=None):
     args = tyro.cli(Args, args=argv, default=defaults, description=__doc__)
     for name, value in vars(args).items():
         flag, old = "--" + name.replace("_", "-"), getattr(defaults, name)
-        if known.resume and value != old and name not in ("resume", "device", "online_iterations"):
+        if known.resume and value != old and name not in FREE:
             raise InputError(f"{flag} is {old} in the run to resume and can not become {value}")
         numbers = [n for n in (value if isinstance(value, tuple) else [value]) if type(n) in (int, float)]
         low, high = "at least" if name in MAY_BE_ZERO else "above", AT_MOST.get(name, math.inf)
         if not all((0 < n or n == 0 and name in MAY_BE_ZERO) and n <= high and math.isfinite(n) for n in numbers):
             bound = f" and at most {high}" if name in AT_MOST else ""
             raise InputError(f"{flag} is {value}, it must be {low} 0{bound}")
+    if args.eval_only and not args.resume:
+        raise InputError("--eval-only looks at a run: name its folder with --resume")
+    if args.compile and not shutil.which("g++"):
+        raise InputError("--compile needs a C++ compiler, and there is no g++ here")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: PyTorch finds no GPU here")
     return args
@@ -400,6 +407,32 @@ def speed_up(device):
             mallopt(option, size)
 
 
+def cuda_graph(take_step, generator):
+    """`take_step` recorded on its fourth call and replayed from then on: one launch in place of hundreds.
+
+    Its tensors must keep their shapes and places, and so do those it returns: each call overwrites them.
+    """
+    graph, stream, info, calls = torch.cuda.CUDAGraph(), torch.cuda.Stream(), {}, 0
+
+    def replay():
+        nonlocal calls, info
+        calls += 1
+        if calls <= 3:  # as they are, on a stream of their own, so that libraries allocate what they need
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                info = take_step()
+            torch.cuda.current_stream().wait_stream(stream)
+            return info
+        if calls == 4:
+            graph.register_generator_state(generator)
+            with torch.cuda.graph(graph):  # records, computes nothing
+                info = take_step()
+        graph.replay()
+        return info
+
+    return replay
+
+
 def main(args):
     """Train. Returns the trained agent. Raises InputError."""
     spec = envs.SPECS[args.env_id]
@@ -416,11 +449,11 @@ def main(args):
     train_tasks, test_tasks = dataset["train_tasks"], dataset["test_tasks"]
     torch.manual_seed(args.seed)
     agent = Agent(spec.obs_dim, spec.action_dim, args).to(device)
-    optimizer = torch.optim.Adam([p for p in agent.parameters() if p.requires_grad], lr=args.lr, fused=True)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.lr, fused=True, capturable=gpu)
     capacity = sum(len(path["actions"]) for _, path in dataset["rl"] + dataset["encoder"])
     buffer = ReplayBuffer(len(train_tasks), spec.obs_dim, spec.action_dim, capacity, device)
     fill_from_dataset(buffer, dataset)
-    eval_envs = make_eval_envs(args, train_tasks, test_tasks)
+    eval_envs = envs.make_evaluation(args.env_id, train_tasks, test_tasks, TRAIN_EVAL_TASKS, EVAL_REPEATS)
 
     # --- State of the run: everything that a checkpoint holds
     rng = torch.Generator(device).manual_seed(args.seed)
@@ -428,6 +461,19 @@ def main(args):
     generators, step = {"rng": rng}, 0
     if args.resume:
         step, _ = restore(load_checkpoint(run, Args), parts, generators)
+        for group in optimizer.param_groups:  # the run may have been on another device
+            group["capturable"] = gpu
+
+    def film():
+        """The meta-episode on the first test task, as a GIF. Raises OSError if this machine can not render."""
+        film_rng = torch.Generator().manual_seed(args.seed)
+        envs.film(args.env_id, test_tasks[0], lambda env: adapt([env], agent, args, film_rng), run / "video.gif")
+
+    if args.eval_only:
+        print_rows(evaluate(agent, buffer, eval_envs, args)[0])
+        if args.capture_video:
+            film()
+        return agent
 
     run.mkdir(parents=True, exist_ok=True)
     versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "gymnasium", "mujoco")}
@@ -438,6 +484,15 @@ def main(args):
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: stop_signals.append(number))
     totals, count, since = {}, 0, time.time()
+
+    def make_step():
+        """One gradient step as a function without arguments, the draw of its batch included."""
+        fn = torch.compile(update) if args.compile else update
+
+        def take_step():
+            return fn(agent, optimizer, sample_batch(buffer, args, rng), args)
+
+        return cuda_graph(take_step, rng) if gpu and args.cuda_graph else take_step
 
     def after_update(info, progress):
         """Count a gradient step; log, evaluate and save what is due after it."""
@@ -457,14 +512,11 @@ def main(args):
                 writer.add_scalar(name, value, step)
             totals, count = {}, 0
         if eval_due:
-            rows, scalars, kls = evaluate(agent, buffer, eval_envs, args)
-            append_csv(run / "eval.csv", step, 0, rows, eval_envs, EVAL_REPEATS)
-            for name, value in scalars.items():
-                writer.add_scalar(name, value, step)
-            for name, values in kls.items():
-                writer.add_histogram(f"eval/kl_{name}", values, step)
-            returns = ", ".join(f"{split} ({context} context) {r.mean():.1f}" for split, context, r, _ in rows)
+            rows, scalars, arrays = evaluate(agent, buffer, eval_envs, args)
+            returns = log_evaluation(run, writer, step, 0, rows, scalars, arrays)
             tqdm.write(f"step {step} | return: {returns}")
+            if step == args.offline_steps:
+                np.savez_compressed(run / f"figures_{step}.npz", **arrays)  # for benchmark/figures.py
         if save_due:
             save_checkpoint(run, args, step, 0, parts, generators)
         if stopping:
@@ -474,13 +526,15 @@ def main(args):
             since = time.time()  # charts/SPS leaves out evaluations and checkpoints
 
     # ===== Train on the dataset
+    take_step = make_step()
     with tqdm(total=args.offline_steps, initial=step, desc="offline", unit="step") as progress:
         while step < args.offline_steps:
-            batch = sample_batch(buffer, args, rng)
-            after_update(update(agent, optimizer, batch, args), progress)
+            after_update(take_step(), progress)
 
     writer.close()
     print_csv(run / "eval.csv")
+    if args.capture_video:
+        film()
     return agent
 
 

@@ -14,6 +14,7 @@ import difflib
 import importlib.metadata
 import json
 import math
+import shutil
 import signal
 import sys
 import time
@@ -30,7 +31,7 @@ from tqdm import tqdm
 
 import envs
 from buffers import InputError, ReplayBuffer, save_dataset  # D and the file of offline data
-from buffers import append_csv, load_checkpoint, print_csv, restore, save_checkpoint, start_csv  # files of a run
+from buffers import load_checkpoint, log_evaluation, print_csv, print_rows, restore, save_checkpoint, start_csv
 
 
 @dataclasses.dataclass
@@ -58,6 +59,14 @@ class Args:
     """gradient steps between two evaluations"""
     checkpoint_every: int = 4_000
     """gradient steps between two checkpoints"""
+    eval_only: bool = False
+    """with --resume: evaluate the checkpoint, print the return on each task, write nothing else"""
+    capture_video: bool = False
+    """at the end (or with --eval-only) film the three episodes on the first test task: RUN/video.gif"""
+    compile: bool = False
+    """torch.compile the gradient step; needs a C++ compiler"""
+    cuda_graph: bool = True
+    """on a GPU, record the gradient step once and replay it"""
 
     # --- Algorithm
     rl_batch: int = 256
@@ -118,6 +127,7 @@ PRESETS = {
 DATASET_SLICES = {"CheetahVelocity": (("first", 1200), ("last", 400))}
 DEFAULT_SLICES = (("last", 1200), None)
 MAY_BE_ZERO = "seed task_seed policy_reg kl_coef initial_steps prior_steps posterior_steps online_iterations".split()
+FREE = "resume device online_iterations eval_only capture_video compile cuda_graph".split()  # of --resume
 AT_MOST = {"gamma": 1, "tau": 1, "seed": 2**32, "task_seed": 2**32 - 1}
 EVAL_REPEATS, TRAIN_EVAL_TASKS = 4, 10  # meta-episodes a task in an evaluation; training tasks in it
 LOG_EVERY = 200  # gradient steps averaged into one point of the loss curves
@@ -345,8 +355,7 @@ def adapt(env_list, agent, args, generator):
     """The meta-episode of Section 3, T = 3: two exploration episodes with z ~ p(z), then one with z ~ q(z | both).
 
     Returns:
-        return of the third episode (E,), mean return of the first two (E,), KL of the posterior to the prior (E,), and
-        the two exploration trajectories of each environment.
+        for each of E environments the third trajectory, the two of exploration, and the KL of the posterior (E,).
     """
     device = next(agent.parameters()).device
     mu, sigma = prior(len(env_list), args, device)
@@ -354,22 +363,12 @@ def adapt(env_list, agent, args, generator):
     contexts = [make_context(concatenate(paths, device), args)[None] for paths in exploration]  # (1, L, in_dim) each
     mu, sigma = (torch.cat(part) for part in zip(*(agent.encoder(context) for context in contexts)))  # (E, dz)
     final = rollout(env_list, agent, mu, sigma, args, generator, deterministic=True)
-    returns = np.array([path["rewards"].sum() for path in final])
-    explored = np.array([sum(path["rewards"].sum() for path in paths) / 2 for paths in exploration])
-    return returns, explored, kl_to_prior(mu, sigma).cpu().numpy(), exploration
+    return final, exploration, kl_to_prior(mu, sigma).cpu().numpy()
 
 
-def make_eval_envs(args, train_tasks, test_tasks):
-    """{"test": all test tasks, "train": TRAIN_EVAL_TASKS training tasks}, as pairs (task number, environment)."""
-    # Evenly spaced in sorted order: ten directions drawn at random would favour policies that ignore the task.
-    middles = (np.arange(TRAIN_EVAL_TASKS) + 0.5) / TRAIN_EVAL_TASKS * len(train_tasks)
-    spaced = np.unique(np.argsort(train_tasks[:, 0])[middles.astype(int)])
-    pairs = {"test": [], "train": []}
-    for split, tasks, numbers in (("test", test_tasks, range(len(test_tasks))), ("train", train_tasks, spaced)):
-        for number in np.repeat(numbers, EVAL_REPEATS).tolist():
-            pairs[split].append((number, envs.make(args.env_id)))
-            pairs[split][-1][1].unwrapped.set_task(tasks[number])
-    return pairs
+def sum_rewards(paths):
+    """Undiscounted returns of E trajectories: (E,)."""
+    return np.array([path["rewards"].sum() for path in paths])
 
 
 @torch.no_grad()
@@ -379,17 +378,20 @@ def evaluate(agent, eval_envs, args):
     Args:
         eval_envs: {"test": pairs, "train": pairs}, a pair being (task number, environment), E of them.
     Returns:
-        rows (split, context, returns (E,), exploration returns (E,)), scalars to log, KL values (E,) for histograms.
+        rows (split, context, task numbers, returns, exploration returns: (E,) each), scalars to log, arrays to draw: KL
+        values (E,) and, of the Direction families, paths over ground (., L+1, 2) on the training tasks.
     """
-    rng, rows, kls, scalars = torch.Generator().manual_seed(args.seed), [], {}, {}
-    for split, pairs in eval_envs.items():
-        env_list = [env for _, env in pairs]
-        returns, explored, kls[f"{split}_online_context"], _ = adapt(env_list, agent, args, rng)
-        rows.append((split, "online", returns, explored))
-        scalars[f"eval/{split}/online_context_return"] = returns.mean()
-        scalars[f"eval/{split}/exploration_return"] = explored.mean()
-    scalars |= {f"eval/kl_{name}": kl.mean() for name, kl in kls.items()}
-    return rows, {name: float(value) for name, value in scalars.items()}, kls
+    rng, rows, arrays = torch.Generator().manual_seed(args.seed), [], {}
+    for split, pairs in eval_envs.items():  # "train" comes last, and is drawn
+        numbers, env_list = zip(*pairs)
+        final, exploration, arrays[f"kl_{split}_online_context"] = adapt(env_list, agent, args, rng)
+        explored = np.mean([sum_rewards(paths) for paths in zip(*exploration)], axis=0)  # (E,)
+        rows.append((split, "online", numbers, sum_rewards(final), explored))
+    if args.env_id in envs.GROUND_VELOCITY:
+        explored_paths = [path for pair in exploration for path in pair]
+        for name, paths in (("exploration", explored_paths), ("online context", final)):
+            arrays[name] = envs.ground_paths(args.env_id, paths)
+    return rows, {}, arrays
 
 
 # ===== The run
@@ -407,13 +409,17 @@ def parse_args(argv=None):
     args = tyro.cli(Args, args=argv, default=defaults, description=__doc__)
     for name, value in vars(args).items():
         flag, old = "--" + name.replace("_", "-"), getattr(defaults, name)
-        if known.resume and value != old and name not in ("resume", "device", "online_iterations"):
+        if known.resume and value != old and name not in FREE:
             raise InputError(f"{flag} is {old} in the run to resume and can not become {value}")
         numbers = [n for n in (value if isinstance(value, tuple) else [value]) if type(n) in (int, float)]
         low, high = "at least" if name in MAY_BE_ZERO else "above", AT_MOST.get(name, math.inf)
         if not all((0 < n or n == 0 and name in MAY_BE_ZERO) and n <= high and math.isfinite(n) for n in numbers):
             bound = f" and at most {high}" if name in AT_MOST else ""
             raise InputError(f"{flag} is {value}, it must be {low} 0{bound}")
+    if args.eval_only and not args.resume:
+        raise InputError("--eval-only looks at a run: name its folder with --resume")
+    if args.compile and not shutil.which("g++"):
+        raise InputError("--compile needs a C++ compiler, and there is no g++ here")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: PyTorch finds no GPU here")
     return args
@@ -451,6 +457,32 @@ def write_dataset(buffer, train_tasks, test_tasks, args):
     tqdm.write(f"dataset written to {args.save_dataset}")
 
 
+def cuda_graph(take_step, generator):
+    """`take_step` recorded on its fourth call and replayed from then on: one launch in place of hundreds.
+
+    Its tensors must keep their shapes and places, and so do those it returns: each call overwrites them.
+    """
+    graph, stream, info, calls = torch.cuda.CUDAGraph(), torch.cuda.Stream(), {}, 0
+
+    def replay():
+        nonlocal calls, info
+        calls += 1
+        if calls <= 3:  # as they are, on a stream of their own, so that libraries allocate what they need
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                info = take_step()
+            torch.cuda.current_stream().wait_stream(stream)
+            return info
+        if calls == 4:
+            graph.register_generator_state(generator)
+            with torch.cuda.graph(graph):  # records, computes nothing
+                info = take_step()
+        graph.replay()
+        return info
+
+    return replay
+
+
 def main(args):
     """Train PEARL. Returns the trained agent. Raises InputError."""
     spec = envs.SPECS[args.env_id]
@@ -471,12 +503,14 @@ def main(args):
     train_tasks, test_tasks = np.split(tasks, [spec.num_train_tasks])
     torch.manual_seed(args.seed)
     agent = Agent(spec.obs_dim, spec.action_dim, args).to(device)
-    optimizer = torch.optim.Adam([p for p in agent.parameters() if p.requires_grad], lr=args.lr, fused=True)
+    trained = [parameter for parameter in agent.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.Adam(trained, lr=args.lr, fused=True, capturable=gpu)
     visit = args.prior_steps + args.posterior_steps + 2 * spec.horizon  # new transitions of one visit, at most
     capacity = len(train_tasks) * (args.initial_steps + spec.horizon)
     capacity += args.online_iterations * args.tasks_per_iteration * visit
     buffer = ReplayBuffer(len(train_tasks), spec.obs_dim, spec.action_dim, capacity, device)
-    env, eval_envs = envs.make(args.env_id), make_eval_envs(args, train_tasks, test_tasks)
+    env = envs.make(args.env_id)
+    eval_envs = envs.make_evaluation(args.env_id, train_tasks, test_tasks, TRAIN_EVAL_TASKS, EVAL_REPEATS)
 
     # --- State of the run: everything that a checkpoint holds
     act_rng, rng = torch.Generator().manual_seed(args.seed), torch.Generator(device).manual_seed(args.seed)
@@ -485,6 +519,19 @@ def main(args):
     step, env_steps = 0, 0
     if args.resume:
         step, env_steps = restore(load_checkpoint(run, Args), parts, generators)
+        for group in optimizer.param_groups:  # the run may have been on another device
+            group["capturable"] = gpu
+
+    def film():
+        """The meta-episode on the first test task, as a GIF. Raises OSError if this machine can not render."""
+        film_rng = torch.Generator().manual_seed(args.seed)
+        envs.film(args.env_id, test_tasks[0], lambda env: adapt([env], agent, args, film_rng), run / "video.gif")
+
+    if args.eval_only:
+        print_rows(evaluate(agent, eval_envs, args)[0])
+        if args.capture_video:
+            film()
+        return agent
     total_steps = args.online_iterations * args.updates_per_iteration
 
     run.mkdir(parents=True, exist_ok=True)
@@ -512,6 +559,15 @@ def main(args):
             buffer.add(task, path, context=explore)
             env_steps += len(path["actions"])
 
+    def make_step():
+        """One gradient step as a function without arguments, the draw of its batch included."""
+        fn = torch.compile(update) if args.compile else update
+
+        def take_step():
+            return fn(agent, optimizer, sample_batch(buffer, args, rng), args)
+
+        return cuda_graph(take_step, rng) if gpu and args.cuda_graph else take_step
+
     def after_update(info, progress):
         """Count a gradient step; log, evaluate and save what is due after it."""
         nonlocal step, totals, count, since
@@ -530,13 +586,8 @@ def main(args):
                 writer.add_scalar(name, value, step)
             totals, count = {}, 0
         if eval_due:
-            rows, scalars, kls = evaluate(agent, eval_envs, args)
-            append_csv(run / "eval.csv", step, env_steps, rows, eval_envs, EVAL_REPEATS)
-            for name, value in scalars.items():
-                writer.add_scalar(name, value, step)
-            for name, values in kls.items():
-                writer.add_histogram(f"eval/kl_{name}", values, step)
-            returns = ", ".join(f"{split} ({context} context) {r.mean():.1f}" for split, context, r, _ in rows)
+            rows, scalars, arrays = evaluate(agent, eval_envs, args)
+            returns = log_evaluation(run, writer, step, env_steps, rows, scalars, arrays)
             tqdm.write(f"step {step}, {env_steps} new transitions | return: {returns}")
         if args.save_dataset and step == args.dataset_iteration * args.updates_per_iteration:
             write_dataset(buffer, train_tasks, test_tasks, args)
@@ -552,6 +603,7 @@ def main(args):
     if step == 0:
         for task in tqdm(range(len(train_tasks)), desc="initial data", unit="task"):
             collect(task, args.initial_steps, explore=True)
+    take_step = make_step()
     with tqdm(total=total_steps, initial=step, desc="PEARL", unit="step") as progress:
         while step < total_steps:
             if step % args.updates_per_iteration == 0:
@@ -560,11 +612,12 @@ def main(args):
                     buffer.clear_context(task)  # h is what the present policy explores
                     collect(task, args.prior_steps, explore=True)
                     collect(task, args.posterior_steps, explore=False)
-            batch = sample_batch(buffer, args, rng)
-            after_update(update(agent, optimizer, batch, args), progress)
+            after_update(take_step(), progress)
 
     writer.close()
     print_csv(run / "eval.csv")
+    if args.capture_video:
+        film()
     return agent
 
 

@@ -13,6 +13,7 @@ import difflib
 import importlib.metadata
 import json
 import math
+import shutil
 import signal
 import sys
 import time
@@ -29,7 +30,7 @@ from tqdm import tqdm
 
 import envs
 from buffers import InputError, ReplayBuffer, fill_from_dataset, load_dataset  # D and its file
-from buffers import append_csv, load_checkpoint, print_csv, restore, save_checkpoint, start_csv  # files of a run
+from buffers import load_checkpoint, log_evaluation, print_csv, print_rows, restore, save_checkpoint, start_csv
 
 
 @dataclasses.dataclass
@@ -45,8 +46,6 @@ class Args:
     """gradient steps of the offline phase [C.3]"""
     online_iterations: int = 50
     """iterations of the self-supervised phase"""
-    oracle_rewards: bool = False
-    """read the true rewards in the second phase and go on training encoder and decoder: the oracle of Figure 9"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where networks and buffers live"""
     run_dir: str = "runs"
@@ -57,6 +56,14 @@ class Args:
     """gradient steps between two evaluations"""
     checkpoint_every: int = 4_000
     """gradient steps between two checkpoints"""
+    eval_only: bool = False
+    """with --resume: evaluate the checkpoint, print the return on each task, write nothing else"""
+    capture_video: bool = False
+    """at the end (or with --eval-only) film the three episodes on the first test task: RUN/video.gif"""
+    compile: bool = False
+    """torch.compile the gradient step; needs a C++ compiler"""
+    cuda_graph: bool = True
+    """on a GPU, record the gradient step once and replay it"""
 
     # --- Algorithm
     rl_batch: int = 256
@@ -104,6 +111,16 @@ class Args:
     encoder_buffer: Literal["prior", "all", "frozen"] = "prior"
     """new data that enter the encoder buffer: exploration with z from the prior, all, or none [C.2]"""
 
+    # --- Ablations and oracle of the paper
+    oracle_rewards: bool = False
+    """read the true rewards in the second phase and go on training encoder and decoder: the oracle of Figure 9"""
+    explore_tasks: Literal["train", "test"] = "train"
+    """tasks in which the second phase collects data [Figure 9 compares both]"""
+    actor_ablation: bool = False
+    """PEARL's actor loss in place of Eq. 2, in both phases [Figure 5, "SMAC (actor ablation)"]"""
+    encoder_loss: Literal["reward", "reward_then_q", "q"] = "reward"
+    """what trains the encoder, beside the KL: Eq. 3; Eq. 3 and Q-loss offline, then Q-loss; Q-loss only [Figure 7]"""
+
 
 # What differs from the defaults above. C.2 freezes the encoder buffer on Cheetah. PointDirection is not in the paper:
 # small networks, a short run, and a KL weight that fits rewards of about .1 to .5.
@@ -116,7 +133,8 @@ PRESETS = {
         updates_per_iteration=400, eval_every=1_200, checkpoint_every=1_200,
     ),
 }  # fmt: skip
-MAY_BE_ZERO = "seed offline_steps online_iterations lambda_pearl kl_coef prior_steps posterior_steps".split()
+MAY_BE_ZERO = "seed offline_steps online_iterations lambda_pearl kl_coef posterior_steps".split()
+FREE = "resume device online_iterations eval_only capture_video compile cuda_graph".split()  # of --resume
 AT_MOST = {"gamma": 1, "tau": 1, "seed": 2**32}
 EVAL_REPEATS, TRAIN_EVAL_TASKS = 4, 10  # meta-episodes a task in an evaluation; training tasks in it
 LOG_EVERY = 200  # gradient steps averaged into one point of the loss curves
@@ -259,19 +277,17 @@ def actor_loss(agent, batch, z, q, args, lambda_pearl):
     # PAPER: exp. CODE: softmax over the batch, times N: the same weights scaled to mean 1, which can not overflow.
     weights = len(advantage) * F.softmax(advantage / args.awr_lambda, dim=0)
     data_u = torch.atanh(batch["actions"].clamp(-1 + 1e-6, 1 - 1e-6))
-    loss = -(weights * tanh_gaussian_log_prob(data_u, mean, log_std)).mean()
+    loss = 0.0 if args.actor_ablation else -(weights * tanh_gaussian_log_prob(data_u, mean, log_std)).mean()
     if lambda_pearl:  # D_KL(pi(a | s, z) || exp Q / Z), up to a constant
         # As in the text, with log pi, PEARL's entropy; the authors' code leaves it out.
         loss = loss + lambda_pearl * (tanh_gaussian_log_prob(u, mean, log_std) - q_new).mean()
     return loss, weights
 
 
-def reward_loss(agent, batch, z, mu, sigma, args):
-    """L_reward (Eq. 3), on unscaled rewards. z (N, dz), mu, sigma (T, dz) -> loss, squared error, KL."""
+def reward_loss(agent, batch, z):
+    """The squared error of L_reward (Eq. 3), on unscaled rewards; `update` adds the KL. z (N, dz) -> scalar."""
     # PAPER: sum over h, KL weight 1. CODE: mean over transitions and tasks, KL weight kl_coef.
-    error = (agent.decoder(batch["obs"], batch["actions"], z) - batch["rewards"]).square().mean()
-    kl = kl_to_prior(mu, sigma).mean()
-    return error + args.kl_coef * kl, error, kl
+    return (agent.decoder(batch["obs"], batch["actions"], z) - batch["rewards"]).square().mean()
 
 
 @torch.no_grad()
@@ -294,25 +310,31 @@ def update(agent, optimizer, batch, args, online):
     Returns:
         scalars to log, as tensors.
     """
+    # Who trains: Section 5.2, and the ablations of Figures 5 and 7
+    train_decoder = not online or args.oracle_rewards
+    q_to_encoder = args.encoder_loss != "reward"
+    reward_to_encoder = args.encoder_loss == "reward" or args.encoder_loss == "reward_then_q" and not online
+    lambda_pearl = 1.0 if args.actor_ablation else args.lambda_pearl * online
     repeat = batch["obs"].shape[1]
     batch = batch | {name: batch[name].flatten(0, 1) for name in ("obs", "actions", "next_obs")}  # (N, .)
     batch |= {name: batch[name].flatten() for name in ("rewards", "terminals")}  # (N,)
-    train_encoder = not online or args.oracle_rewards
 
-    # One backward pass: the detached z keeps the losses of critic and actor out of the encoder.
-    with torch.set_grad_enabled(train_encoder):
+    # One backward pass: a detached z keeps a loss out of the encoder.
+    with torch.set_grad_enabled(train_decoder or q_to_encoder):
         mu, sigma = agent.encoder(batch["context"])  # (T, dz)
+        kl = kl_to_prior(mu, sigma).mean()
         z = (mu + sigma * batch["noise_z"]).repeat_interleave(repeat, dim=0)  # (N, dz)
-        l_reward, error, kl = reward_loss(agent, batch, z, mu, sigma, args)
-    l_critic, q = critic_loss(agent, batch, z.detach(), args)
-    l_actor, weights = actor_loss(agent, batch, z.detach(), q, args, args.lambda_pearl if online else 0.0)
+    with torch.set_grad_enabled(train_decoder):
+        l_reward = reward_loss(agent, batch, z if reward_to_encoder else z.detach())
+    l_critic, q = critic_loss(agent, batch, z if q_to_encoder else z.detach(), args)
+    l_actor, weights = actor_loss(agent, batch, z.detach(), q, args, lambda_pearl)
 
     optimizer.zero_grad(set_to_none=True)  # the optimizer skips a frozen network, whose gradient is None
-    (l_critic + l_actor + l_reward if train_encoder else l_critic + l_actor).backward()
+    (l_critic + l_actor + l_reward + args.kl_coef * kl).backward()  # where nothing trains, a term is a constant
     optimizer.step()
     with torch.no_grad():
         torch._foreach_lerp_(list(agent.q_target.parameters()), list(agent.q.parameters()), args.tau)  # soft update
-        info = {"losses/critic": l_critic, "losses/actor": l_actor, "losses/reward": error, "losses/kl": kl}
+        info = {"losses/critic": l_critic, "losses/actor": l_actor, "losses/reward": l_reward, "losses/kl": kl}
         info |= {"train/q_mean": q.mean(), "train/q_max": q.amax()}
         info["train/actor_weight_ess"] = 1 / weights.square().mean()  # effective sample size / N: the mean weight is 1
         return {name: value.detach() for name, value in info.items()}
@@ -320,8 +342,9 @@ def update(agent, optimizer, batch, args, online):
 
 def sample_batch(buffer, args, generator):
     """[Alg. 1, l. 3 and 10] Buffers D_i ~ D, two histories h, h' of each, and all the noise of one update."""
-    num_tasks, device = len(buffer.sizes["rl"]), buffer.sizes["rl"].device
-    tasks = torch.randint(num_tasks, (args.meta_batch,), generator=generator, device=device)
+    filled, device = buffer.sizes["context"] > 0, buffer.sizes["context"].device
+    draws = torch.rand(args.meta_batch, len(filled), generator=generator, device=device)
+    tasks = (draws * filled).argmax(1)  # (T,), uniform over the tasks that have data
     batch = buffer.sample(tasks, args.rl_batch, generator)
     batch["context"] = make_context(buffer.sample(tasks, args.context_batch, generator, "context"), args)
     batch["noise_z"] = torch.randn(args.meta_batch, args.latent_dim, generator=generator, device=device)
@@ -385,8 +408,7 @@ def adapt(env_list, agent, args, generator):
     """The meta-episode of Section 3, T = 3: two exploration episodes with z ~ p(z), then one with z ~ q(z | both).
 
     Returns:
-        return of the third episode (E,), mean return of the first two (E,), KL of the posterior to the prior (E,), and
-        the two exploration trajectories of each environment.
+        for each of E environments the third trajectory, the two of exploration, and the KL of the posterior (E,).
     """
     device = next(agent.parameters()).device
     mu, sigma = prior(len(env_list), args, device)
@@ -394,22 +416,12 @@ def adapt(env_list, agent, args, generator):
     contexts = [make_context(concatenate(paths, device), args)[None] for paths in exploration]  # (1, L, in_dim) each
     mu, sigma = (torch.cat(part) for part in zip(*(agent.encoder(context) for context in contexts)))  # (E, dz)
     final = rollout(env_list, agent, mu, sigma, args, generator, deterministic=True)
-    returns = np.array([path["rewards"].sum() for path in final])
-    explored = np.array([sum(path["rewards"].sum() for path in paths) / 2 for paths in exploration])
-    return returns, explored, kl_to_prior(mu, sigma).cpu().numpy(), exploration
+    return final, exploration, kl_to_prior(mu, sigma).cpu().numpy()
 
 
-def make_eval_envs(args, train_tasks, test_tasks):
-    """{"test": all test tasks, "train": TRAIN_EVAL_TASKS training tasks}, as pairs (task number, environment)."""
-    # Evenly spaced in sorted order: ten directions drawn at random would favour policies that ignore the task.
-    middles = (np.arange(TRAIN_EVAL_TASKS) + 0.5) / TRAIN_EVAL_TASKS * len(train_tasks)
-    spaced = np.unique(np.argsort(train_tasks[:, 0])[middles.astype(int)])
-    pairs = {"test": [], "train": []}
-    for split, tasks, numbers in (("test", test_tasks, range(len(test_tasks))), ("train", train_tasks, spaced)):
-        for number in np.repeat(numbers, EVAL_REPEATS).tolist():
-            pairs[split].append((number, envs.make(args.env_id)))
-            pairs[split][-1][1].unwrapped.set_task(tasks[number])
-    return pairs
+def sum_rewards(paths):
+    """Undiscounted returns of E trajectories: (E,)."""
+    return np.array([path["rewards"].sum() for path in paths])
 
 
 @torch.no_grad()
@@ -419,39 +431,44 @@ def evaluate(agent, buffer, eval_envs, args):
     Args:
         eval_envs: {"test": pairs, "train": pairs}, a pair being (task number, environment), E of them.
     Returns:
-        rows (split, context, returns (E,), exploration returns (E,)), scalars to log, KL values (E,) for histograms.
+        rows (split, context, task numbers, returns, exploration returns: (E,) each), scalars to log, arrays to draw: KL
+        values (E,) for Figure 2 and, of the Direction families, paths over ground (., L+1, 2) for Figures 6 and 8.
     """
     device = buffer.sizes["rl"].device
     rng, buffer_rng = torch.Generator().manual_seed(args.seed), torch.Generator(device).manual_seed(args.seed)
-    rows, kls, scalars = [], {}, {}
+    rows, scalars, arrays = [], {}, {}
     for split, pairs in eval_envs.items():  # "train" comes last, and is used below
-        env_list = [env for _, env in pairs]
-        returns, explored, kls[f"{split}_online_context"], exploration = adapt(env_list, agent, args, rng)
-        rows.append((split, "online", returns, explored))
-        scalars[f"eval/{split}/exploration_return"] = explored.mean()
+        numbers, env_list = zip(*pairs)
+        final, exploration, arrays[f"kl_{split}_online_context"] = adapt(env_list, agent, args, rng)
+        explored = np.mean([sum_rewards(paths) for paths in zip(*exploration)], axis=0)  # (E,)
+        rows.append((split, "online", numbers, sum_rewards(final), explored))
 
     # The same training tasks with z ~ q(z | h_offline) instead (Figure 2)
-    tasks = torch.tensor([task for task, _ in eval_envs["train"]], device=device)  # (E,)
+    tasks = torch.tensor(numbers, device=device)  # (E,)
     h_offline = make_context(buffer.sample(tasks, args.context_batch, buffer_rng, "offline"), args)
     mu, sigma = agent.encoder(h_offline)  # (E, dz)
-    kls["train_offline_context"] = kl_to_prior(mu, sigma).cpu().numpy()
-    final = rollout(env_list, agent, mu, sigma, args, rng, deterministic=True)
-    rows.append(("train", "offline", np.array([path["rewards"].sum() for path in final]), explored))
+    arrays["kl_train_offline_context"] = kl_to_prior(mu, sigma).cpu().numpy()
+    final_offline = rollout(env_list, agent, mu, sigma, args, rng, deterministic=True)
+    rows.append(("train", "offline", numbers, sum_rewards(final_offline), explored))
 
     # Decoder against true rewards, on offline data and on this exploration: for us to read, never for training
     data = buffer.sample(tasks, args.rl_batch, buffer_rng, "offline")
-    lengths = torch.tensor([sum(len(path["actions"]) for path in paths) for paths in exploration], device=device)
-    explored_data = concatenate([path for paths in exploration for path in paths], device)
+    lengths = torch.tensor([sum(len(path["actions"]) for path in pair) for pair in exploration], device=device)
+    explored_paths = [path for pair in exploration for path in pair]
     for name, batch, z in (
         ("decoder_loss", {k: v.flatten(0, 1) for k, v in data.items()}, mu.repeat_interleave(args.rl_batch, 0)),
-        ("generated_reward_mse", explored_data, mu.repeat_interleave(lengths, 0)),
+        ("generated_reward_mse", concatenate(explored_paths, device), mu.repeat_interleave(lengths, 0)),
     ):
         error = agent.decoder(batch["obs"], batch["actions"], z) - batch["rewards"].squeeze(-1)
-        scalars[f"eval/{name}"] = error.square().mean()
-        scalars[f"eval/{name}_over_reward_variance"] = scalars[f"eval/{name}"] / batch["rewards"].var()
-    scalars |= {f"eval/{split}/{context}_context_return": returns.mean() for split, context, returns, _ in rows}
-    scalars |= {f"eval/kl_{name}": kl.mean() for name, kl in kls.items()}
-    return rows, {name: float(value) for name, value in scalars.items()}, kls
+        scalars[f"eval/{name}"] = error.square().mean().item()
+        scalars[f"eval/{name}_over_reward_variance"] = scalars[f"eval/{name}"] / batch["rewards"].var().item()
+
+    if args.env_id in envs.GROUND_VELOCITY:
+        data = [path for task in set(numbers) for path in buffer.offline_paths(task)]
+        groups = {"offline data": data, "exploration": explored_paths, "offline context": final_offline}
+        for name, paths in (groups | {"online context": final}).items():
+            arrays[name] = envs.ground_paths(args.env_id, paths)
+    return rows, scalars, arrays
 
 
 # ===== The run
@@ -469,13 +486,17 @@ def parse_args(argv=None):
     args = tyro.cli(Args, args=argv, default=defaults, description=__doc__)
     for name, value in vars(args).items():
         flag, old = "--" + name.replace("_", "-"), getattr(defaults, name)
-        if known.resume and value != old and name not in ("resume", "device", "online_iterations"):
+        if known.resume and value != old and name not in FREE:
             raise InputError(f"{flag} is {old} in the run to resume and can not become {value}")
         numbers = [n for n in (value if isinstance(value, tuple) else [value]) if type(n) in (int, float)]
         low, high = "at least" if name in MAY_BE_ZERO else "above", AT_MOST.get(name, math.inf)
         if not all((0 < n or n == 0 and name in MAY_BE_ZERO) and n <= high and math.isfinite(n) for n in numbers):
             bound = f" and at most {high}" if name in AT_MOST else ""
             raise InputError(f"{flag} is {value}, it must be {low} 0{bound}")
+    if args.eval_only and not args.resume:
+        raise InputError("--eval-only looks at a run: name its folder with --resume")
+    if args.compile and not shutil.which("g++"):
+        raise InputError("--compile needs a C++ compiler, and there is no g++ here")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: PyTorch finds no GPU here")
     return args
@@ -497,6 +518,32 @@ def speed_up(device):
             mallopt(option, size)
 
 
+def cuda_graph(take_step, generator):
+    """`take_step` recorded on its fourth call and replayed from then on: one launch in place of hundreds.
+
+    Its tensors must keep their shapes and places, and so do those it returns: each call overwrites them.
+    """
+    graph, stream, info, calls = torch.cuda.CUDAGraph(), torch.cuda.Stream(), {}, 0
+
+    def replay():
+        nonlocal calls, info
+        calls += 1
+        if calls <= 3:  # as they are, on a stream of their own, so that libraries allocate what they need
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                info = take_step()
+            torch.cuda.current_stream().wait_stream(stream)
+            return info
+        if calls == 4:
+            graph.register_generator_state(generator)
+            with torch.cuda.graph(graph):  # records, computes nothing
+                info = take_step()
+        graph.replay()
+        return info
+
+    return replay
+
+
 def main(args):
     """Algorithm 1. Returns the trained agent. Raises InputError."""
     spec = envs.SPECS[args.env_id]
@@ -513,13 +560,18 @@ def main(args):
     train_tasks, test_tasks = dataset["train_tasks"], dataset["test_tasks"]
     torch.manual_seed(args.seed)
     agent = Agent(spec.obs_dim, spec.action_dim, args).to(device)
-    optimizer = torch.optim.Adam([p for p in agent.parameters() if p.requires_grad], lr=args.lr, fused=True)
+    trained = [parameter for parameter in agent.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.Adam(trained, lr=args.lr, fused=True, capturable=gpu)
+    explored_tasks = train_tasks if args.explore_tasks == "train" else test_tasks
+    own_buffers = len(test_tasks) * (args.explore_tasks == "test" and args.oracle_rewards)  # D_i with true rewards
     visit = args.prior_steps + args.posterior_steps + 2 * spec.horizon  # new transitions of one visit, at most
     capacity = sum(len(path["actions"]) for _, path in dataset["rl"] + dataset["encoder"])
     capacity += args.online_iterations * args.tasks_per_iteration * visit
-    buffer = ReplayBuffer(len(train_tasks), spec.obs_dim, spec.action_dim, capacity, device)
+    buffer = ReplayBuffer(len(train_tasks) + own_buffers, spec.obs_dim, spec.action_dim, capacity, device)
     fill_from_dataset(buffer, dataset)
-    env, eval_envs = envs.make(args.env_id), make_eval_envs(args, train_tasks, test_tasks)
+    env = envs.make(args.env_id)
+    eval_envs = envs.make_evaluation(args.env_id, train_tasks, test_tasks, TRAIN_EVAL_TASKS, EVAL_REPEATS)
+
 
     # --- State of the run: everything that a checkpoint holds
     act_rng, rng = torch.Generator().manual_seed(args.seed), torch.Generator(device).manual_seed(args.seed)
@@ -528,6 +580,19 @@ def main(args):
     step, env_steps = 0, 0
     if args.resume:
         step, env_steps = restore(load_checkpoint(run, Args), parts, generators)
+        for group in optimizer.param_groups:  # the run may have been on another device
+            group["capturable"] = gpu
+
+    def film():
+        """The meta-episode on the first test task, as a GIF. Raises OSError if this machine can not render."""
+        film_rng = torch.Generator().manual_seed(args.seed)
+        envs.film(args.env_id, test_tasks[0], lambda env: adapt([env], agent, args, film_rng), run / "video.gif")
+
+    if args.eval_only:
+        print_rows(evaluate(agent, buffer, eval_envs, args)[0])
+        if args.capture_video:
+            film()
+        return agent
     total_steps = args.offline_steps + args.online_iterations * args.updates_per_iteration
 
     run.mkdir(parents=True, exist_ok=True)
@@ -541,12 +606,18 @@ def main(args):
     totals, count, since = {}, 0, time.time()
 
     def collect(task, num_steps, explore):
-        """[Alg. 1, l. 7 to 9] Explore one training task, label each trajectory, add it to D_task."""
+        """[Alg. 1, l. 7 to 9] Explore one task, label each trajectory, add it to D_i."""
         nonlocal env_steps
-        index, end = torch.tensor([task], device=device), env_steps + num_steps
+        end = env_steps + num_steps
         mu, sigma = prior(1, args, device)
-        env.unwrapped.set_task(train_tasks[task])
+        env.unwrapped.set_task(explored_tasks[task])
         while env_steps < end:  # whole episodes
+            # PAPER: D_i drawn anew for each trajectory. CODE: D_i of the training task that is explored.
+            i = task
+            if args.explore_tasks == "test":  # which has no offline data: as in the text, or its own D_i (true rewards)
+                drawn = torch.randint(len(train_tasks), (), generator=act_rng)
+                i = len(train_tasks) + task if args.oracle_rewards else int(drawn)
+            index = torch.tensor([i], device=device)
             if not explore:
                 # PAPER: z ~ p(z) only. CODE: z ~ q(z | h) in 600 of 1000 transitions, which enter the RL buffer only.
                 with torch.no_grad():
@@ -554,14 +625,22 @@ def main(args):
                     mu, sigma = agent.encoder(make_context(history, args))
             (path,) = rollout([env], agent, mu, sigma, args, act_rng, read_rewards=args.oracle_rewards)
             if not args.oracle_rewards:
-                # PAPER: D_i drawn anew for the label. CODE: D_i of the task that was explored.
                 h_offline = make_context(buffer.sample(index, args.context_batch, rng, "offline"), args)
                 obs, actions = (torch.as_tensor(path[name]).to(device) for name in ("obs", "actions"))
                 noise_z = torch.randn(1, args.latent_dim, generator=rng, device=device)
                 path["rewards"] = generate_rewards(agent, obs[:-1], actions, h_offline, noise_z)
             in_context = args.encoder_buffer == "all" or explore and args.encoder_buffer == "prior"
-            buffer.add(task, path, context=in_context)
+            buffer.add(i, path, context=in_context or explore and i >= len(train_tasks))
             env_steps += len(path["actions"])
+
+    def make_step(online):
+        """One gradient step as a function without arguments, the draw of its batch included."""
+        fn = torch.compile(update) if args.compile else update
+
+        def take_step():
+            return fn(agent, optimizer, sample_batch(buffer, args, rng), args, online=online)
+
+        return cuda_graph(take_step, rng) if gpu and args.cuda_graph else take_step
 
     def after_update(info, progress):
         """Count a gradient step; log, evaluate and save what is due after it."""
@@ -582,14 +661,11 @@ def main(args):
                 writer.add_scalar(name, value, step)
             totals, count = {}, 0
         if eval_due:
-            rows, scalars, kls = evaluate(agent, buffer, eval_envs, args)
-            append_csv(run / "eval.csv", step, env_steps, rows, eval_envs, EVAL_REPEATS)
-            for name, value in scalars.items():
-                writer.add_scalar(name, value, step)
-            for name, values in kls.items():
-                writer.add_histogram(f"eval/kl_{name}", values, step)
-            returns = ", ".join(f"{split} ({context} context) {r.mean():.1f}" for split, context, r, _ in rows)
+            rows, scalars, arrays = evaluate(agent, buffer, eval_envs, args)
+            returns = log_evaluation(run, writer, step, env_steps, rows, scalars, arrays)
             tqdm.write(f"step {step}, {env_steps} new transitions | return: {returns}")
+            if phase_ends:
+                np.savez_compressed(run / f"figures_{step}.npz", **arrays)  # for benchmark/figures.py
         if save_due:
             save_checkpoint(run, args, step, env_steps, parts, generators)
         if stopping:
@@ -599,25 +675,27 @@ def main(args):
             since = time.time()  # charts/SPS leaves out evaluations and checkpoints
 
     # ===== Offline phase [Alg. 1, l. 2 to 5]
+    take_step = make_step(online=False)
     with tqdm(total=args.offline_steps, initial=min(step, args.offline_steps), desc="offline", unit="step") as progress:
         while step < args.offline_steps:
-            batch = sample_batch(buffer, args, rng)  # l. 3
-            after_update(update(agent, optimizer, batch, args, online=False), progress)  # l. 4, 5
+            after_update(take_step(), progress)  # l. 3 to 5
 
     # ===== Self-supervised phase, without rewards from the environment [Alg. 1, l. 6 to 12]
+    take_step = make_step(online=True)
     online_total, done = total_steps - args.offline_steps, step - args.offline_steps
     with tqdm(total=online_total, initial=done, desc="self-supervised", unit="step") as progress:
         while step < total_steps:
             if (step - args.offline_steps) % args.updates_per_iteration == 0:
-                drawn = torch.randint(len(train_tasks), (args.tasks_per_iteration,), generator=act_rng)
+                drawn = torch.randint(len(explored_tasks), (args.tasks_per_iteration,), generator=act_rng)
                 for task in drawn.tolist():
                     collect(task, args.prior_steps, explore=True)  # l. 7 to 9
                     collect(task, args.posterior_steps, explore=False)
-            batch = sample_batch(buffer, args, rng)  # l. 10
-            after_update(update(agent, optimizer, batch, args, online=True), progress)  # l. 11, 12
+            after_update(take_step(), progress)  # l. 10 to 12
 
     writer.close()
     print_csv(run / "eval.csv")
+    if args.capture_video:
+        film()
     return agent
 
 

@@ -379,18 +379,18 @@ def test_actor_loss_is_finite_for_saturated_actions_in_the_data(lambda_pearl):
 # ----- Eq. 3 and 4
 
 
-def test_reward_loss_is_mean_squared_error_on_unscaled_rewards_plus_weighted_kl():
-    agent, args = make_agent(kl_coef=0.25)
+def test_reward_loss_is_mean_squared_error_on_unscaled_rewards():
+    agent, _ = make_agent()
     batch, z = flatten(make_batch()), random_z()
-    mu, sigma = torch.tensor([[1.0, 0.0]] * TASKS).double(), torch.tensor([[2.0, 1.0]] * TASKS).double()
-    mu[0] = 3.0
-    loss, error, kl = smac.reward_loss(agent, batch, z, mu, sigma, args)
     predicted = np_mlp(agent.decoder.net, batch["obs"], batch["actions"], z)[:, 0]
-    expected_error = ((predicted - array(batch["rewards"])) ** 2).mean()
+    expected = ((predicted - array(batch["rewards"])) ** 2).mean()
+    assert smac.reward_loss(agent, batch, z).item() == pytest.approx(expected)
+
+
+def test_kl_is_a_sum_over_z_for_each_task():
+    mu, sigma = torch.tensor([[3.0, 3.0], [1.0, 0.0]]).double(), torch.tensor([[2.0, 1.0]] * 2).double()
     variance_terms = 0.5 * (4 - math.log(4) - 1)
-    expected_kl = (0.5 * (9 + 9) + 2 * 0.5 * 1) / 3 + variance_terms  # tasks' mean: KL is summed over z alone
-    assert error.item() == pytest.approx(expected_error) and kl.item() == pytest.approx(expected_kl)
-    assert loss.item() == pytest.approx(expected_error + 0.25 * expected_kl)
+    np.testing.assert_allclose(smac.kl_to_prior(mu, sigma), [9 + variance_terms, 0.5 + variance_terms])
 
 
 def test_generated_rewards_are_the_decoders_with_one_z_for_the_trajectory():
@@ -421,7 +421,7 @@ def test_each_loss_alone_reaches_only_its_networks(loss, trained):
     z = (mu + sigma * batch["noise_z"]).repeat_interleave(BATCH, 0)
     value, q = smac.critic_loss(agent, batch, z.detach(), args)
     if loss == "reward":
-        value, _, _ = smac.reward_loss(agent, batch, z, mu, sigma, args)
+        value = smac.reward_loss(agent, batch, z)
     if loss.startswith("actor"):
         value, _ = smac.actor_loss(agent, batch, z.detach(), q, args, 1.0 if "PEARL" in loss else 0.0)
     value.backward()
@@ -429,32 +429,53 @@ def test_each_loss_alone_reaches_only_its_networks(loss, trained):
     assert sorted(reached) == sorted(trained)
 
 
+OFFLINE, ONLINE = False, True
+Q, R = "critic", "reward"
+
+
 @pytest.mark.parametrize(
-    "online, oracle, pearl, encoder_trains",
-    [(False, False, 0.0, True), (True, False, 0.4, False), (True, True, 0.4, True)],
+    "online, flags, to_encoder, decoder_trains, awac, pearl",
+    [  # the losses that reach the encoder beside the KL (none at all if empty), and the weights of both actor losses
+        (OFFLINE, {}, {R}, True, 1.0, 0.0),
+        (ONLINE, {}, {}, False, 1.0, 0.4),
+        (ONLINE, {"oracle_rewards": True}, {R}, True, 1.0, 0.4),
+        (OFFLINE, {"actor_ablation": True}, {R}, True, 0.0, 1.0),
+        (ONLINE, {"actor_ablation": True}, {}, False, 0.0, 1.0),
+        (OFFLINE, {"encoder_loss": "q"}, {Q}, True, 1.0, 0.0),
+        (ONLINE, {"encoder_loss": "q"}, {Q}, False, 1.0, 0.4),
+        (OFFLINE, {"encoder_loss": "reward_then_q"}, {Q, R}, True, 1.0, 0.0),
+        (ONLINE, {"encoder_loss": "reward_then_q"}, {Q}, False, 1.0, 0.4),
+    ],
 )
-def test_update_takes_one_step_down_the_right_gradients(online, oracle, pearl, encoder_trains):
-    """With plain gradient descent every parameter must move by -lr times the gradient of the loss it belongs to."""
-    agent, args = make_agent(oracle_rewards=oracle, lambda_pearl=0.4, kl_coef=0.25, tau=0.1)
+def test_update_takes_one_step_down_the_right_gradients(online, flags, to_encoder, decoder_trains, awac, pearl):
+    """With plain gradient descent every parameter must move by -lr times the gradient of the losses it belongs to."""
+    agent, args = make_agent(lambda_pearl=0.4, kl_coef=0.25, tau=0.1, **flags)
     flat = flatten(make_batch())
     mu, sigma = agent.encoder(flat["context"])
     z = (mu + sigma * flat["noise_z"]).repeat_interleave(BATCH, 0)
-    l_critic, q = smac.critic_loss(agent, flat, z.detach(), args)
-    l_actor, weights = smac.actor_loss(agent, flat, z.detach(), q, args, pearl)
-    l_reward, error, kl = smac.reward_loss(agent, flat, z, mu, sigma, args)
+    losses, kl = {R: smac.reward_loss(agent, flat, z)}, smac.kl_to_prior(mu, sigma).mean()
+    losses[Q], q = smac.critic_loss(agent, flat, z, args)
+    mean, log_std = agent.policy(flat["obs"], z.detach())
+    u = mean + log_std.exp() * flat["noise_a"]
+    q_new = agent.q(flat["obs"], torch.tanh(u), z.detach()).amin(0)
+    weights = N * torch.softmax((q.amin(0) - q_new) / args.awr_lambda, 0).detach()
+    data_u = torch.atanh(flat["actions"].clamp(-1 + 1e-6, 1 - 1e-6))
+    l_awac = -(weights * smac.tanh_gaussian_log_prob(data_u, mean, log_std)).mean()
+    l_actor = awac * l_awac + pearl * (smac.tanh_gaussian_log_prob(u, mean, log_std) - q_new).mean()
+    l_encoder = sum(losses[name] for name in to_encoder) + 0.25 * kl
     gradients = {}
-    for name, loss in (("q", l_critic), ("policy", l_actor), ("encoder", l_reward), ("decoder", l_reward)):
+    for name, loss in (("q", losses[Q]), ("policy", l_actor), ("encoder", l_encoder), ("decoder", losses[R])):
         parameters = list(getattr(agent, name).parameters())
         gradients[name] = torch.autograd.grad(loss, parameters, retain_graph=True)
     before = {name: [p.detach().clone() for p in getattr(agent, name).parameters()] for name in NETWORKS}
     optimizer = torch.optim.SGD([p for p in agent.parameters() if p.requires_grad], lr=0.01)
     info = smac.update(agent, optimizer, make_batch(), args, online)
     for name in ("q", "policy", "encoder", "decoder"):
-        frozen = name in ("encoder", "decoder") and not encoder_trains
+        frozen = name == "encoder" and not to_encoder or name == "decoder" and not decoder_trains
         for parameter, old, gradient in zip(getattr(agent, name).parameters(), before[name], gradients[name]):
             torch.testing.assert_close(parameter.detach(), old if frozen else old - 0.01 * gradient)
             assert torch.equal(parameter, old) == frozen
-    expected = {"losses/critic": l_critic, "losses/actor": l_actor, "losses/reward": error, "losses/kl": kl}
+    expected = {"losses/critic": losses[Q], "losses/actor": l_actor, "losses/reward": losses[R], "losses/kl": kl}
     expected |= {"train/q_mean": q.mean(), "train/q_max": q.max()}
     expected["train/actor_weight_ess"] = weights.sum() ** 2 / weights.square().sum() / N
     assert info.keys() == expected.keys()

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import gymnasium as gym
+import imageio
 import numpy as np
 import pytest
 import torch
@@ -137,7 +138,9 @@ KL_TAGS = {"eval/kl_test_online_context", "eval/kl_train_online_context", "eval/
 
 def test_a_run_writes_its_flags_evaluations_events_and_checkpoint(dataset, tmp_path, quick, capsys):
     run, agent = start(dataset, tmp_path)
-    assert sorted(file.name.split(".")[0] for file in run.iterdir()) == ["args", "checkpoint", "eval", "events"]
+    assert sorted(file.name.split(".")[0] for file in run.iterdir()) == ["args", "checkpoint", "eval", "events"] + [
+        f"figures_{step}" for step in (OFFLINE, 30)
+    ]
 
     flags = json.loads((run / "args.json").read_text())
     assert flags["offline_steps"] == OFFLINE and flags["kl_coef"] == 0.002 and flags["q_hidden"] == [16, 16]
@@ -411,7 +414,7 @@ def test_adaptation_reads_two_episodes_and_measures_the_third(monkeypatch):
     monkeypatch.setattr(smac, "rollout", record)
     monkeypatch.setattr(agent.encoder, "forward", lambda context: (contexts.append(context), encode(context))[1])
     env_list = [envs.make("PointDirection") for _ in range(3)]
-    returns, explored, kl, exploration = smac.adapt(env_list, agent, args, torch.Generator().manual_seed(0))
+    final, exploration, kl = smac.adapt(env_list, agent, args, torch.Generator().manual_seed(0))
     (mu1, sigma1, how1, first), (mu2, sigma2, how2, second), (mu, sigma, how3, third) = calls
     assert (mu1 == 0).all() and (mu2 == 0).all() and (sigma1 == 1).all() and (sigma2 == 1).all()
     assert (how1, how2, how3) == ({}, {}, {"deterministic": True})
@@ -420,8 +423,7 @@ def test_adaptation_reads_two_episodes_and_measures_the_third(monkeypatch):
             np.concatenate([p[i]["obs"][:-1], p[i]["actions"], p[i]["rewards"][:, None]], 1) for p in (first, second)
         ]
         np.testing.assert_array_equal(contexts[i][0], np.concatenate(rows))
-        assert returns[i] == third[i]["rewards"].sum() and exploration[i] == (first[i], second[i])
-        assert explored[i] == pytest.approx((first[i]["rewards"].sum() + second[i]["rewards"].sum()) / 2)
+        assert final[i] is third[i] and exploration[i] == (first[i], second[i])
         expected = 0.5 * (mu[i] ** 2 + sigma[i] ** 2 - 1 - 2 * sigma[i].log()).sum()
         assert kl[i] == pytest.approx(expected.item(), rel=1e-4) and kl[i] > 0
 
@@ -429,11 +431,11 @@ def test_adaptation_reads_two_episodes_and_measures_the_third(monkeypatch):
 def test_evaluation_pairs_each_environment_with_its_task_and_offline_data(quick, monkeypatch):
     args = smac.Args(env_id="PointDirection", latent_dim=2, encoder_hidden=(8,), policy_hidden=(8,), q_hidden=(8,))
     tasks, buffer, asked = envs.sample_tasks("PointDirection", 12), buffers.ReplayBuffer(10, 4, 2, 30), []
-    eval_envs = smac.make_eval_envs(args, tasks[:10], tasks[10:])
+    eval_envs = envs.make_evaluation("PointDirection", tasks[:10], tasks[10:], num_train=3, repeats=2)
     numbers = {split: [number for number, _ in pairs] for split, pairs in eval_envs.items()}
     chosen = numbers["train"][::2]
-    assert numbers == {"test": [0, 0, 1, 1], "train": [n for n in chosen for _ in range(2)]}  # EVAL_REPEATS is 2
-    assert len(set(chosen)) == 3 and chosen == sorted(chosen)  # TRAIN_EVAL_TASKS is 3
+    assert numbers == {"test": [0, 0, 1, 1], "train": [n for n in chosen for _ in range(2)]}
+    assert len(set(chosen)) == 3 and chosen == sorted(chosen)
     for split, rows in (("test", tasks[10:]), ("train", tasks[:10])):
         assert all((env.unwrapped.task == rows[number]).all() for number, env in eval_envs[split])
     for task in range(10):
@@ -450,21 +452,91 @@ def test_evaluation_pairs_each_environment_with_its_task_and_offline_data(quick,
         buffer, "sample", lambda tasks, *rest: (asked.append((tasks, rest[-1])), sample(tasks, *rest))[1]
     )
     monkeypatch.setattr(smac, "rollout", record)
-    smac.evaluate(smac.Agent(4, 2, args), buffer, eval_envs, args)
+    rows, _, arrays = smac.evaluate(smac.Agent(4, 2, args), buffer, eval_envs, args)
     assert [(t.tolist(), source) for t, source in asked] == [(numbers["train"], "offline")] * 2
-    test, train = ([env for _, env in eval_envs[split]] for split in ("test", "train"))
+    test, train = (tuple(env for _, env in eval_envs[split]) for split in ("test", "train"))
     explore, measure = {}, {"deterministic": True}
     expected = [(e, how) for e in (test, train) for how in (explore, explore, measure)] + [(train, measure)]
     assert acted == expected
 
 
-@pytest.mark.parametrize("flags", [["--next-obs-in-context"], ["--z-resample", "episode"], ["--lambda-pearl", 0]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--next-obs-in-context"], ["--z-resample", "episode"], ["--lambda-pearl", 0], ["--actor-ablation"],
+        ["--encoder-loss", "q"], ["--encoder-loss", "reward_then_q"],
+    ],
+)  # fmt: skip
 def test_variants_run(dataset, tmp_path, quick, flags):
     _, plain = start(dataset, tmp_path / "plain")
     run, agent = start(dataset, tmp_path / "variant", *flags)
     assert load(run)["step"] == 30 and all(p.isfinite().all() for p in agent.parameters())
     assert agent.encoder.net[0].in_features == (11 if "--next-obs-in-context" in flags else 7)
     assert not torch.equal(agent.policy.net[-1].weight, plain.policy.net[-1].weight)  # the flag has an effect
+
+
+@pytest.mark.parametrize("oracle", [False, True])
+def test_exploring_test_tasks(dataset, tmp_path, quick, monkeypatch, oracle):
+    """Figure 9. Without rewards the data go to the D_i that labelled them; true rewards get a D_i for each test task."""
+    visited, set_task = [], envs.PointDirection.set_task
+    monkeypatch.setattr(envs.PointDirection, "set_task", lambda env, t: (visited.append(t[0]), set_task(env, t))[1])
+    run, agent = start(dataset, tmp_path, "--explore-tasks", "test", *["--oracle-rewards"] * oracle)
+    test_angles = buffers.load_dataset(dataset, "PointDirection", envs.SPECS["PointDirection"])["test_tasks"][:, 0]
+    assert set(visited[-8:]) <= set(test_angles)  # two iterations of two tasks, twice each
+    sizes = load(run)["buffer"]["sizes"]
+    assert len(sizes["rl"]) == TRAIN_TASKS + TEST_TASKS * oracle and (sizes["rl"] > 0).all()
+    new = sizes["rl"][:TRAIN_TASKS] - EPISODES * HORIZON
+    assert new.sum() == (0 if oracle else 600)
+    if oracle:
+        assert (sizes["context"][TRAIN_TASKS:] > 0).all() and sizes["offline"][TRAIN_TASKS:].sum() == 0
+
+
+def test_pictures_hold_what_the_evaluation_saw(dataset, tmp_path, quick):
+    run, _ = start(dataset, tmp_path, "--online-iterations", 0)
+    with np.load(run / f"figures_{OFFLINE}.npz") as file:
+        arrays = dict(file)
+    kls = {name: values for name, values in arrays.items() if name.startswith("kl_")}
+    assert {name: len(values) for name, values in kls.items()} == {
+        "kl_test_online_context": 4, "kl_train_online_context": 6, "kl_train_offline_context": 6
+    }  # fmt: skip
+    shapes = {name: values.shape for name, values in arrays.items() if name not in kls}
+    ends = (HORIZON + 1, 2)
+    assert shapes == {
+        "offline data": (3 * EPISODES, *ends), "exploration": (12, *ends), "offline context": (6, *ends),
+        "online context": (6, *ends),
+    }  # fmt: skip
+    data = buffers.load_dataset(dataset, "PointDirection", envs.SPECS["PointDirection"])["rl"]
+    walked = np.stack([path["obs"][:, :2] - path["obs"][0, :2] for _, path in data])  # the point observes where it is
+    for drawn in arrays["offline data"]:
+        assert np.abs(walked - drawn).max((1, 2)).min() < 1e-4
+    events = EventAccumulator(str(run))
+    events.Reload()
+    assert events.Tags()["images"] == ["eval/paths"]
+
+
+def test_a_finished_run_can_be_looked_at(dataset, tmp_path, quick, capsys):
+    run, _ = start(dataset, tmp_path)
+    before = {file: file.read_bytes() for file in run.iterdir()}
+    last = [row for row in read_csv(run) if row[0] == "30"]
+    capsys.readouterr()
+    resume(run, "--eval-only", "--capture-video")
+    header, *lines = capsys.readouterr().out.splitlines()
+    assert header.split() == ["split", "context", "task", "return", "exploration"]
+    assert [line.split()[:3] for line in lines] == [row[2:5] for row in last]
+    for line, row in zip(lines, last):
+        assert float(line.split()[3]) == pytest.approx(float(row[5]), abs=0.06)
+    video = run / "video.gif"
+    assert before == {file: file.read_bytes() for file in run.iterdir() if file != video}
+    assert len(imageio.mimread(video)) > 20  # frames; equal neighbours are merged
+    with pytest.raises(InputError, match="--eval-only looks at a run"):
+        smac.parse_args(["--eval-only"])
+
+
+def test_a_machine_that_can_not_render_says_so(dataset, tmp_path, quick, monkeypatch):
+    monkeypatch.setattr(envs.PointDirection, "render", forbid)
+    with pytest.raises(OSError, match="can not be rendered here .* MUJOCO_GL=egl"):
+        start(dataset, tmp_path, "--capture-video")
+    assert load(tmp_path / "PointDirection__smac_offline_online__1")["step"] == 30  # after the training, which is safe
 
 
 # ----- Stop and resume
