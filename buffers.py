@@ -346,8 +346,7 @@ def draw_paths(axes, ground: dict) -> None:
     """Draw {label: paths (., L+1, 2) in metres} on matplotlib axes, from above, in the colours of Figures 6 and 8."""
     colours = {"offline data": "red", "exploration": "green", "offline context": "blue", "online context": "orange"}
     for label in (label for label in colours if label in ground):
-        x, y = np.moveaxis(ground[label], (1, 2), (1, 0))  # (., L+1) each
-        lines = axes.plot(x.T, y.T, color=f"tab:{colours[label]}", linewidth=0.6)
+        lines = axes.plot(*ground[label].T, color=f"tab:{colours[label]}", linewidth=0.6)  # x and y: (L+1, .) each
         lines[0].set_label(label)
     axes.set(aspect="equal", xlabel="x (m)", ylabel="y (m)")
     axes.legend(fontsize=7)

@@ -1,8 +1,7 @@
-"""Learning curve and table of a benchmark: python benchmark/plot.py point_direction
+"""Learning curves and table of a benchmark: python benchmark/plot.py point_direction
 
-Reads benchmark/results/{name}/{label}__{seed}.csv and .json, the eval.csv and args.json of its runs; writes curve.png and
-table.md beside them. A line is the mean over seeds, the band its standard deviation. "Data" is the mean return of the
-trajectories in the offline dataset (where a task's data begin within a trajectory, of what is left of it).
+Reads benchmark/results/{name}/{label}__{seed}.csv and .json, the eval.csv and args.json of its runs; writes curve.png
+and table.md beside them. A line is the mean over seeds, the band its standard deviation.
 """
 
 import csv
@@ -22,62 +21,99 @@ import buffers
 import envs
 
 RESULTS = Path(__file__).resolve().parent / "results"
-GROUPS = {("test", "online"): "-", ("train", "online"): "--", ("train", "offline"): ":"}  # what is measured: line style
-COLOURS = {"smac": "tab:red", "smac_goal_data": "tab:blue", "smac_goal_data_slow": "tab:cyan"}  # others black
+METHODS = {  # label of a run: its name and colour in every picture
+    "smac": ("SMAC", "tab:red"),
+    "smac_actor_ablation": ("SMAC (actor ablation)", "tab:blue"),
+    "meta_bc": ("meta behaviour cloning", "tab:brown"),
+    "macaw": ("MACAW", "tab:olive"),
+    "macaw_matched": ("MACAW, SMAC-matched", "yellowgreen"),
+    "borel": ("BOReL", "tab:pink"),
+    "borel_matched": ("BOReL, SMAC-matched", "orchid"),
+    "pearl": ("Online Oracle (PEARL)", "black"),
+    "smac_encoder_q": ("only Q-loss (online & offline)", "dimgray"),
+    "smac_encoder_reward_then_q": ("only Q-loss (online)", "tab:cyan"),
+    "smac_oracle_rewards": ("true rewards", "tab:gray"),
+    "smac_test_tasks": ("explores test tasks", "tab:orange"),
+    "smac_test_tasks_oracle_rewards": ("explores test tasks, true rewards", "tab:purple"),
+    "smac_goal_data": ("SMAC, goal-directed data", "tab:green"),
+    "smac_goal_data_slow": ("SMAC, goal-directed data, lr 3e-4", "darkseagreen"),
+}
+PANELS = {
+    "methods (Figure 5)": "smac smac_actor_ablation meta_bc macaw macaw_matched borel borel_matched pearl",
+    "what trains the encoder (Figure 7)": "smac smac_encoder_q smac_encoder_reward_then_q",
+    "where it explores (Figure 9)": "smac smac_oracle_rewards smac_test_tasks smac_test_tasks_oracle_rewards",
+    "data that give the task away": "smac smac_goal_data smac_goal_data_slow",
+}
+GROUPS = (("test", "online"), ("train", "online"), ("train", "offline"))  # tasks, context
 
 
 def read(file):
-    """eval.csv -> {(split, context): {(gradient step, transitions): mean over tasks}}, steps in order."""
-    cells = defaultdict(lambda: defaultdict(list))
+    """eval.csv -> {(tasks, context): {gradient step: mean return}}, and the last step without new transitions."""
+    cells, offline_end = defaultdict(lambda: defaultdict(list)), 0
     with open(file, newline="") as lines:
         for row in csv.DictReader(lines):
-            at = (int(row["gradient_step"]), int(row["env_steps"]))
-            cells[row["split"], row["context"]][at].append(float(row["return"]))
-    return {group: {at: np.mean(values) for at, values in steps.items()} for group, steps in cells.items()}
+            step = int(row["gradient_step"])
+            cells[row["split"], row["context"]][step].append(float(row["return"]))
+            offline_end = max(offline_end, step) if row["env_steps"] == "0" else offline_end
+    curves = {group: {step: np.mean(values) for step, values in steps.items()} for group, steps in cells.items()}
+    return curves, offline_end
 
 
-def data_return(file):
-    """Mean return of the trajectories that a run was given, from its args.json; empty for a run without a dataset."""
-    args = json.loads(file.read_text())
-    if "dataset" not in args:
-        return ""
-    root, env_id = RESULTS.parent.parent, args["env_id"]
-    dataset = buffers.load_dataset(root / (args["dataset"] or f"datasets/{env_id}.npz"), env_id, envs.SPECS[env_id])
-    return f"{np.mean([path['rewards'].sum() for _, path in dataset['rl']]):.1f}"
+def data_return(env_id, file):
+    """Mean return of the trajectories in a dataset (where a task's data begin within one, of what is left of it)."""
+    dataset = buffers.load_dataset(RESULTS.parent.parent / file, env_id, envs.SPECS[env_id])
+    return np.mean([path["rewards"].sum() for _, path in dataset["rl"]])
 
 
 def main(name):
-    folder = RESULTS / name
-    runs = defaultdict(list)
+    folder, runs, ends, files, env_id = RESULTS / name, defaultdict(list), {}, {}, ""
     for file in sorted(folder.glob("*.csv")):
-        runs[file.stem.rsplit("__", 1)[0]].append(read(file))
+        label = file.stem.rsplit("__", 1)[0]
+        curves, ends[label] = read(file)
+        runs[label].append(curves)
+        args = json.loads(file.with_suffix(".json").read_text())
+        env_id = args["env_id"]
+        files[label] = (args["dataset"] or f"datasets/{env_id}.npz") if "dataset" in args else None
     if not runs:
         print(f"error: there are no results in {folder}: run benchmark/run.py {name}", file=sys.stderr)
         sys.exit(2)
-    figure, axes = plt.subplots(1, len(runs), figsize=(4.5 * len(runs), 3.4), sharey=True, squeeze=False)
-    lines = ["| run | seeds | data | measured on | after the offline phase | at the end |", "|---|---|---|---|---|---|"]
-    for axis, (label, seeds) in zip(axes[0], runs.items()):
-        for group, style in GROUPS.items():
-            if group not in seeds[0]:
-                continue
-            steps = sorted(set.intersection(*(set(at[0] for at in seed[group]) for seed in seeds)))
-            by_step = [{at[0]: value for at, value in seed[group].items()} for seed in seeds]
-            values = np.array([[seed[step] for step in steps] for seed in by_step])  # (seeds, steps)
+
+    def curve(label, group):
+        """Gradient steps that all seeds have (S,), their returns (seeds, S)."""
+        seeds = [seed[group] for seed in runs[label]]
+        steps = sorted(set.intersection(*(set(seed) for seed in seeds)))
+        return steps, np.array([[seed[step] for step in steps] for seed in seeds])
+
+    last = max(step for label in runs for step in curve(label, ("test", "online"))[0])
+    panels = {title: [label for label in labels.split() if label in runs] for title, labels in PANELS.items()}
+    panels = {title: labels for title, labels in panels.items() if len(labels) > 1 or title == next(iter(PANELS))}
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 3.8), sharey=True, squeeze=False)
+    for axis, (title, labels) in zip(axes[0], panels.items()):
+        for label in labels:
+            (words, colour), (steps, values) = METHODS[label], curve(label, ("test", "online"))
             mean, std = values.mean(0), values.std(0)
-            axis.plot(steps, mean, style, color=COLOURS.get(label, "black"), label=f"{group[0]} tasks, {group[1]} context")
-            axis.fill_between(steps, mean - std, mean + std, color=COLOURS.get(label, "black"), alpha=0.12, linewidth=0)
-            offline = [at[0] for at in seeds[0][group] if at[1] == 0]
-            switch = steps.index(max(offline)) if offline else None
-            before = f"{mean[switch]:.1f} ± {std[switch]:.1f}" if offline else ""
-            what = f"{len(seeds)} | {data_return(folder / f'{label}__1.json')} | {group[0]} tasks, {group[1]} context"
-            lines.append(f"| {label} | {what} | {before} | {mean[-1]:.1f} ± {std[-1]:.1f} |")
-        if offline and switch < len(steps) - 1:
-            axis.axvline(steps[switch], color="grey", linewidth=0.8)  # here the self-supervised phase begins
-        axis.set(title=label, xlabel="gradient step")
+            axis.plot(steps, mean, color=colour, label=words)
+            axis.fill_between(steps, mean - std, mean + std, color=colour, alpha=0.12, linewidth=0)
+            if steps[-1] < last:  # it has no second phase
+                axis.plot([steps[-1], last], [mean[-1]] * 2, color=colour, linestyle=":")
+        axis.axhline(data_return(env_id, files["smac"]), color="silver", linewidth=0.8, label="the data of SMAC")
+        axis.axvline(ends["smac"], color="silver", linewidth=0.8, linestyle="--")  # the self-supervised phase begins
+        axis.set(title=title, xlabel="gradient step")
         axis.legend(fontsize=7)
-    axes[0][0].set_ylabel("post-adaptation return")
+    axes[0][0].set_ylabel(f"{env_id}: return on test tasks")
     figure.tight_layout()
-    figure.savefig(folder / "curve.png", dpi=110)
+    figure.savefig(folder / "curve.png", dpi=100)
+
+    columns = [f"{split} tasks, {context} context" for split, context in GROUPS]
+    lines = ["| run | seeds | data | " + " | ".join(columns) + " |", "|---" * 6 + "|"]
+    for label in sorted(runs, key=list(METHODS).index):
+        cells = [f"{data_return(env_id, files[label]):.1f}" if files[label] else ""]
+        for group in GROUPS:
+            steps, values = curve(label, group) if group in runs[label][0] else ([], None)
+            moments = [step for step in (ends[label], max(steps, default=0)) if step in steps]
+            shown = [values[:, steps.index(step)] for step in dict.fromkeys(moments)]
+            cells.append(" → ".join(f"{column.mean():.1f} ± {column.std():.1f}" for column in shown))
+        lines.append(f"| {label} | {len(runs[label])} | " + " | ".join(cells) + " |")
     (folder / "table.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 

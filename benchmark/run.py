@@ -24,6 +24,13 @@ BENCHMARKS = {
     "point_direction": {
         "smac": (POINT, (1, 2, 3)),
         "smac_oracle_rewards": (f"{POINT} --oracle-rewards", (1, 2, 3)),
+        "smac_actor_ablation": (f"{POINT} --actor-ablation", (1, 2, 3)),
+        "smac_encoder_q": (f"{POINT} --encoder-loss q", (1, 2, 3)),
+        "smac_encoder_reward_then_q": (f"{POINT} --encoder-loss reward_then_q", (1, 2, 3)),
+        "smac_test_tasks": (f"{POINT} --explore-tasks test", (1, 2, 3)),
+        "smac_test_tasks_oracle_rewards": (f"{POINT} --explore-tasks test --oracle-rewards", (1, 2, 3)),
+        "meta_bc": ("meta_bc.py --env-id PointDirection", (1, 2, 3)),
+        "pearl": ("pearl_online_oracle.py --env-id PointDirection", (1, 2, 3)),
         "smac_goal_data": (f"{POINT} --dataset datasets/PointDirectionGoal.npz", (1, 2, 3)),
         "smac_goal_data_slow": (f"{POINT} --dataset datasets/PointDirectionGoal.npz --lr 3e-4", (1, 2, 3)),
     },

@@ -16,6 +16,7 @@ import imageio
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import buffers
@@ -512,6 +513,10 @@ def test_pictures_hold_what_the_evaluation_saw(dataset, tmp_path, quick):
     events = EventAccumulator(str(run))
     events.Reload()
     assert events.Tags()["images"] == ["eval/paths"]
+    axes = Figure().subplots()
+    buffers.draw_paths(axes, {"exploration": arrays["exploration"]})
+    for line, drawn in zip(axes.lines, arrays["exploration"], strict=True):
+        np.testing.assert_array_equal(line.get_xydata(), drawn)
 
 
 def test_a_finished_run_can_be_looked_at(dataset, tmp_path, quick, capsys):

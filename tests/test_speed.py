@@ -1,0 +1,94 @@
+"""The plain version of the update in benchmark/ is the same step, so that comparing their speed means something."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import envs
+import smac_offline_online as smac
+from benchmark import speed
+from benchmark.plain_update import NETWORKS, PlainAgent, plain_update, unstack
+
+SMALL = dict(rl_batch=16, context_batch=8, q_hidden=(16, 16), policy_hidden=(16,), encoder_hidden=(16,))
+
+
+@pytest.fixture
+def set_up():
+    """An agent, its optimizer and 20 batches."""
+    args, spec = smac.Args(env_id="HopperParam", lr=1e-3, **SMALL), envs.SPECS["HopperParam"]
+    torch.manual_seed(0)
+    agent, generator = smac.Agent(spec.obs_dim, spec.action_dim, args), torch.Generator().manual_seed(0)
+    optimizer = torch.optim.Adam([p for p in agent.parameters() if p.requires_grad], lr=args.lr, fused=True)
+    buffer = speed.random_buffer(spec, num_tasks=5)
+    return agent, optimizer, [smac.sample_batch(buffer, args, generator) for _ in range(20)], args
+
+
+@pytest.mark.parametrize("online", [False, True])
+def test_the_plain_update_ends_at_the_same_parameters(set_up, online):
+    agent, optimizer, batches, args = set_up
+    plain = PlainAgent(agent, args.lr)
+    before = {name: value.clone() for name, value in agent.state_dict().items()}
+    for batch in batches:
+        smac.update(agent, optimizer, batch, args, online)
+        plain_update(plain, batch, args, online)
+    pairs = [(getattr(agent, name), getattr(plain, name)) for name in NETWORKS]
+    pairs += [(unstack(getattr(agent, name), i), getattr(plain, name)[i]) for name in ("q", "q_target") for i in range(2)]
+    for ours, theirs in pairs:
+        for value, expected in zip(ours.parameters(), theirs.parameters(), strict=True):
+            torch.testing.assert_close(value, expected, rtol=1e-3, atol=1e-5)
+    moved = {name.split(".")[0] for name, value in agent.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved == {"policy", "q", "q_target"} | set(() if online else ("encoder", "decoder"))
+
+
+def test_the_products_of_a_step_are_those_that_pytorch_makes(set_up):
+    """Multiply-adds counted by PyTorch itself, in both phases."""
+    agent, optimizer, batches, args = set_up
+    for online in (False, True):
+        with FlopCounterMode(display=False) as counter:
+            smac.update(agent, optimizer, batches[0], args, online)
+        found = speed.products(envs.SPECS["HopperParam"], args, online)
+        assert counter.get_total_flops() == sum(2 * c * m * k * n for c, m, k, n in found)
+
+
+@pytest.mark.skipif(not smac.shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_the_compiled_update_ends_at_the_same_parameters(set_up):
+    agent, optimizer, batches, args = set_up
+    start = {name: value.clone() for name, value in agent.state_dict().items()}
+    for batch in batches:
+        smac.update(agent, optimizer, batch, args, False)
+    expected = {name: value.clone() for name, value in agent.state_dict().items()}
+    agent.load_state_dict(start)
+    optimizer = torch.optim.Adam([p for p in agent.parameters() if p.requires_grad], lr=args.lr, fused=True)
+    compiled = torch.compile(smac.update)
+    for batch in batches:
+        compiled(agent, optimizer, batch, args, False)
+    for name, value in agent.state_dict().items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("online", [False, True])
+def test_the_cuda_graph_ends_at_the_same_parameters(online):
+    """The draw of the batch is part of the graph: the same generator must give the same batches."""
+    args, spec = smac.Args(env_id="HopperParam", lr=1e-3, **SMALL), envs.SPECS["HopperParam"]
+    results = []
+    for graph in (False, True):
+        torch.manual_seed(0)
+        agent, generator = smac.Agent(spec.obs_dim, spec.action_dim, args).cuda(), torch.Generator("cuda").manual_seed(0)
+        trained = [parameter for parameter in agent.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.Adam(trained, lr=args.lr, fused=True, capturable=True)
+        buffer = speed.random_buffer(spec, num_tasks=5, device="cuda")
+
+        def take_step():
+            return smac.update(agent, optimizer, smac.sample_batch(buffer, args, generator), args, online)
+
+        step = smac.cuda_graph(take_step, generator) if graph else take_step
+        info = [{name: value.item() for name, value in step().items()} for _ in range(20)]
+        results.append((agent.state_dict(), info))
+    for name, value in results[0][0].items():
+        torch.testing.assert_close(value, results[1][0][name], rtol=1e-3, atol=1e-5)
+    assert results[0][1][-1] == pytest.approx(results[1][1][-1], rel=1e-2)
