@@ -519,8 +519,6 @@ def main(args):
     step, env_steps = 0, 0
     if args.resume:
         step, env_steps = restore(load_checkpoint(run, Args), parts, generators)
-        for group in optimizer.param_groups:  # the run may have been on another device
-            group["capturable"] = gpu
 
     def film():
         """The meta-episode on the first test task, as a GIF. Raises OSError if this machine can not render."""

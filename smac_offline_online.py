@@ -443,9 +443,11 @@ def evaluate(agent, buffer, eval_envs, args):
         explored = np.mean([sum_rewards(paths) for paths in zip(*exploration)], axis=0)  # (E,)
         rows.append((split, "online", numbers, sum_rewards(final), explored))
 
-    # The same training tasks with z ~ q(z | h_offline) instead (Figure 2)
+    # The same training tasks with z ~ q(z | h_offline) instead (Figure 2), h as long as it is online, on average: each
+    # transition more makes the posterior narrower.
     tasks = torch.tensor(numbers, device=device)  # (E,)
-    h_offline = make_context(buffer.sample(tasks, args.context_batch, buffer_rng, "offline"), args)
+    lengths = torch.tensor([sum(len(path["actions"]) for path in pair) for pair in exploration], device=device)  # (E,)
+    h_offline = make_context(buffer.sample(tasks, round(lengths.float().mean().item()), buffer_rng, "offline"), args)
     mu, sigma = agent.encoder(h_offline)  # (E, dz)
     arrays["kl_train_offline_context"] = kl_to_prior(mu, sigma).cpu().numpy()
     final_offline = rollout(env_list, agent, mu, sigma, args, rng, deterministic=True)
@@ -453,7 +455,6 @@ def evaluate(agent, buffer, eval_envs, args):
 
     # Decoder against true rewards, on offline data and on this exploration: for us to read, never for training
     data = buffer.sample(tasks, args.rl_batch, buffer_rng, "offline")
-    lengths = torch.tensor([sum(len(path["actions"]) for path in pair) for pair in exploration], device=device)
     explored_paths = [path for pair in exploration for path in pair]
     for name, batch, z in (
         ("decoder_loss", {k: v.flatten(0, 1) for k, v in data.items()}, mu.repeat_interleave(args.rl_batch, 0)),
@@ -572,7 +573,6 @@ def main(args):
     env = envs.make(args.env_id)
     eval_envs = envs.make_evaluation(args.env_id, train_tasks, test_tasks, TRAIN_EVAL_TASKS, EVAL_REPEATS)
 
-
     # --- State of the run: everything that a checkpoint holds
     act_rng, rng = torch.Generator().manual_seed(args.seed), torch.Generator(device).manual_seed(args.seed)
     parts = {"agent": agent, "optimizer": optimizer, "buffer": buffer}
@@ -580,8 +580,6 @@ def main(args):
     step, env_steps = 0, 0
     if args.resume:
         step, env_steps = restore(load_checkpoint(run, Args), parts, generators)
-        for group in optimizer.param_groups:  # the run may have been on another device
-            group["capturable"] = gpu
 
     def film():
         """The meta-episode on the first test task, as a GIF. Raises OSError if this machine can not render."""

@@ -450,11 +450,12 @@ def test_evaluation_pairs_each_environment_with_its_task_and_offline_data(quick,
         return rollout(env_list, *args, **kwargs)
 
     monkeypatch.setattr(
-        buffer, "sample", lambda tasks, *rest: (asked.append((tasks, rest[-1])), sample(tasks, *rest))[1]
+        buffer, "sample", lambda tasks, *rest: (asked.append((tasks, rest[0], rest[-1])), sample(tasks, *rest))[1]
     )
     monkeypatch.setattr(smac, "rollout", record)
     rows, _, arrays = smac.evaluate(smac.Agent(4, 2, args), buffer, eval_envs, args)
-    assert [(t.tolist(), source) for t, source in asked] == [(numbers["train"], "offline")] * 2
+    sizes = (2 * HORIZON, args.rl_batch)  # a context as long as two episodes; the decoder's data
+    assert [(t.tolist(), n, source) for t, n, source in asked] == [(numbers["train"], n, "offline") for n in sizes]
     test, train = (tuple(env for _, env in eval_envs[split]) for split in ("test", "train"))
     explore, measure = {}, {"deterministic": True}
     expected = [(e, how) for e in (test, train) for how in (explore, explore, measure)] + [(train, measure)]
@@ -478,7 +479,7 @@ def test_variants_run(dataset, tmp_path, quick, flags):
 
 @pytest.mark.parametrize("oracle", [False, True])
 def test_exploring_test_tasks(dataset, tmp_path, quick, monkeypatch, oracle):
-    """Figure 9. Without rewards the data go to the D_i that labelled them; true rewards get a D_i for each test task."""
+    """Figure 9. Without rewards the data go to the D_i that labels them; with them to a D_i for each test task."""
     visited, set_task = [], envs.PointDirection.set_task
     monkeypatch.setattr(envs.PointDirection, "set_task", lambda env, t: (visited.append(t[0]), set_task(env, t))[1])
     run, agent = start(dataset, tmp_path, "--explore-tasks", "test", *["--oracle-rewards"] * oracle)

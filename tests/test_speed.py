@@ -36,7 +36,8 @@ def test_the_plain_update_ends_at_the_same_parameters(set_up, online):
         smac.update(agent, optimizer, batch, args, online)
         plain_update(plain, batch, args, online)
     pairs = [(getattr(agent, name), getattr(plain, name)) for name in NETWORKS]
-    pairs += [(unstack(getattr(agent, name), i), getattr(plain, name)[i]) for name in ("q", "q_target") for i in range(2)]
+    for name in ("q", "q_target"):
+        pairs += [(unstack(getattr(agent, name), i), getattr(plain, name)[i]) for i in range(2)]
     for ours, theirs in pairs:
         for value, expected in zip(ours.parameters(), theirs.parameters(), strict=True):
             torch.testing.assert_close(value, expected, rtol=1e-3, atol=1e-5)
@@ -78,7 +79,8 @@ def test_the_cuda_graph_ends_at_the_same_parameters(online):
     results = []
     for graph in (False, True):
         torch.manual_seed(0)
-        agent, generator = smac.Agent(spec.obs_dim, spec.action_dim, args).cuda(), torch.Generator("cuda").manual_seed(0)
+        agent = smac.Agent(spec.obs_dim, spec.action_dim, args).cuda()
+        generator = torch.Generator("cuda").manual_seed(0)
         trained = [parameter for parameter in agent.parameters() if parameter.requires_grad]
         optimizer = torch.optim.Adam(trained, lr=args.lr, fused=True, capturable=True)
         buffer = speed.random_buffer(spec, num_tasks=5, device="cuda")
