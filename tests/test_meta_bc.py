@@ -101,3 +101,13 @@ def test_it_imitates_goal_directed_data(tmp_path):
     with open(tmp_path / "PointDirection__meta_bc__1" / "eval.csv", newline="") as file:
         returns = [float(row["return"]) for row in csv.DictReader(file) if row["context"] == "offline"]
     assert np.mean(returns) > 8
+
+
+def test_a_finished_run_can_be_looked_at(tmp_path, quick, capsys):
+    run, _ = start(tmp_path, "--offline-steps", "4")
+    before = (run / "eval.csv").read_bytes()
+    capsys.readouterr()
+    meta_bc.main(meta_bc.parse_args(["--resume", str(run), "--eval-only", "--capture-video"]))
+    assert len(capsys.readouterr().out.splitlines()) == 1 + 20 + 3 + 3
+    assert (run / "video.gif").stat().st_size > 1000 and (run / "eval.csv").read_bytes() == before
+    assert (run / "figures_4.npz").exists()

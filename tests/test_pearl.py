@@ -191,3 +191,12 @@ def test_it_learns_the_point_mass(tmp_path):
     pearl.main(pearl.parse_args([*flags.split(), "--run-dir", str(tmp_path)]))
     with open(run / "eval.csv", newline="") as file:
         assert np.mean([float(row["return"]) for row in csv.DictReader(file)]) > 12
+
+
+def test_a_finished_run_can_be_looked_at(tmp_path, quick, capsys):
+    run, _ = start(tmp_path)
+    before = (run / "eval.csv").read_bytes()
+    capsys.readouterr()
+    pearl.main(pearl.parse_args(["--resume", str(run), "--eval-only", "--capture-video"]))
+    assert len(capsys.readouterr().out.splitlines()) == 1 + 2 + 3
+    assert (run / "video.gif").stat().st_size > 1000 and (run / "eval.csv").read_bytes() == before
