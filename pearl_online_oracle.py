@@ -11,8 +11,6 @@ Its dataset: the same with --tasks-per-iteration 5 --online-iterations 50 --save
 import ctypes
 import dataclasses
 import difflib
-import importlib.metadata
-import json
 import math
 import signal
 import sys
@@ -30,7 +28,7 @@ from tqdm import tqdm
 
 import envs
 from buffers import InputError, ReplayBuffer, save_dataset  # D and the file of offline data
-from buffers import append_csv, load_checkpoint, print_csv, restore, save_checkpoint, start_csv  # files of a run
+from buffers import append_csv, claim, load_checkpoint, print_csv, restore, save_checkpoint, writing_to  # of a run
 
 
 @dataclasses.dataclass
@@ -117,8 +115,9 @@ PRESETS = {
 # PAPER: Ant has an encoder part of 400. CODE: one buffer. The paper does not say for Walker, Hopper, Humanoid.
 DATASET_SLICES = {"CheetahVelocity": (("first", 1200), ("last", 400))}
 DEFAULT_SLICES = (("last", 1200), None)
-MAY_BE_ZERO = "seed task_seed policy_reg kl_coef initial_steps prior_steps posterior_steps online_iterations".split()
+MAY_BE_ZERO = "seed task_seed policy_reg kl_coef posterior_steps online_iterations".split()
 AT_MOST = {"gamma": 1, "tau": 1, "seed": 2**32, "task_seed": 2**32 - 1}
+AT_MOST |= {name: 10_000 for name in vars(Args()) if name.endswith(("_batch", "_hidden", "_dim"))}  # or memory ends
 EVAL_REPEATS, TRAIN_EVAL_TASKS = 4, 10  # meta-episodes a task in an evaluation; training tasks in it
 LOG_EVERY = 200  # gradient steps averaged into one point of the loss curves
 
@@ -398,21 +397,22 @@ def evaluate(agent, eval_envs, args):
 def parse_args(argv=None):
     """The flags, over the environment's PRESETS row or over the flags of the run to resume. Raises InputError."""
     known, _ = tyro.cli(Args, args=argv, return_unknown_args=True, add_help=False)
-    if known.env_id not in PRESETS:
-        near = difflib.get_close_matches(known.env_id, PRESETS, n=3, cutoff=0)
-        raise InputError(f"--env-id {known.env_id}: there is no such environment, the nearest are {', '.join(near)}")
-    defaults = Args(**{"env_id": known.env_id} | PRESETS[known.env_id])
+    defaults = Args(**{"env_id": known.env_id} | PRESETS.get(known.env_id, {}))
     if known.resume:
         defaults = load_checkpoint(known.resume, Args)["args"]
     args = tyro.cli(Args, args=argv, default=defaults, description=__doc__)
+    if args.env_id not in PRESETS:
+        near = difflib.get_close_matches(args.env_id, PRESETS, n=3, cutoff=0)
+        raise InputError(f"--env-id {args.env_id}: there is no such environment, the nearest are {', '.join(near)}")
     for name, value in vars(args).items():
         flag, old = "--" + name.replace("_", "-"), getattr(defaults, name)
         if known.resume and value != old and name not in ("resume", "device", "online_iterations"):
             raise InputError(f"{flag} is {old} in the run to resume and can not become {value}")
-        numbers = [n for n in (value if isinstance(value, tuple) else [value]) if type(n) in (int, float)]
+        values = (*value, sum(value) or 1) if isinstance(value, tuple) else (value,)
+        numbers = [n for n in values if type(n) in (int, float)]
         low, high = "at least" if name in MAY_BE_ZERO else "above", AT_MOST.get(name, math.inf)
         if not all((0 < n or n == 0 and name in MAY_BE_ZERO) and n <= high and math.isfinite(n) for n in numbers):
-            bound = f" and at most {high}" if name in AT_MOST else ""
+            bound = f" and at most {high}{' in all' * isinstance(value, tuple)}" if name in AT_MOST else ""
             raise InputError(f"{flag} is {value}, it must be {low} 0{bound}")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: PyTorch finds no GPU here")
@@ -458,8 +458,6 @@ def main(args):
     device = torch.device("cuda" if gpu else "cpu")
     speed_up(device)
     run = Path(args.resume or Path(args.run_dir) / f"{args.env_id}__{Path(__file__).stem}__{args.seed}")
-    if not args.resume and (run / "checkpoint.pt").exists():
-        raise InputError(f"{run} holds a run: continue it with --resume {run}, or choose another --run-dir or --seed")
 
     if args.save_dataset and args.dataset_iteration > args.online_iterations:
         raise InputError(f"--save-dataset: --dataset-iteration {args.dataset_iteration} comes after the last")
@@ -483,14 +481,11 @@ def main(args):
     parts = {"agent": agent, "optimizer": optimizer, "buffer": buffer}
     generators = {"act_rng": act_rng, "rng": rng}
     step, env_steps = 0, 0
+    lock = claim(run, args)
     if args.resume:
         step, env_steps = restore(load_checkpoint(run, Args), parts, generators)
     total_steps = args.online_iterations * args.updates_per_iteration
 
-    run.mkdir(parents=True, exist_ok=True)
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "gymnasium", "mujoco")}
-    (run / "args.json").write_text(json.dumps(vars(args) | {"versions": versions}, indent=1))
-    start_csv(run / "eval.csv", step)
     writer = SummaryWriter(str(run), purge_step=step)
     stop_signals = []
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -512,6 +507,7 @@ def main(args):
             buffer.add(task, path, context=explore)
             env_steps += len(path["actions"])
 
+    @writing_to(run)
     def after_update(info, progress):
         """Count a gradient step; log, evaluate and save what is due after it."""
         nonlocal step, totals, count, since
@@ -541,6 +537,7 @@ def main(args):
         if args.save_dataset and step == args.dataset_iteration * args.updates_per_iteration:
             write_dataset(buffer, train_tasks, test_tasks, args)
         if save_due:
+            writer.flush()
             save_checkpoint(run, args, step, env_steps, parts, generators)
         if stopping:
             progress.close()
@@ -563,7 +560,8 @@ def main(args):
             batch = sample_batch(buffer, args, rng)
             after_update(update(agent, optimizer, batch, args), progress)
 
-    writer.close()
+    for opened in (writer, lock, env, *(env for _, env in eval_envs["test"] + eval_envs["train"])):
+        opened.close()
     print_csv(run / "eval.csv")
     return agent
 
