@@ -34,14 +34,14 @@ class InputError(Exception):
 
 
 def check(name, found, like):
-    """Raise an InputError unless nested dicts have the keys, types, dtypes and shapes of `like`, and finite numbers."""
-    kinds = [f"{x.dtype} {tuple(x.shape)}" if torch.is_tensor(x) else type(x).__name__ for x in (found, like)]
+    """Raise an InputError unless dicts, arrays and numbers have the keys, types, shapes of `like` and are finite."""
+    kinds = [f"{x.dtype} {tuple(x.shape)}" if hasattr(x, "dtype") else type(x).__name__ for x in (found, like)]
     if kinds[0] != kinds[1]:
         raise InputError(f"{name} is {kinds[0]}, expected {kinds[1]}".replace("NoneType", "missing"))
     if isinstance(like, dict):
         for key in like | found:
             check(f"{name}.{key}", found.get(key), like.get(key))
-    elif torch.is_tensor(found) and not found.isfinite().all():
+    elif hasattr(found, "dtype") and not (abs(found) < float("inf")).all():
         raise InputError(f"{name} is NaN or infinite, expected finite numbers")
 
 
@@ -151,14 +151,14 @@ class ReplayBuffer:
         used, tables = len(state["fields"]["obs"]), state["tables"]
         like = {"fields": {name: field[:used] for name, field in self.fields.items()}, "sizes": self.sizes}
         like["tables"] = {name: table[:, : tables[name].shape[1]] for name, table in self.tables.items()}
-        check("buffer", state, like)
+        check("checkpoint.buffer", state, like)
         for name, size in state["sizes"].items():
             table = tables["rl" if name == "rl" else "context"]
             if ((size < 0) | (size > table.shape[1])).any() or ((table < 0) | (table >= used)).any():
-                raise InputError(f"buffer.sizes.{name} or its table points outside of the {used} transitions")
+                raise InputError(f"checkpoint.buffer.sizes.{name}, or its table, points outside of {used} transitions")
         for name, field in self.fields.items():
             if not torch.equal(field[: self.used].cpu(), state["fields"][name][: self.used]):
-                raise InputError(f"buffer.fields.{name} begins with other transitions than the dataset")
+                raise InputError(f"checkpoint.buffer.fields.{name} begins with other transitions than the dataset")
         self.used = used
         for name, field in self.fields.items():
             field[: self.used] = state["fields"][name]
@@ -217,8 +217,6 @@ def load_dataset(path, env_id: str, spec) -> dict:
     """
     if not Path(path).is_file():
         raise InputError(f"there is no dataset at {path}: pass --dataset, or make one (see datasets/README.md)")
-    names = ["format_version", "env_id", "command", "train_tasks", "test_tasks"]
-    names += [f"{part}_{name}" for part in ("rl", "encoder") for name in ("tasks", "lengths", *PATH_FIELDS)]
     try:
         with zipfile.ZipFile(path) as archive:  # look at the declared sizes before unpacking anything
             declared = sum(member.file_size for member in archive.infolist())
@@ -226,58 +224,43 @@ def load_dataset(path, env_id: str, spec) -> dict:
         if declared > allowed:
             raise ValueError(f"it declares {declared} bytes, more than the {allowed} allowed")
         with np.load(path, allow_pickle=False) as file:  # allow_pickle=False: a data file can not run code
-            data = {name: np.asarray(file[name]) for name in names if name in file.files}
+            data = {name: np.asarray(array) for name, array in file.items()}
     except Exception as error:  # whatever a damaged or hostile file makes the two readers raise
         raise InputError(f"{path} can not be read as a dataset: {str(error) or type(error).__name__}") from None
 
-    def expect(name, found, wanted):
+    def compare(like):
+        check(f"{path}: dataset", {name: data.get(name) for name in like}, like)
+
+    def array(dtype, *shape):
+        return np.broadcast_to(np.zeros((), dtype), shape)  # takes no memory
+
+    for name, wanted in (("format_version", FORMAT_VERSION), ("env_id", env_id)):
+        found = data[name].tolist() if name in data else "missing"
         if found != wanted:
             raise InputError(f"{path}: {name} is {found}, expected {wanted}")
-
-    for name in names:
-        expect(f"field {name}", "present" if name in data else "missing", "present")
-    for name in ("format_version", "env_id", "command"):
-        expect(f"shape of {name}", data[name].shape, ())
-    expect("format_version", data["format_version"].item(), FORMAT_VERSION)
-    expect("env_id", data["env_id"].item(), env_id)
     for name in ("train_tasks", "test_tasks"):
-        expect(f"dtype of {name}", str(data[name].dtype), "float64")
-        expect(f"shape of {name}", data[name].shape, (max(1, len(data[name])) if data[name].ndim else 1, spec.task_dim))
-        expect(f"{name}", "finite" if np.isfinite(data[name]).all() else "not finite", "finite")
+        compare({name: array(np.float64, max(1, len(np.atleast_1d(data.get(name)))), spec.task_dim)})
         if data[name].min() < spec.task_range[0] or data[name].max() > spec.task_range[1]:
             raise InputError(f"{path}: {name} must lie in {list(spec.task_range)}")
     num_tasks, result = len(data["train_tasks"]), {"train_tasks": data["train_tasks"], "test_tasks": data["test_tasks"]}
     for part in ("rl", "encoder"):
-        tasks, lengths = data[f"{part}_tasks"], data[f"{part}_lengths"]
-        for name, array in (("tasks", tasks), ("lengths", lengths)):
-            expect(f"dtype of {part}_{name}", str(array.dtype), "int32")
-            expect(f"shape of {part}_{name}", array.shape, (lengths.size,))
+        tasks, lengths = data.get(f"{part}_tasks"), data.get(f"{part}_lengths")
+        compare({f"{part}_{name}": array(np.int32, np.size(lengths)) for name in ("tasks", "lengths")})
         if lengths.size and (lengths.min() < 1 or tasks.min() < 0 or tasks.max() >= num_tasks):
             raise InputError(f"{path}: {part}_lengths must be at least 1 and {part}_tasks within 0..{num_tasks - 1}")
         total = int(lengths.sum(dtype=np.int64))
-        wanted = {
-            "obs": (total + lengths.size, spec.obs_dim),
-            "actions": (total, spec.action_dim),
-            "rewards": (total,),
-            "terminals": (total,),
-        }
-        for name, dtype in PATH_FIELDS.items():
-            array = data[f"{part}_{name}"]
-            expect(f"dtype of {part}_{name}", str(array.dtype), np.dtype(dtype).name)
-            expect(f"shape of {part}_{name}", array.shape, wanted[name])
-            expect(f"{part}_{name}", "finite" if np.isfinite(array).all() else "not finite", "finite")
+        shapes = {"obs": (total + lengths.size, spec.obs_dim), "actions": (total, spec.action_dim)}
+        compare({f"{part}_{k}": array(dtype, *shapes.get(k, (total,))) for k, dtype in PATH_FIELDS.items()})
         if np.abs(data[f"{part}_actions"]).max(initial=0) > 1:
             raise InputError(f"{path}: {part}_actions must lie in [-1, 1]")
         if part == "rl" or lengths.size:
             missing = np.setdiff1d(np.arange(num_tasks), tasks)
             if missing.size:
-                raise InputError(
-                    f"{path}: {part} has no transition of task {missing[0]}, and every training task needs some"
-                )
+                raise InputError(f"{path}: {part} has no transition of task {missing[0]}, and every one needs some")
         cuts, obs_cuts = np.cumsum(lengths)[:-1], np.cumsum(lengths + 1)[:-1]
         columns = {name: np.split(data[f"{part}_{name}"], obs_cuts if name == "obs" else cuts) for name in PATH_FIELDS}
         result[part] = [(int(tasks[i]), {name: columns[name][i] for name in PATH_FIELDS}) for i in range(lengths.size)]
-    return result | {"command": data["command"].item()}
+    return result | {"command": str(data.get("command"))}
 
 
 def fill_from_dataset(buffer: ReplayBuffer, dataset: dict) -> None:
@@ -312,7 +295,7 @@ def claim(run, args):
 
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise InputError(f"another process writes to {run}") from None
     file.truncate(0)
     versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "gymnasium", "mujoco")}
@@ -320,13 +303,14 @@ def claim(run, args):
     file.flush()
     if not args.resume:
         (run / "eval.csv").write_bytes((",".join(CSV_COLUMNS) + "\r\n").encode())
+    # On a full disk TensorBoard's thread would print a traceback; the next call to the writer raises the same error.
+    threading.excepthook = lambda hook: None
     return file
 
 
 @contextlib.contextmanager
 def writing_to(run):
     """Turn a full disk, or a folder that can not be written any more, into one sentence."""
-    threading.excepthook = lambda hook: None  # TensorBoard's thread: its error comes again with the next call
     try:
         yield
     except OSError as error:
@@ -343,7 +327,7 @@ def save_checkpoint(run, args, step, env_steps, parts, generators):
     state = {"step": step, "env_steps": env_steps, "eval_csv": (run / "eval.csv").read_bytes().decode()}
     state |= {name: part.state_dict() for name, part in parts.items()}
     state |= {name: generator.get_state() for name, generator in generators.items()}
-    check(f"no checkpoint after step {step}, the last good one stays in {run}: state", state, state)
+    check(f"no checkpoint after step {step}, the one before stays in {run}: checkpoint", state, state)
     temporary = run / "checkpoint.tmp"
     try:
         with open(temporary, "wb") as file:
@@ -408,12 +392,15 @@ def restore(checkpoint, parts, generators):
         moments, trained = checkpoint["optimizer"]["state"], enumerate(optimizer.param_groups[0]["params"])
         like = {"step": 0, "env_steps": 0, "eval_csv": "", "agent": parts["agent"].state_dict()}
         like |= {name: generator.get_state() for name, generator in generators.items()}
-        check("state", {name: checkpoint.get(name) for name in like}, like)
+        check("checkpoint", {name: checkpoint.get(name) for name in like}, like)
         # The optimizer holds nothing of a network that was never trained.
         like = {i: {"step": torch.zeros(()), "exp_avg": p, "exp_avg_sq": p} for i, p in trained if i in moments}
-        check("optimizer", moments, like)
-        for row in list(csv.reader(checkpoint["eval_csv"].splitlines()))[1:]:
-            [float(row[i]) for i in (0, 1, 4, 5, 6)]
+        check("checkpoint.optimizer.state", moments, like)
+        if not 0 <= checkpoint["step"] < 1 << 60:
+            raise InputError(f"checkpoint.step is {checkpoint['step']}, expected 0 or more")
+        header, *rows = csv.reader(checkpoint["eval_csv"].splitlines())
+        if header != CSV_COLUMNS or not np.isfinite([float(row[i]) for row in rows for i in (0, 1, 4, 5, 6)]).all():
+            raise InputError("checkpoint.eval_csv is no table of evaluations")
         parts["buffer"].load_state_dict(checkpoint["buffer"])
         parts["agent"].load_state_dict(checkpoint["agent"])
         moments = {i: {name: value.detach().clone() for name, value in state.items()} for i, state in moments.items()}

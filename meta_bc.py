@@ -428,7 +428,7 @@ def main(args):
     if args.resume:
         step, _ = restore(load_checkpoint(run, Args), parts, generators)
 
-    writer = SummaryWriter(str(run), purge_step=step)
+    writer = SummaryWriter(str(run), purge_step=step + 1)
     stop_signals = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: stop_signals.append(number))

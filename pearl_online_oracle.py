@@ -486,7 +486,7 @@ def main(args):
         step, env_steps = restore(load_checkpoint(run, Args), parts, generators)
     total_steps = args.online_iterations * args.updates_per_iteration
 
-    writer = SummaryWriter(str(run), purge_step=step)
+    writer = SummaryWriter(str(run), purge_step=step + 1)
     stop_signals = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: stop_signals.append(number))
