@@ -5,8 +5,19 @@ field; for each task two index tables say which of them belong to the RL buffer 
 encoder buffer (the histories h that become z, Appendix C.2). A transition that belongs to both is stored once.
 """
 
+import contextlib
 import csv
+import difflib
+import importlib.metadata
+import json
+import math
 import os
+import pickletools
+import re
+import shutil
+import threading
+import typing
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -16,11 +27,26 @@ from matplotlib.figure import Figure
 
 FORMAT_VERSION = 1
 PATH_FIELDS = {"obs": np.float32, "actions": np.float32, "rewards": np.float32, "terminals": np.bool_}
-MAX_BYTES = 8 << 30  # a dataset file that declares more than this is refused before it is unpacked
+MAX_BYTES, MAX_RATIO = 8 << 30, 20  # a dataset file that declares more, or more times its own size, is refused
 
 
 class InputError(Exception):
     """A flag or a file that can not be used. Scripts print its one sentence and exit with code 2."""
+
+    def __init__(self, sentence):
+        super().__init__(" ".join(str(sentence)[:500].split()))  # what it quotes from a file may be long or have lines
+
+
+def check(name, found, like):
+    """Raise an InputError unless dicts, arrays and numbers have the keys, types, shapes of `like` and are finite."""
+    kinds = [f"{x.dtype} {tuple(x.shape)}" if hasattr(x, "dtype") else type(x).__name__ for x in (found, like)]
+    if kinds[0] != kinds[1]:
+        raise InputError(f"{name} is {kinds[0]}, expected {kinds[1]}".replace("NoneType", "missing"))
+    if isinstance(like, dict):
+        for key in like | found:
+            check(f"{name}.{key}", found.get(key), like.get(key))
+    elif hasattr(found, "dtype") and not (abs(found) < float("inf")).all():
+        raise InputError(f"{name} is NaN or infinite, expected finite numbers")
 
 
 # ===== Replay buffer
@@ -38,10 +64,13 @@ class ReplayBuffer:
 
     def __init__(self, num_tasks: int, obs_dim: int, action_dim: int, capacity: int, device="cpu"):
         dims = {"obs": obs_dim, "actions": action_dim, "rewards": 1, "next_obs": obs_dim, "terminals": 1}
-        self.fields = {name: torch.empty(capacity, dim, device=device) for name, dim in dims.items()}
-        self.tables = {
-            name: torch.zeros(num_tasks, capacity, dtype=torch.int32, device=device) for name in ("rl", "context")
-        }
+        try:
+            self.fields = {name: torch.empty(capacity, dim, device=device) for name, dim in dims.items()}
+            self.tables = {
+                name: torch.zeros(num_tasks, capacity, dtype=torch.int32, device=device) for name in ("rl", "context")
+            }
+        except (RuntimeError, TypeError):  # can't allocate memory; a number of more than 64 bits
+            raise InputError(f"a replay buffer for {capacity} transitions does not fit into memory") from None
         self.sizes = {
             name: torch.zeros(num_tasks, dtype=torch.int64, device=device) for name in ("rl", "context", "offline")
         }
@@ -126,8 +155,19 @@ class ReplayBuffer:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Inverse of `state_dict`, into a buffer of the same sizes."""
-        self.used = len(state["fields"]["obs"])
+        """Inverse of `state_dict`, of a buffer that began with what this one holds now. Raises InputError."""
+        used, tables = len(state["fields"]["obs"]), state["tables"]
+        like = {"fields": {name: field[:used] for name, field in self.fields.items()}, "sizes": self.sizes}
+        like["tables"] = {name: table[:, : tables[name].shape[1]] for name, table in self.tables.items()}
+        check("checkpoint.buffer", state, like)
+        for name, size in state["sizes"].items():
+            table = tables["rl" if name == "rl" else "context"]
+            if ((size < 0) | (size > table.shape[1])).any() or ((table < 0) | (table >= used)).any():
+                raise InputError(f"checkpoint.buffer.sizes.{name}, or its table, points outside of {used} transitions")
+        for name, field in self.fields.items():
+            if not torch.equal(field[: self.used].cpu(), state["fields"][name][: self.used]):
+                raise InputError(f"checkpoint.buffer.fields.{name} begins with other transitions than the dataset")
+        self.used = used
         for name, field in self.fields.items():
             field[: self.used] = state["fields"][name]
         for name, table in self.tables.items():
@@ -185,66 +225,50 @@ def load_dataset(path, env_id: str, spec) -> dict:
     """
     if not Path(path).is_file():
         raise InputError(f"there is no dataset at {path}: pass --dataset, or make one (see datasets/README.md)")
-    names = ["format_version", "env_id", "command", "train_tasks", "test_tasks"]
-    names += [f"{part}_{name}" for part in ("rl", "encoder") for name in ("tasks", "lengths", *PATH_FIELDS)]
     try:
         with zipfile.ZipFile(path) as archive:  # look at the declared sizes before unpacking anything
             declared = sum(member.file_size for member in archive.infolist())
-        if declared > MAX_BYTES:
-            raise ValueError(f"it declares {declared} bytes, more than the {MAX_BYTES} allowed")
+        allowed = min(MAX_BYTES, MAX_RATIO * os.path.getsize(path))
+        if declared > allowed:
+            raise ValueError(f"it declares {declared} bytes, more than the {allowed} allowed")
         with np.load(path, allow_pickle=False) as file:  # allow_pickle=False: a data file can not run code
-            data = {name: file[name] for name in names if name in file.files}
+            data = {name: np.asarray(array) for name, array in file.items()}
     except Exception as error:  # whatever a damaged or hostile file makes the two readers raise
-        raise InputError(
-            f"{path} can not be read as a dataset: {str(error) or type(error).__name__}".splitlines()[0]
-        ) from None
+        raise InputError(f"{path} can not be read as a dataset: {str(error) or type(error).__name__}") from None
 
-    def expect(name, found, wanted):
+    def compare(like):
+        check(f"{path}: dataset", {name: data.get(name) for name in like}, like)
+
+    def array(dtype, *shape):
+        return np.broadcast_to(np.zeros((), dtype), shape)  # takes no memory
+
+    for name, wanted in (("format_version", FORMAT_VERSION), ("env_id", env_id)):
+        found = data[name].tolist() if name in data else "missing"
         if found != wanted:
-            raise InputError(" ".join(f"{path}: {name} is {found}, expected {wanted}".split()))
-
-    for name in names:
-        expect(f"field {name}", "present" if name in data else "missing", "present")
-    for name in ("format_version", "env_id", "command"):
-        expect(f"shape of {name}", data[name].shape, ())
-    expect("format_version", data["format_version"].item(), FORMAT_VERSION)
-    expect("env_id", data["env_id"].item(), env_id)
+            raise InputError(f"{path}: {name} is {found}, expected {wanted}")
     for name in ("train_tasks", "test_tasks"):
-        expect(f"dtype of {name}", str(data[name].dtype), "float64")
-        expect(f"shape of {name}", data[name].shape, (max(1, len(data[name])) if data[name].ndim else 1, spec.task_dim))
-        expect(f"{name}", "finite" if np.isfinite(data[name]).all() else "not finite", "finite")
+        compare({name: array(np.float64, max(1, len(np.atleast_1d(data.get(name)))), spec.task_dim)})
+        if data[name].min() < spec.task_range[0] or data[name].max() > spec.task_range[1]:
+            raise InputError(f"{path}: {name} must lie in {list(spec.task_range)}")
     num_tasks, result = len(data["train_tasks"]), {"train_tasks": data["train_tasks"], "test_tasks": data["test_tasks"]}
     for part in ("rl", "encoder"):
-        tasks, lengths = data[f"{part}_tasks"], data[f"{part}_lengths"]
-        for name, array in (("tasks", tasks), ("lengths", lengths)):
-            expect(f"dtype of {part}_{name}", str(array.dtype), "int32")
-            expect(f"shape of {part}_{name}", array.shape, (lengths.size,))
+        tasks, lengths = data.get(f"{part}_tasks"), data.get(f"{part}_lengths")
+        compare({f"{part}_{name}": array(np.int32, np.size(lengths)) for name in ("tasks", "lengths")})
         if lengths.size and (lengths.min() < 1 or tasks.min() < 0 or tasks.max() >= num_tasks):
             raise InputError(f"{path}: {part}_lengths must be at least 1 and {part}_tasks within 0..{num_tasks - 1}")
         total = int(lengths.sum(dtype=np.int64))
-        wanted = {
-            "obs": (total + lengths.size, spec.obs_dim),
-            "actions": (total, spec.action_dim),
-            "rewards": (total,),
-            "terminals": (total,),
-        }
-        for name, dtype in PATH_FIELDS.items():
-            array = data[f"{part}_{name}"]
-            expect(f"dtype of {part}_{name}", str(array.dtype), np.dtype(dtype).name)
-            expect(f"shape of {part}_{name}", array.shape, wanted[name])
-            expect(f"{part}_{name}", "finite" if np.isfinite(array).all() else "not finite", "finite")
+        shapes = {"obs": (total + lengths.size, spec.obs_dim), "actions": (total, spec.action_dim)}
+        compare({f"{part}_{k}": array(dtype, *shapes.get(k, (total,))) for k, dtype in PATH_FIELDS.items()})
         if np.abs(data[f"{part}_actions"]).max(initial=0) > 1:
             raise InputError(f"{path}: {part}_actions must lie in [-1, 1]")
         if part == "rl" or lengths.size:
             missing = np.setdiff1d(np.arange(num_tasks), tasks)
             if missing.size:
-                raise InputError(
-                    f"{path}: {part} has no transition of task {missing[0]}, and every training task needs some"
-                )
+                raise InputError(f"{path}: {part} has no transition of task {missing[0]}, and every one needs some")
         cuts, obs_cuts = np.cumsum(lengths)[:-1], np.cumsum(lengths + 1)[:-1]
         columns = {name: np.split(data[f"{part}_{name}"], obs_cuts if name == "obs" else cuts) for name in PATH_FIELDS}
         result[part] = [(int(tasks[i]), {name: columns[name][i] for name in PATH_FIELDS}) for i in range(lengths.size)]
-    return result | {"command": data["command"].item()}
+    return result | {"command": str(data.get("command"))}
 
 
 def fill_from_dataset(buffer: ReplayBuffer, dataset: dict) -> None:
@@ -261,15 +285,104 @@ def fill_from_dataset(buffer: ReplayBuffer, dataset: dict) -> None:
 
 
 CSV_COLUMNS = ["gradient_step", "env_steps", "split", "context", "task", "return", "exploration_return"]
+# All that a checkpoint's pickle may name: weights_only=True alone allows types that take any amount of memory.
+PICKLED = r"collections OrderedDict|torch\._utils _rebuild_tensor_v2|torch (Byte|Float|Int|Long)Storage"
+
+
+def check_flags(args, defaults, env_ids, may_be_zero, at_most, free) -> None:
+    """Raise an InputError for the first flag that can not be used.
+
+    Args:
+        args, defaults: all flags, and what they are if not given; with --resume those of the run.
+        may_be_zero, at_most: flags with other bounds than "above 0".
+        free: flags that may change when a run is resumed.
+    """
+    if args.env_id not in env_ids:
+        near = difflib.get_close_matches(args.env_id, env_ids, n=3, cutoff=0)
+        raise InputError(f"--env-id {args.env_id}: there is no such environment, the nearest are {', '.join(near)}")
+    for name, value in vars(args).items():
+        flag, old = "--" + name.replace("_", "-"), getattr(defaults, name)
+        if args.resume and value != old and name not in free:
+            raise InputError(f"{flag} is {old} in the run to resume and can not become {value}")
+        values = (*value, sum(value) or 1) if isinstance(value, tuple) else (value,)
+        low, high = "at least" if name in may_be_zero else "above", at_most.get(name, math.inf)
+        for n in (n for n in values if type(n) in (int, float)):
+            if not ((0 < n or n == 0 and name in may_be_zero) and n <= high and math.isfinite(n)):
+                bound = f" and at most {high}{' in all' * isinstance(value, tuple)}" if name in at_most else ""
+                raise InputError(f"{flag} is {value}, it must be {low} 0{bound}")
+    if args.eval_only and not args.resume:
+        raise InputError("--eval-only looks at a run: name its folder with --resume")
+    if args.compile and not shutil.which("g++"):
+        raise InputError("--compile needs a C++ compiler, and there is no g++ here")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: PyTorch finds no GPU here")
+
+
+def claim(run, args):
+    """Make the folder RUN with args.json and, for a new run, an eval.csv without rows. Raises InputError.
+
+    Returns args.json, open: until it is closed or the process ends, no other process can claim RUN.
+    """
+    if not args.resume and (run / "checkpoint.pt").exists():
+        raise InputError(f"{run} holds a run: continue it with --resume {run}, or choose another --run-dir or --seed")
+    run.mkdir(parents=True, exist_ok=True)
+    file = open(run / "args.json", "a")
+    if os.name == "posix":  # Windows has no such lock
+        import fcntl
+
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"another process writes to {run}") from None
+    file.truncate(0)
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "gymnasium", "mujoco")}
+    file.write(json.dumps(vars(args) | {"versions": versions}, indent=1))
+    file.flush()
+    if not args.resume:
+        (run / "eval.csv").write_bytes((",".join(CSV_COLUMNS) + "\r\n").encode())
+    # On a full disk TensorBoard's thread would print a traceback; the next call to the writer raises the same error.
+    threading.excepthook = lambda hook: None
+    return file
+
+
+@contextlib.contextmanager
+def writing_to(run):
+    """Turn a full disk, or a folder that can not be written any more, into one sentence."""
+    try:
+        yield
+    except OSError as error:
+        saved = f"continue with --resume {run}" if (run / "checkpoint.pt").exists() else "there is no checkpoint yet"
+        raise InputError(f"can not write to {error.filename or run}: {error.strerror}; {saved}") from None
 
 
 def save_checkpoint(run, args, step, env_steps, parts, generators):
-    """Write RUN/checkpoint.pt whole or not at all: to another file first, which is then renamed."""
-    state = {"args": vars(args) | {"resume": None}, "step": step, "env_steps": env_steps}
+    """Write RUN/checkpoint.pt whole or not at all: to another file first, which is then renamed.
+
+    Raises InputError (a number is NaN or infinite) or OSError (it can not be written); the checkpoint before stays.
+    """
+    # eval.csv goes in too: on disk it may end in half a line, or in lines of later steps.
+    state = {"step": step, "env_steps": env_steps, "eval_csv": (run / "eval.csv").read_bytes().decode()}
     state |= {name: part.state_dict() for name, part in parts.items()}
     state |= {name: generator.get_state() for name, generator in generators.items()}
-    torch.save(state, run / "checkpoint.tmp")
-    os.replace(run / "checkpoint.tmp", run / "checkpoint.pt")
+    check(f"no checkpoint after step {step}, the one before stays in {run}: checkpoint", state, state)
+    temporary = run / "checkpoint.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state | {"args": vars(args) | {"resume": None}}, file)
+            file.flush()
+            os.fsync(file.fileno())  # or a power failure could leave an empty file under the new name
+        os.replace(temporary, run / "checkpoint.pt")
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        raise error if isinstance(error, OSError) else error.__context__ or error  # torch hides the OSError
+
+
+def is_flag(value, kind):
+    """Whether a value is of a flag's type: plain, Optional, Literal or tuple[int, ...]."""
+    if typing.get_origin(kind) is tuple:
+        return type(value) is tuple and {type(n) for n in value} <= {int}
+    kinds = (float, int) if kind is float else (kind, *typing.get_args(kind))
+    return type(value) in kinds or type(value) is str and value in kinds
 
 
 def load_checkpoint(run, args_class):
@@ -282,32 +395,60 @@ def load_checkpoint(run, args_class):
     if not path.is_file():
         raise InputError(f"there is no checkpoint at {path}")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        return checkpoint | {"args": args_class(**checkpoint["args"])}
-    except Exception as error:  # whatever a damaged or hostile file makes torch raise
-        raise InputError(f"{path} can not be read as a checkpoint of this script ({type(error).__name__})") from None
+        with zipfile.ZipFile(path) as archive, warnings.catch_warnings():
+            # torch.load verifies no checksum, and takes all the memory that a file asks for: look first.
+            members = archive.infolist()
+            stored = [m.file_size for m in members if m.compress_type == zipfile.ZIP_STORED]
+            too_large = len(stored) < len(members) or sum(stored) > path.stat().st_size
+            if too_large or members[0].header_offset or archive.testzip():
+                raise ValueError("a size or a checksum in it is wrong")
+            (pickled,) = (m for m in members if m.filename.lower().endswith("data.pkl"))
+            for opcode, name, _ in pickletools.genops(archive.read(pickled)):
+                if opcode.name == "GLOBAL" and not re.fullmatch(PICKLED, name):
+                    raise ValueError(f"it holds {name}")
+            warnings.simplefilter("ignore")
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        flags, kinds = checkpoint["args"], typing.get_type_hints(args_class)
+        for name in flags | kinds:
+            if name not in flags or not is_flag(flags[name], kinds.get(name)):
+                raise ValueError(f"flag {name} is missing, unknown or not of its type")
+        return checkpoint | {"args": args_class(**flags), "path": path}
+    except Exception as error:  # whatever a damaged or hostile file makes the readers raise
+        reason = error if isinstance(error, (ValueError, zipfile.BadZipFile)) else type(error).__name__
+        raise InputError(f"{path} can not be read as a checkpoint of this script: {reason}") from None
 
 
 def restore(checkpoint, parts, generators):
-    """Put a checkpoint into networks, optimizer, buffer, generators; returns step, env_steps. Raises InputError."""
+    """Put a checkpoint into networks, optimizer, buffer, generators and eval.csv; returns step, env_steps.
+
+    Raises:
+        InputError: one sentence that names the file, the field, what was found and what was expected.
+    """
+    path, optimizer = checkpoint["path"], parts["optimizer"]
     try:
-        for name, part in parts.items():
-            part.load_state_dict(checkpoint[name])
+        moments, trained = checkpoint["optimizer"]["state"], enumerate(optimizer.param_groups[0]["params"])
+        like = {"step": 0, "env_steps": 0, "eval_csv": "", "agent": parts["agent"].state_dict()}
+        like |= {name: generator.get_state() for name, generator in generators.items()}
+        check("checkpoint", {name: checkpoint.get(name) for name in like}, like)
+        # The optimizer holds nothing of a network that was never trained.
+        like = {i: {"step": torch.zeros(()), "exp_avg": p, "exp_avg_sq": p} for i, p in trained if i in moments}
+        check("checkpoint.optimizer.state", moments, like)
+        if not 0 <= checkpoint["step"] < 1 << 60:
+            raise InputError(f"checkpoint.step is {checkpoint['step']}, expected 0 or more")
+        header, *rows = csv.reader(checkpoint["eval_csv"].splitlines())
+        if header != CSV_COLUMNS or not np.isfinite([float(row[i]) for row in rows for i in (0, 1, 4, 5, 6)]).all():
+            raise InputError("checkpoint.eval_csv is no table of evaluations")
+        parts["buffer"].load_state_dict(checkpoint["buffer"])
+        parts["agent"].load_state_dict(checkpoint["agent"])
+        moments = {i: {name: value.detach().clone() for name, value in state.items()} for i, state in moments.items()}
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
         for name, generator in generators.items():
             generator.set_state(checkpoint[name])
-        return int(checkpoint["step"]), int(checkpoint["env_steps"])
-    except Exception as error:  # missing keys, other shapes or types
-        raise InputError(f"the checkpoint does not fit this run ({type(error).__name__})") from None
-
-
-def start_csv(path, step):
-    """Write eval.csv with its header and, of a run to resume, the rows up to `step`: the later ones come again."""
-    rows = []
-    if step and path.exists():
-        with open(path, newline="") as file:
-            rows = [row for row in list(csv.reader(file))[1:] if int(row[0]) <= step]
-    with open(path, "w", newline="") as file:
-        csv.writer(file).writerows([CSV_COLUMNS, *rows])
+    except Exception as error:  # whatever missing and strange fields make the lines above raise
+        reason = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise InputError(f"{path} does not fit this run: {reason}") from None
+    (path.parent / "eval.csv").write_bytes(checkpoint["eval_csv"].encode())
+    return checkpoint["step"], checkpoint["env_steps"]
 
 
 def task_means(rows):

@@ -42,11 +42,13 @@ class Spec:
     """environment steps after which an episode is truncated"""
     num_train_tasks: int
     num_test_tasks: int
+    task_range: tuple[float, float] = (-100.0, 100.0)
+    """numbers outside of it are no task: a guard against damaged files, wider than what `sample_tasks` draws from"""
 
 
 SPECS: dict[str, Spec] = {
-    "HopperParam": Spec(11, 3, 41, 200, 50, 5),
-    "WalkerParam": Spec(17, 6, 65, 200, 50, 5),
+    "HopperParam": Spec(11, 3, 41, 200, 50, 5, (0.01, 100.0)),
+    "WalkerParam": Spec(17, 6, 65, 200, 50, 5, (0.01, 100.0)),
     "CheetahVelocity": Spec(20, 6, 1, 200, 100, 30),
     # PAPER: R^20, orientation and the joints' angles and velocities. CODE: 27, with height and torso velocities: the
     # reward is linear in the torso's velocity, which cannot be told from the 20.

@@ -10,11 +10,7 @@ Its dataset: the same with --tasks-per-iteration 5 --online-iterations 50 --save
 
 import ctypes
 import dataclasses
-import difflib
-import importlib.metadata
-import json
 import math
-import shutil
 import signal
 import sys
 import time
@@ -31,7 +27,8 @@ from tqdm import tqdm
 
 import envs
 from buffers import InputError, ReplayBuffer, save_dataset  # D and the file of offline data
-from buffers import load_checkpoint, log_evaluation, print_csv, print_rows, restore, save_checkpoint, start_csv
+from buffers import check_flags, claim, load_checkpoint, log_evaluation, print_csv, print_rows  # files of a run
+from buffers import restore, save_checkpoint, writing_to
 
 
 @dataclasses.dataclass
@@ -126,9 +123,10 @@ PRESETS = {
 # PAPER: Ant has an encoder part of 400. CODE: one buffer. The paper does not say for Walker, Hopper, Humanoid.
 DATASET_SLICES = {"CheetahVelocity": (("first", 1200), ("last", 400))}
 DEFAULT_SLICES = (("last", 1200), None)
-MAY_BE_ZERO = "seed task_seed policy_reg kl_coef initial_steps prior_steps posterior_steps online_iterations".split()
+MAY_BE_ZERO = "seed task_seed policy_reg kl_coef posterior_steps online_iterations".split()
 FREE = "resume device online_iterations eval_only capture_video compile cuda_graph".split()  # of --resume
 AT_MOST = {"gamma": 1, "tau": 1, "seed": 2**32, "task_seed": 2**32 - 1}
+AT_MOST |= {name: 10_000 for name in vars(Args()) if name.endswith(("_batch", "_hidden", "_dim"))}  # or memory ends
 EVAL_REPEATS, TRAIN_EVAL_TASKS = 4, 10  # meta-episodes a task in an evaluation; training tasks in it
 LOG_EVERY = 200  # gradient steps averaged into one point of the loss curves
 
@@ -400,28 +398,11 @@ def evaluate(agent, eval_envs, args):
 def parse_args(argv=None):
     """The flags, over the environment's PRESETS row or over the flags of the run to resume. Raises InputError."""
     known, _ = tyro.cli(Args, args=argv, return_unknown_args=True, add_help=False)
-    if known.env_id not in PRESETS:
-        near = difflib.get_close_matches(known.env_id, PRESETS, n=3, cutoff=0)
-        raise InputError(f"--env-id {known.env_id}: there is no such environment, the nearest are {', '.join(near)}")
-    defaults = Args(**{"env_id": known.env_id} | PRESETS[known.env_id])
+    defaults = Args(**{"env_id": known.env_id} | PRESETS.get(known.env_id, {}))
     if known.resume:
         defaults = load_checkpoint(known.resume, Args)["args"]
     args = tyro.cli(Args, args=argv, default=defaults, description=__doc__)
-    for name, value in vars(args).items():
-        flag, old = "--" + name.replace("_", "-"), getattr(defaults, name)
-        if known.resume and value != old and name not in FREE:
-            raise InputError(f"{flag} is {old} in the run to resume and can not become {value}")
-        numbers = [n for n in (value if isinstance(value, tuple) else [value]) if type(n) in (int, float)]
-        low, high = "at least" if name in MAY_BE_ZERO else "above", AT_MOST.get(name, math.inf)
-        if not all((0 < n or n == 0 and name in MAY_BE_ZERO) and n <= high and math.isfinite(n) for n in numbers):
-            bound = f" and at most {high}" if name in AT_MOST else ""
-            raise InputError(f"{flag} is {value}, it must be {low} 0{bound}")
-    if args.eval_only and not args.resume:
-        raise InputError("--eval-only looks at a run: name its folder with --resume")
-    if args.compile and not shutil.which("g++"):
-        raise InputError("--compile needs a C++ compiler, and there is no g++ here")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: PyTorch finds no GPU here")
+    check_flags(args, defaults, PRESETS, MAY_BE_ZERO, AT_MOST, FREE)
     return args
 
 
@@ -490,8 +471,6 @@ def main(args):
     device = torch.device("cuda" if gpu else "cpu")
     speed_up(device)
     run = Path(args.resume or Path(args.run_dir) / f"{args.env_id}__{Path(__file__).stem}__{args.seed}")
-    if not args.resume and (run / "checkpoint.pt").exists():
-        raise InputError(f"{run} holds a run: continue it with --resume {run}, or choose another --run-dir or --seed")
 
     if args.save_dataset and args.dataset_iteration > args.online_iterations:
         raise InputError(f"--save-dataset: --dataset-iteration {args.dataset_iteration} comes after the last")
@@ -517,6 +496,7 @@ def main(args):
     parts = {"agent": agent, "optimizer": optimizer, "buffer": buffer}
     generators = {"act_rng": act_rng, "rng": rng}
     step, env_steps = 0, 0
+    lock = None if args.eval_only else claim(run, args)
     if args.resume:
         step, env_steps = restore(load_checkpoint(run, Args), parts, generators)
 
@@ -532,11 +512,7 @@ def main(args):
         return agent
     total_steps = args.online_iterations * args.updates_per_iteration
 
-    run.mkdir(parents=True, exist_ok=True)
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "gymnasium", "mujoco")}
-    (run / "args.json").write_text(json.dumps(vars(args) | {"versions": versions}, indent=1))
-    start_csv(run / "eval.csv", step)
-    writer = SummaryWriter(str(run), purge_step=step)
+    writer = SummaryWriter(str(run), purge_step=step + 1)
     stop_signals = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: stop_signals.append(number))
@@ -566,6 +542,7 @@ def main(args):
 
         return cuda_graph(take_step, rng) if gpu and args.cuda_graph else take_step
 
+    @writing_to(run)
     def after_update(info, progress):
         """Count a gradient step; log, evaluate and save what is due after it."""
         nonlocal step, totals, count, since
@@ -590,6 +567,7 @@ def main(args):
         if args.save_dataset and step == args.dataset_iteration * args.updates_per_iteration:
             write_dataset(buffer, train_tasks, test_tasks, args)
         if save_due:
+            writer.flush()
             save_checkpoint(run, args, step, env_steps, parts, generators)
         if stopping:
             progress.close()
@@ -612,7 +590,8 @@ def main(args):
                     collect(task, args.posterior_steps, explore=False)
             after_update(take_step(), progress)
 
-    writer.close()
+    for opened in (writer, lock, env, *(env for _, env in eval_envs["test"] + eval_envs["train"])):
+        opened.close()
     print_csv(run / "eval.csv")
     if args.capture_video:
         film()

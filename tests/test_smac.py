@@ -748,11 +748,12 @@ def test_refuses_damaged_and_hostile_checkpoints(dataset, tmp_path, quick):
 
     file.write_bytes(good)
     checkpoint = load(run)
-    for name in ("agent", "optimizer", "buffer", "rng", "step"):
+    for name in ("agent", "optimizer", "buffer", "rng", "step", "eval_csv"):
         torch.save({key: value for key, value in checkpoint.items() if key != name}, file)
-        refused("the checkpoint does not fit this run", resume, run)
+        refused(f"checkpoint.pt does not fit this run: .*{name}.* is missing", resume, run)
     torch.save(checkpoint | {"agent": checkpoint["agent"] | {"q.weights.0": torch.zeros(2)}}, file)
-    refused("the checkpoint does not fit this run", resume, run)
+    message = r"agent.q.weights.0 is torch.float32 \(2,\), expected torch.float32 \(2, 9, 16\)"
+    refused(f"checkpoint.pt does not fit this run: .*{message}", resume, run)
 
 
 def test_the_trap_in_the_hostile_checkpoint_works(tmp_path):

@@ -1,5 +1,6 @@
 """The plain version of the update in benchmark/ is the same step, so that comparing their speed means something."""
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -55,7 +56,7 @@ def test_the_products_of_a_step_are_those_that_pytorch_makes(set_up):
         assert counter.get_total_flops() == sum(2 * c * m * k * n for c, m, k, n in found)
 
 
-@pytest.mark.skipif(not smac.shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 def test_the_compiled_update_ends_at_the_same_parameters(set_up):
     agent, optimizer, batches, args = set_up
     start = {name: value.clone() for name, value in agent.state_dict().items()}
