@@ -84,6 +84,7 @@ class Args:
 # that fits rewards of about .1 to .5.
 PRESETS = {
     "HopperParam": {}, "WalkerParam": {}, "CheetahVelocity": {}, "AntDirection": {}, "HumanoidDirection": {},
+    "SawyerManipulation": {}, "SawyerManipulation8": {},
     "PointDirection": dict(
         policy_hidden=(128, 128), encoder_hidden=(128, 128), rl_batch=128, lr=1e-3, kl_coef=0.002, offline_steps=3_000,
         eval_every=1_200, checkpoint_every=1_200,
@@ -430,7 +431,8 @@ def main(args):
         step, _ = restore(load_checkpoint(run, Args), parts, generators)
 
     run.mkdir(parents=True, exist_ok=True)
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "gymnasium", "mujoco")}
+    packages = ("torch", "numpy", "gymnasium", "mujoco", "pybullet")
+    versions = {name: importlib.metadata.version(name) for name in packages}
     (run / "args.json").write_text(json.dumps(vars(args) | {"versions": versions}, indent=1))
     start_csv(run / "eval.csv", step)
     writer = SummaryWriter(str(run), purge_step=step)

@@ -110,12 +110,14 @@ class Args:
 PRESETS = {
     "HopperParam": {}, "WalkerParam": {}, "AntDirection": {}, "HumanoidDirection": {},
     "CheetahVelocity": dict(encoder_buffer="frozen"),
+    "SawyerManipulation": dict(awr_lambda=0.3, reward_scale=1.0, lambda_pearl=0.0, encoder_buffer="all"),
     "PointDirection": dict(
         q_hidden=(128, 128), policy_hidden=(128, 128), encoder_hidden=(128, 128), rl_batch=128, lr=1e-3, kl_coef=0.002,
         offline_steps=3_000, online_iterations=24, tasks_per_iteration=5, prior_steps=150, posterior_steps=250,
         updates_per_iteration=400, eval_every=1_200, checkpoint_every=1_200,
     ),
 }  # fmt: skip
+PRESETS["SawyerManipulation8"] = PRESETS["SawyerManipulation"]
 MAY_BE_ZERO = "seed offline_steps online_iterations lambda_pearl kl_coef prior_steps posterior_steps".split()
 AT_MOST = {"gamma": 1, "tau": 1, "seed": 2**32}
 EVAL_REPEATS, TRAIN_EVAL_TASKS = 4, 10  # meta-episodes a task in an evaluation; training tasks in it
@@ -531,7 +533,8 @@ def main(args):
     total_steps = args.offline_steps + args.online_iterations * args.updates_per_iteration
 
     run.mkdir(parents=True, exist_ok=True)
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "gymnasium", "mujoco")}
+    packages = ("torch", "numpy", "gymnasium", "mujoco", "pybullet")
+    versions = {name: importlib.metadata.version(name) for name in packages}
     (run / "args.json").write_text(json.dumps(vars(args) | {"versions": versions}, indent=1))
     start_csv(run / "eval.csv", step)
     writer = SummaryWriter(str(run), purge_step=step)
