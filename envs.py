@@ -714,14 +714,17 @@ class SawyerPolicy:
         """Lower the open fingers around the handle and drag it: one of them is in the gap behind it."""
         way = np.array([0.6, obs[11] + 0.0255 * self.side, self.top_z]) - obs[:3]
         ahead, pulled, close = self.side * way[1], -0.0125 - self.side * obs[11], self.scene["top_open"]
-        aligned, done = abs(way[0]) < 0.035 and 0 < ahead < 0.065, pulled < 0.04 if close else pulled > self.pull
+        aligned, lowered = abs(way[0]) < 0.035 and 0 < ahead < 0.065, abs(way[2]) < 0.01
+        done = pulled < 0.04 if close else pulled > self.pull
+        if not done and close and lowered and ahead > -0.02:
+            return (0, self.side, 0), -1, False
         if done or not aligned and obs[2] < -0.105:
             return UP, -1, done
         if not aligned or ahead < 0.017:
             return (6 * way[0], -2 * self.side if ahead < 0.017 else 6 * way[1], 0), -1, done
-        if abs(way[2]) > 0.01:
+        if not lowered:
             return 3 * (way - 0.03 * UP) * [1, 1, 2], -1, done
-        return (0, self.side if close else -self.side, 0), -1, done
+        return (0, -self.side, 0), -1, done
 
     def press_button(self, obs):
         """With a finger, from above."""
