@@ -335,7 +335,8 @@ def claim(run, args):
         except BlockingIOError:
             raise InputError(f"another process writes to {run}") from None
     file.truncate(0)
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "gymnasium", "mujoco")}
+    packages = ("torch", "numpy", "gymnasium", "mujoco", "pybullet")
+    versions = {name: importlib.metadata.version(name) for name in packages}
     file.write(json.dumps(vars(args) | {"versions": versions}, indent=1))
     file.flush()
     if not args.resume:

@@ -90,6 +90,7 @@ class Args:
 # that fits rewards of about .1 to .5.
 PRESETS = {
     "HopperParam": {}, "WalkerParam": {}, "CheetahVelocity": {}, "AntDirection": {}, "HumanoidDirection": {},
+    "SawyerManipulation": {}, "SawyerManipulation8": {},
     "PointDirection": dict(
         policy_hidden=(128, 128), encoder_hidden=(128, 128), rl_batch=128, lr=1e-3, kl_coef=0.002, offline_steps=3_000,
         eval_every=1_200, checkpoint_every=1_200,

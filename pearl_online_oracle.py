@@ -113,12 +113,14 @@ PRESETS = {
     "HopperParam": dict(next_obs_in_context=True), "WalkerParam": dict(next_obs_in_context=True),
     "CheetahVelocity": dict(dataset_iteration=50),
     "AntDirection": dict(dataset_iteration=100), "HumanoidDirection": dict(dataset_iteration=100),
+    "SawyerManipulation": dict(reward_scale=1.0),
     "PointDirection": dict(
         q_hidden=(128, 128), policy_hidden=(128, 128), encoder_hidden=(128, 128), rl_batch=128, lr=1e-3, kl_coef=0.002,
         online_iterations=24, tasks_per_iteration=5, initial_steps=300, prior_steps=150, posterior_steps=250,
         updates_per_iteration=400, eval_every=1_200, checkpoint_every=1_200, dataset_iteration=10,
     ),
 }  # fmt: skip
+PRESETS["SawyerManipulation8"] = PRESETS["SawyerManipulation"]
 # The transitions of each task that become the dataset, (RL buffer, encoder buffer) [C.2]; None: RL's serve as both.
 # PAPER: Ant has an encoder part of 400. CODE: one buffer. The paper does not say for Walker, Hopper, Humanoid.
 DATASET_SLICES = {"CheetahVelocity": (("first", 1200), ("last", 400))}

@@ -124,12 +124,14 @@ class Args:
 PRESETS = {
     "HopperParam": {}, "WalkerParam": {}, "AntDirection": {}, "HumanoidDirection": {},
     "CheetahVelocity": dict(encoder_buffer="frozen"),
+    "SawyerManipulation": dict(awr_lambda=0.3, reward_scale=1.0, lambda_pearl=0.0, encoder_buffer="all"),
     "PointDirection": dict(
         q_hidden=(128, 128), policy_hidden=(128, 128), encoder_hidden=(128, 128), rl_batch=128, lr=1e-3, kl_coef=0.002,
         offline_steps=3_000, online_iterations=24, tasks_per_iteration=5, prior_steps=150, posterior_steps=250,
         updates_per_iteration=400, eval_every=1_200, checkpoint_every=1_200,
     ),
 }  # fmt: skip
+PRESETS["SawyerManipulation8"] = PRESETS["SawyerManipulation"]
 MAY_BE_ZERO = "seed offline_steps online_iterations lambda_pearl kl_coef posterior_steps".split()
 FREE = "resume device online_iterations eval_only capture_video compile cuda_graph".split()  # of --resume
 AT_MOST = {"gamma": 1, "tau": 1, "seed": 2**32}

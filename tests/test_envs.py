@@ -155,7 +155,8 @@ def test_sample_tasks(env_id):
     tasks = envs.sample_tasks(env_id, 30)
     assert tasks.shape == (30, envs.SPECS[env_id].task_dim) and tasks.dtype == np.float64
     np.testing.assert_array_equal(tasks[:10], envs.sample_tasks(env_id, 10))
-    assert (tasks != envs.sample_tasks(env_id, 30, seed=7)).all()
+    different = tasks != envs.sample_tasks(env_id, 30, seed=7)
+    assert different.any() if "Sawyer" in env_id else different.all()
     np.testing.assert_array_equal(global_state, np.random.get_state()[1])
     if "Direction" in env_id:
         assert (0 <= tasks).all() and (tasks < 2 * np.pi).all() and np.ptp(tasks) > 5

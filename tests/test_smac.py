@@ -145,7 +145,7 @@ def test_a_run_writes_its_flags_evaluations_events_and_checkpoint(dataset, tmp_p
 
     flags = json.loads((run / "args.json").read_text())
     assert flags["offline_steps"] == OFFLINE and flags["kl_coef"] == 0.002 and flags["q_hidden"] == [16, 16]
-    assert flags["versions"].keys() == {"torch", "numpy", "gymnasium", "mujoco"}
+    assert flags["versions"].keys() == {"torch", "numpy", "gymnasium", "mujoco", "pybullet"}
 
     header, *rows = read_csv(run)
     assert header == ["gradient_step", "env_steps", "split", "context", "task", "return", "exploration_return"]

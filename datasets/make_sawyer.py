@@ -1,0 +1,52 @@
+"""Make the Sawyer dataset (C.2): python datasets/make_sawyer.py [SawyerManipulation8]
+
+A script that does not know the rewarded behaviour acts in each of 50 training tasks, for 50 trajectories of 75 steps.
+Two processes share the tasks; what they write does not depend on that.
+"""
+
+import multiprocessing
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import buffers
+import envs
+
+TRAJECTORIES, STEPS = 50, 75  # Table 2: 3750 transitions a task
+
+
+def collect(env_id, number, task):
+    """The trajectories of one task, a list of (task number, trajectory)."""
+    env, rng, entries = envs.make(env_id).unwrapped, np.random.default_rng(number), []  # unwrapped: beyond the horizon
+    env.set_task(task)
+    for trajectory in range(TRAJECTORIES):
+        obs, _ = env.reset(seed=TRAJECTORIES * number + trajectory)
+        policy, path = envs.SawyerPolicy(env, rng), {"obs": [obs], "actions": [], "rewards": [], "terminals": []}
+        for _ in range(STEPS):
+            action = policy(obs)
+            obs, reward, terminated, _, _ = env.step(action)
+            for key, value in zip(path, (obs, action, reward, terminated)):
+                path[key].append(value)
+        entries.append((number, {key: np.array(values) for key, values in path.items()}))
+    env.close()
+    return entries
+
+
+if __name__ == "__main__":
+    env_id = (sys.argv[1:] or ["SawyerManipulation"])[0]
+    spec = envs.lookup(env_id)
+    tasks = envs.sample_tasks(env_id, spec.num_train_tasks + spec.num_test_tasks)
+    train_tasks, test_tasks = np.split(tasks, [spec.num_train_tasks])
+    with multiprocessing.Pool(2) as pool:
+        parts = pool.starmap(collect, [(env_id, *numbered) for numbered in enumerate(train_tasks)], chunksize=1)
+    entries = [entry for part in parts for entry in part]
+    file = Path(__file__).parent / f"{env_id}.npz"
+    command = " ".join(["python datasets/make_sawyer.py", *sys.argv[1:]])
+    buffers.save_dataset(file, env_id, train_tasks, test_tasks, entries, [], command)
+    solved = np.array([np.mean([path["rewards"] == 0 for _, path in part]) for part in parts])  # (50,) shares of steps
+    print(f"{file.name}: {len(entries)} trajectories, reward 0 in {solved.mean():.1%} of the steps")
+    for behaviour in np.unique(train_tasks[:, -1]).astype(int):
+        of = train_tasks[:, -1] == behaviour
+        print(f"  {envs.BEHAVIOURS[behaviour]}: {of.sum()} tasks, {solved[of].mean():.1%}")
