@@ -213,11 +213,12 @@ def save_dataset(path, env_id: str, train_tasks, test_tasks, rl: list, encoder: 
     temporary.replace(path)
 
 
-def load_dataset(path, env_id: str, spec) -> dict:
+def load_dataset(path, env_id: str, spec, set_task=None) -> dict:
     """Read an offline dataset and check all of it.
 
     Args:
         env_id, spec: the environment the data must belong to, and its `envs.SPECS` entry.
+        set_task: an environment's, to try every task on: it raises ValueError if there is no such task.
     Returns:
         train_tasks (N, k), test_tasks (M, k), command, and rl, encoder: lists of (task number, trajectory).
     Raises:
@@ -250,6 +251,11 @@ def load_dataset(path, env_id: str, spec) -> dict:
         compare({name: array(np.float64, max(1, len(np.atleast_1d(data.get(name)))), spec.task_dim)})
         if data[name].min() < spec.task_range[0] or data[name].max() > spec.task_range[1]:
             raise InputError(f"{path}: {name} must lie in {list(spec.task_range)}")
+        try:
+            for task in data[name] if set_task else ():
+                set_task(task)
+        except ValueError as error:
+            raise InputError(f"{path}: {name}: {error}") from None
     num_tasks, result = len(data["train_tasks"]), {"train_tasks": data["train_tasks"], "test_tasks": data["test_tasks"]}
     for part in ("rl", "encoder"):
         tasks, lengths = data.get(f"{part}_tasks"), data.get(f"{part}_lengths")

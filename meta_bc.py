@@ -426,7 +426,8 @@ def main(args):
 
     # --- Datasets D_i, networks, environments
     default_file = Path(__file__).parent / "datasets" / f"{args.env_id}.npz"
-    dataset = load_dataset(args.dataset or default_file, args.env_id, spec)
+    env = envs.make(args.env_id)
+    dataset = load_dataset(args.dataset or default_file, args.env_id, spec, env.unwrapped.set_task)
     train_tasks, test_tasks = dataset["train_tasks"], dataset["test_tasks"]
     torch.manual_seed(args.seed)
     agent = Agent(spec.obs_dim, spec.action_dim, args).to(device)
@@ -509,7 +510,7 @@ def main(args):
         while step < args.offline_steps:
             after_update(take_step(), progress)
 
-    for opened in (writer, lock, *(env for _, env in eval_envs["test"] + eval_envs["train"])):
+    for opened in (writer, lock, env, *(env for _, env in eval_envs["test"] + eval_envs["train"])):
         opened.close()
     print_csv(run / "eval.csv")
     if args.capture_video:

@@ -538,7 +538,8 @@ def main(args):
 
     # --- [Alg. 1, l. 1] Datasets D_i, networks, environments
     default_file = Path(__file__).parent / "datasets" / f"{args.env_id}.npz"
-    dataset = load_dataset(args.dataset or default_file, args.env_id, spec)
+    env = envs.make(args.env_id)
+    dataset = load_dataset(args.dataset or default_file, args.env_id, spec, env.unwrapped.set_task)
     train_tasks, test_tasks = dataset["train_tasks"], dataset["test_tasks"]
     torch.manual_seed(args.seed)
     agent = Agent(spec.obs_dim, spec.action_dim, args).to(device)
@@ -551,7 +552,6 @@ def main(args):
     capacity += args.online_iterations * args.tasks_per_iteration * visit
     buffer = ReplayBuffer(len(train_tasks) + own_buffers, spec.obs_dim, spec.action_dim, capacity, device)
     fill_from_dataset(buffer, dataset)
-    env = envs.make(args.env_id)
     eval_envs = envs.make_evaluation(args.env_id, train_tasks, test_tasks, TRAIN_EVAL_TASKS, EVAL_REPEATS)
 
     # --- State of the run: everything that a checkpoint holds

@@ -242,12 +242,23 @@ def test_filling_a_buffer_from_a_dataset(tmp_path, encoder):
     assert numbers == ({51} if encoder else {3, 4, 5})
 
 
+def test_a_task_that_the_environment_does_not_know_is_refused(tmp_path):
+    tasks, *_ = make_dataset(tmp_path / "d.npz")
+
+    def set_task(task):
+        if task == tasks[-1]:
+            raise ValueError("there is no such task")
+
+    with pytest.raises(InputError, match="d.npz: test_tasks: there is no such task"):
+        buffers.load_dataset(tmp_path / "d.npz", "PointDirection", SPEC, set_task)
+
+
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
 def test_shipped_dataset_is_valid(file):
     with np.load(file) as data:
         env_id = data["env_id"].item()
     spec = envs.SPECS[env_id]
-    dataset = buffers.load_dataset(file, env_id, spec)
+    dataset = buffers.load_dataset(file, env_id, spec, envs.make(env_id).unwrapped.set_task)
     assert (len(dataset["train_tasks"]), len(dataset["test_tasks"])) == (spec.num_train_tasks, spec.num_test_tasks)
     tasks = envs.sample_tasks(env_id, spec.num_train_tasks + spec.num_test_tasks)
     np.testing.assert_allclose(np.concatenate([dataset["train_tasks"], dataset["test_tasks"]]), tasks)
