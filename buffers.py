@@ -359,7 +359,7 @@ def writing_to(run):
         yield
     except OSError as error:
         saved = f"continue with --resume {run}" if (run / "checkpoint.pt").exists() else "there is no checkpoint yet"
-        raise InputError(f"can not write to {error.filename or run}: {error.strerror}; {saved}") from None
+        raise InputError(f"can not write to {error.filename or run}: {error.strerror or error}; {saved}") from None
 
 
 def save_checkpoint(run, args, step, env_steps, parts, generators):
@@ -443,7 +443,7 @@ def restore(checkpoint, parts, generators):
         if not 0 <= checkpoint["step"] < 1 << 60:
             raise InputError(f"checkpoint.step is {checkpoint['step']}, expected 0 or more")
         header, *rows = csv.reader(checkpoint["eval_csv"].splitlines())
-        if header != CSV_COLUMNS or not np.isfinite([float(row[i]) for row in rows for i in (0, 1, 4, 5, 6)]).all():
+        if header != CSV_COLUMNS or any(len([float(n) for n in row[:2] + row[4:]]) != 5 for row in rows):
             raise InputError("checkpoint.eval_csv is no table of evaluations")
         parts["buffer"].load_state_dict(checkpoint["buffer"])
         parts["agent"].load_state_dict(checkpoint["agent"])

@@ -409,35 +409,20 @@ def parse_args(argv=None):
 
 
 def speed_up(device):
-    """Settings of the process that make a gradient step on a CPU faster, at the precision of fp32."""
-    # Faster matrix products ("medium"), on most CPUs true fp32 as well; not where they are less exact.
+    """Make gradient steps on a CPU faster; returns the precision to set for their matrix products, as exact as fp32."""
+    # "medium" has faster kernels, on most CPUs true fp32 as well; not where they are less exact.
     torch.set_float32_matmul_precision("medium")
     x = torch.randn(256, 256, generator=torch.Generator().manual_seed(0)).to(device)
     exact = x.double() @ x.double()
-    if ((x @ x - exact).norm() / exact.norm()).item() > 1e-5:
-        torch.set_float32_matmul_precision("highest")
+    error = ((x @ x - exact).norm() / exact.norm()).item()
+    torch.set_float32_matmul_precision("highest")
     # glibc gives large freed blocks back to the system: thousands of page faults in a step. Let it keep them.
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:
         # M_MMAP_THRESHOLD, M_TOP_PAD, M_TRIM_THRESHOLD
         for option, size in ((-3, 1 << 25), (-2, 1 << 26), (-1, (1 << 31) - 1)):
             mallopt(option, size)
-
-
-def write_dataset(buffer, train_tasks, test_tasks, args):
-    """Write the offline dataset of C.2: of each task a few transitions, from early in the run."""
-    parts = ([], [])  # trajectories for the RL buffer, for the encoder buffer
-    for part, source, piece in zip(parts, ("rl", "context"), DATASET_SLICES.get(args.env_id, DEFAULT_SLICES)):
-        if piece:
-            part += [(task, path) for task in range(len(train_tasks)) for path in buffer.paths(task, *piece, source)]
-    # The command, from the flags themselves: sys.argv has none of them if the run was resumed.
-    preset, command = vars(Args(**{"env_id": args.env_id} | PRESETS[args.env_id])), ["python", Path(__file__).name]
-    for name, value in vars(args).items():
-        if value != preset[name] and name != "resume" or name == "env_id":
-            words = () if isinstance(value, bool) else value if isinstance(value, tuple) else (value,)
-            command += [f"--{'no-' if value is False else ''}{name.replace('_', '-')}", *map(str, words)]
-    save_dataset(args.save_dataset, args.env_id, train_tasks, test_tasks, *parts, " ".join(command))
-    tqdm.write(f"dataset written to {args.save_dataset}")
+    return "medium" if error < 1e-5 else "highest"
 
 
 def cuda_graph(take_step, generator):
@@ -471,7 +456,7 @@ def main(args):
     spec = envs.SPECS[args.env_id]
     gpu = args.device == "cuda" or args.device == "auto" and torch.cuda.is_available()
     device = torch.device("cuda" if gpu else "cpu")
-    speed_up(device)
+    precision = speed_up(device)
     run = Path(args.resume or Path(args.run_dir) / f"{args.env_id}__{Path(__file__).stem}__{args.seed}")
 
     if args.save_dataset and args.dataset_iteration > args.online_iterations:
@@ -540,7 +525,11 @@ def main(args):
         fn = torch.compile(update) if args.compile else update
 
         def take_step():
-            return fn(agent, optimizer, sample_batch(buffer, args, rng), args)
+            # Only here: the faster products keep memory for every shape they meet, and trajectories are of any length.
+            torch.set_float32_matmul_precision(precision)
+            info = fn(agent, optimizer, sample_batch(buffer, args, rng), args)
+            torch.set_float32_matmul_precision("highest")
+            return info
 
         return cuda_graph(take_step, rng) if gpu and args.cuda_graph else take_step
 

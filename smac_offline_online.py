@@ -487,19 +487,20 @@ def parse_args(argv=None):
 
 
 def speed_up(device):
-    """Settings of the process that make a gradient step on a CPU faster, at the precision of fp32."""
-    # Faster matrix products ("medium"), on most CPUs true fp32 as well; not where they are less exact.
+    """Make gradient steps on a CPU faster; returns the precision to set for their matrix products, as exact as fp32."""
+    # "medium" has faster kernels, on most CPUs true fp32 as well; not where they are less exact.
     torch.set_float32_matmul_precision("medium")
     x = torch.randn(256, 256, generator=torch.Generator().manual_seed(0)).to(device)
     exact = x.double() @ x.double()
-    if ((x @ x - exact).norm() / exact.norm()).item() > 1e-5:
-        torch.set_float32_matmul_precision("highest")
+    error = ((x @ x - exact).norm() / exact.norm()).item()
+    torch.set_float32_matmul_precision("highest")
     # glibc gives large freed blocks back to the system: thousands of page faults in a step. Let it keep them.
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:
         # M_MMAP_THRESHOLD, M_TOP_PAD, M_TRIM_THRESHOLD
         for option, size in ((-3, 1 << 25), (-2, 1 << 26), (-1, (1 << 31) - 1)):
             mallopt(option, size)
+    return "medium" if error < 1e-5 else "highest"
 
 
 def cuda_graph(take_step, generator):
@@ -533,7 +534,7 @@ def main(args):
     spec = envs.SPECS[args.env_id]
     gpu = args.device == "cuda" or args.device == "auto" and torch.cuda.is_available()
     device = torch.device("cuda" if gpu else "cpu")
-    speed_up(device)
+    precision = speed_up(device)
     run = Path(args.resume or Path(args.run_dir) / f"{args.env_id}__{Path(__file__).stem}__{args.seed}")
 
     # --- [Alg. 1, l. 1] Datasets D_i, networks, environments
@@ -614,7 +615,11 @@ def main(args):
         fn = torch.compile(update) if args.compile else update
 
         def take_step():
-            return fn(agent, optimizer, sample_batch(buffer, args, rng), args, online=online)
+            # Only here: the faster products keep memory for every shape they meet, and trajectories are of any length.
+            torch.set_float32_matmul_precision(precision)
+            info = fn(agent, optimizer, sample_batch(buffer, args, rng), args, online=online)
+            torch.set_float32_matmul_precision("highest")
+            return info
 
         return cuda_graph(take_step, rng) if gpu and args.cuda_graph else take_step
 

@@ -116,7 +116,7 @@ def ceiling(found, seconds):
             torch.set_float32_matmul_precision(precision)
             best = max(best, rate(lambda: torch.bmm(x, w, out=out), seconds / 20))
         total += number / best
-    smac.speed_up(torch.device("cpu"))
+    torch.set_float32_matmul_precision(smac.speed_up(torch.device("cpu")))
     return 1 / total, sum(2 * np.prod([float(n) for n in shape]) for shape in found) / 1e9
 
 
@@ -162,7 +162,7 @@ def main(cli):
     eager = {online: rate(lambda: plain_update(plain, batch, args, online), cli.seconds) for online in (False, True)}
     shipped_default = {online: rate(steps[online], cli.seconds) for online in (False, True)}
 
-    smac.speed_up(torch.device("cpu"))
+    torch.set_float32_matmul_precision(smac.speed_up(torch.device("cpu")))
     rows, ratios = [], {}
     for env_id, online in itertools.product(cli.env_ids, (False, True)):
         args, spec = smac.Args(env_id=env_id), envs.SPECS[env_id]
