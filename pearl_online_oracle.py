@@ -425,6 +425,22 @@ def speed_up(device):
     return "medium" if error < 1e-5 else "highest"
 
 
+def write_dataset(buffer, train_tasks, test_tasks, args):
+    """Write the offline dataset of C.2: of each task a few transitions, from early in the run."""
+    parts = ([], [])  # trajectories for the RL buffer, for the encoder buffer
+    for part, source, piece in zip(parts, ("rl", "context"), DATASET_SLICES.get(args.env_id, DEFAULT_SLICES)):
+        if piece:
+            part += [(task, path) for task in range(len(train_tasks)) for path in buffer.paths(task, *piece, source)]
+    # The command, from the flags themselves: sys.argv has none of them if the run was resumed.
+    preset, command = vars(Args(**{"env_id": args.env_id} | PRESETS[args.env_id])), ["python", Path(__file__).name]
+    for name, value in vars(args).items():
+        if value != preset[name] and name != "resume" or name == "env_id":
+            words = () if isinstance(value, bool) else value if isinstance(value, tuple) else (value,)
+            command += [f"--{'no-' if value is False else ''}{name.replace('_', '-')}", *map(str, words)]
+    save_dataset(args.save_dataset, args.env_id, train_tasks, test_tasks, *parts, " ".join(command))
+    tqdm.write(f"dataset written to {args.save_dataset}")
+
+
 def cuda_graph(take_step, generator):
     """`take_step` recorded on its fourth call and replayed from then on: one launch in place of hundreds.
 
