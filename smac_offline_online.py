@@ -105,8 +105,8 @@ class Args:
     """new data that enter the encoder buffer: exploration with z from the prior, all, or none [C.2]"""
 
 
-# What differs from the defaults above. C.2 freezes the encoder buffer on Cheetah. PointDirection is not in the paper:
-# small networks, a short run, and a KL weight that fits rewards of about .1 to .5.
+# What differs from the defaults above. C.2 freezes the encoder buffer on Cheetah, and has a single buffer on Sawyer.
+# PointDirection is not in the paper: small networks, a short run, and a KL weight that fits rewards of about .1 to .5.
 PRESETS = {
     "HopperParam": {}, "WalkerParam": {}, "AntDirection": {}, "HumanoidDirection": {},
     "CheetahVelocity": dict(encoder_buffer="frozen"),
