@@ -753,9 +753,8 @@ class SawyerPolicy:
             (True, self.move_hand),
             (self.scene["top_drawer"], self.move_top_drawer),
             (self.scene["button"], self.press_button),
-            (self.scene["bottom_open"], self.carry, 7, 0.01, GOAL[:2]),  # the brick
-            (thing, self.carry, 4, -0.011, GOAL[:2]),
-            (to_tray, self.carry, 4, -0.011, PLACES[self.scene["tray"]] * [1, self.side]),
+            (thing, self.carry, GOAL[:2]),
+            (to_tray, self.carry, PLACES[self.scene["tray"]] * [1, self.side]),
         ]
         self.jobs = [job for possible, *job in jobs if possible]
         self.job = rng.integers(len(self.jobs))
@@ -798,9 +797,9 @@ class SawyerPolicy:
             return (way[0], way[1], -1), -1, done
         return UP if obs[2] < -0.101 else 9 * way * LEVEL, -1, done
 
-    def carry(self, obs, first, aside, goal):
-        """Grasp the thing at obs[first : first + 3], carry it over `goal` (2,) and let go."""
-        thing = obs[first : first + 3] + [0, aside * self.side, 0]
+    def carry(self, obs, goal):
+        """Grasp the object, carry it over `goal` (2,) and let go."""
+        thing = obs[4:7] + [0, -0.011 * self.side, 0]
         way, high, done = thing - obs[:3], obs[2] >= -0.125, np.hypot(*(thing[:2] - goal)) < 0.05
         down = 3 * (way - 0.03 * UP)
         if np.hypot(*way[:2]) > 0.055:

@@ -119,8 +119,8 @@ class Args:
     """what trains the encoder, beside the KL: Eq. 3; Eq. 3 and Q-loss offline, then Q-loss; Q-loss only [Figure 7]"""
 
 
-# What differs from the defaults above. C.2 freezes the encoder buffer on Cheetah. PointDirection is not in the paper:
-# small networks, a short run, and a KL weight that fits rewards of about .1 to .5.
+# What differs from the defaults above. C.2 freezes the encoder buffer on Cheetah, and has a single buffer on Sawyer.
+# PointDirection is not in the paper: small networks, a short run, and a KL weight that fits rewards of about .1 to .5.
 PRESETS = {
     "HopperParam": {}, "WalkerParam": {}, "AntDirection": {}, "HumanoidDirection": {},
     "CheetahVelocity": dict(encoder_buffer="frozen"),
