@@ -217,7 +217,7 @@ def good(dataset, tmp_path_factory):
     args = smac.parse_args(["--resume", str(run)])
     agent = smac.Agent(SPEC.obs_dim, SPEC.action_dim, args)
     optimizer = torch.optim.Adam([p for p in agent.parameters() if p.requires_grad], lr=args.lr, fused=True)
-    buffer = buffers.ReplayBuffer(4, SPEC.obs_dim, SPEC.action_dim, 500)
+    buffer = buffers.ReplayBuffer(4, SPEC.obs_dim, SPEC.action_dim, 1000)
     buffers.fill_from_dataset(buffer, buffers.load_dataset(dataset, "PointDirection", SPEC))
     parts = {"agent": agent, "optimizer": optimizer, "buffer": buffer}
     generators = {"act_rng": torch.Generator(), "rng": torch.Generator()}
@@ -229,6 +229,7 @@ def good(dataset, tmp_path_factory):
             size.copy_(sizes[name])
         return buffers.restore(buffers.load_checkpoint(folder, smac.Args), parts, generators)
 
+    assert take(run) == (22, 500)
     return (run / "checkpoint.pt").read_bytes(), read(run), take, parts
 
 
@@ -277,7 +278,7 @@ def spoil(value, rng):
     others = [None, "x", 1.5, [1, 2], {"a": 1}, torch.zeros(0), torch.zeros(2, 3, 4), torch.zeros(1).expand(10**12)]
     if torch.is_tensor(value) and value.numel():
         spoiled, at = value.clone().flatten(), rng.integers(value.numel())
-        spoiled[at] = float(rng.choice([np.nan, np.inf, -np.inf])) if value.is_floating_point() else 200
+        spoiled[at] = float(rng.choice([np.nan, np.inf, -np.inf])) if value.is_floating_point() else 1000
         changes = [value.to(torch.float16), value.double(), value.long().int().bool(), value[None], value.to_sparse()]
         return [*others, *changes, *[spoiled.reshape(value.shape)] * 3][rng.integers(16)]
     return others[rng.integers(len(others))]
@@ -364,7 +365,7 @@ def harmful_checkpoints(file, content, trap):
     tensor = bomb.replace(b"builtins\nbytearray", b"torch\nFloatTensor")
     yield "a tensor of 8 GB", archive(file, members | {pickled: tensor})
     yield "two pickles", archive(file, members | {pickled.upper(): bomb})
-    yield "a pickle in front", b"\x80\x02}." + archive(file, members)
+    yield "a pickle in front", bomb + archive(file, members)
     yield "a pickle without an end", archive(file, members | {pickled: members[pickled][:-1]})
     yield "lists in lists", archive(file, members | {pickled: b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b"."})
     yield "no pickle", archive(file, {name: data for name, data in members.items() if name != pickled})
