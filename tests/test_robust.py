@@ -323,6 +323,38 @@ def test_flags_in_a_checkpoint_are_checked_like_flags(good, dataset, tmp_path, n
     assert refusal(resume, tmp_path)
 
 
+HEADER = ",".join(buffers.CSV_COLUMNS)
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda state: state.update(step=-1), "checkpoint.step is -1, expected 0 or more"),
+    (lambda state: state.update(step=10**30), "checkpoint.step is 1000000000000"),
+    (lambda state: state.update(eval_csv="x"), "checkpoint.eval_csv is no table"),
+    (lambda state: state.update(eval_csv=HEADER + "\n1,2\n"), "checkpoint.eval_csv is no table"),
+    (lambda state: state.update(eval_csv=HEADER + "\n1,2,test,online,3,4,much\n"), "could not convert string to float"),
+    (lambda state: state["buffer"]["fields"]["rewards"][95].add_(1), "rewards begins with other transitions than the"),
+])  # fmt: skip
+def test_numbers_that_no_run_of_this_dataset_writes(good, tmp_path, change, words):
+    state = torch.load(io.BytesIO(good[0]), weights_only=True)
+    change(state)
+    torch.save(state, tmp_path / "checkpoint.pt")
+    assert words in refusal(good[2], tmp_path)
+
+
+def test_tensors_of_a_checkpoint_are_copied(good, tmp_path):
+    """They may require gradients, or be views in which many numbers share one place."""
+    content, _, take, parts = good
+    state = torch.load(io.BytesIO(content), weights_only=True)
+    for moments in state["optimizer"]["state"].values():
+        moments["exp_avg"].requires_grad_()
+        moments["exp_avg_sq"] = torch.ones(1).expand_as(moments["exp_avg_sq"])
+    torch.save(state, tmp_path / "checkpoint.pt")
+    take(tmp_path)
+    for parameter in parts["optimizer"].param_groups[0]["params"]:
+        parameter.grad = torch.ones_like(parameter)
+    parts["optimizer"].step()
+
+
 # ----- Checkpoints and datasets made to do harm
 
 
