@@ -217,7 +217,7 @@ def good(dataset, tmp_path_factory):
     args = smac.parse_args(["--resume", str(run)])
     agent = smac.Agent(SPEC.obs_dim, SPEC.action_dim, args)
     optimizer = torch.optim.Adam([p for p in agent.parameters() if p.requires_grad], lr=args.lr, fused=True)
-    buffer = buffers.ReplayBuffer(4, SPEC.obs_dim, SPEC.action_dim, 500)
+    buffer = buffers.ReplayBuffer(4, SPEC.obs_dim, SPEC.action_dim, 1000)
     buffers.fill_from_dataset(buffer, buffers.load_dataset(dataset, "PointDirection", SPEC))
     parts = {"agent": agent, "optimizer": optimizer, "buffer": buffer}
     generators = {"act_rng": torch.Generator(), "rng": torch.Generator()}
@@ -229,6 +229,7 @@ def good(dataset, tmp_path_factory):
             size.copy_(sizes[name])
         return buffers.restore(buffers.load_checkpoint(folder, smac.Args), parts, generators)
 
+    assert take(run) == (22, 500)
     return (run / "checkpoint.pt").read_bytes(), read(run), take, parts
 
 
@@ -277,7 +278,7 @@ def spoil(value, rng):
     others = [None, "x", 1.5, [1, 2], {"a": 1}, torch.zeros(0), torch.zeros(2, 3, 4), torch.zeros(1).expand(10**12)]
     if torch.is_tensor(value) and value.numel():
         spoiled, at = value.clone().flatten(), rng.integers(value.numel())
-        spoiled[at] = float(rng.choice([np.nan, np.inf, -np.inf])) if value.is_floating_point() else 200
+        spoiled[at] = float(rng.choice([np.nan, np.inf, -np.inf])) if value.is_floating_point() else 1000
         changes = [value.to(torch.float16), value.double(), value.long().int().bool(), value[None], value.to_sparse()]
         return [*others, *changes, *[spoiled.reshape(value.shape)] * 3][rng.integers(16)]
     return others[rng.integers(len(others))]
@@ -322,6 +323,38 @@ def test_flags_in_a_checkpoint_are_checked_like_flags(good, dataset, tmp_path, n
     assert refusal(resume, tmp_path)
 
 
+HEADER = ",".join(buffers.CSV_COLUMNS)
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda state: state.update(step=-1), "checkpoint.step is -1, expected 0 or more"),
+    (lambda state: state.update(step=10**30), "checkpoint.step is 1000000000000"),
+    (lambda state: state.update(eval_csv="x"), "checkpoint.eval_csv is no table"),
+    (lambda state: state.update(eval_csv=HEADER + "\n1,2\n"), "checkpoint.eval_csv is no table"),
+    (lambda state: state.update(eval_csv=HEADER + "\n1,2,test,online,3,4,much\n"), "could not convert string to float"),
+    (lambda state: state["buffer"]["fields"]["rewards"][95].add_(1), "rewards begins with other transitions than the"),
+])  # fmt: skip
+def test_numbers_that_no_run_of_this_dataset_writes(good, tmp_path, change, words):
+    state = torch.load(io.BytesIO(good[0]), weights_only=True)
+    change(state)
+    torch.save(state, tmp_path / "checkpoint.pt")
+    assert words in refusal(good[2], tmp_path)
+
+
+def test_tensors_of_a_checkpoint_are_copied(good, tmp_path):
+    """They may require gradients, or be views in which many numbers share one place."""
+    content, _, take, parts = good
+    state = torch.load(io.BytesIO(content), weights_only=True)
+    for moments in state["optimizer"]["state"].values():
+        moments["exp_avg"].requires_grad_()
+        moments["exp_avg_sq"] = torch.ones(1).expand_as(moments["exp_avg_sq"])
+    torch.save(state, tmp_path / "checkpoint.pt")
+    take(tmp_path)
+    for parameter in parts["optimizer"].param_groups[0]["params"]:
+        parameter.grad = torch.ones_like(parameter)
+    parts["optimizer"].step()
+
+
 # ----- Checkpoints and datasets made to do harm
 
 
@@ -364,7 +397,7 @@ def harmful_checkpoints(file, content, trap):
     tensor = bomb.replace(b"builtins\nbytearray", b"torch\nFloatTensor")
     yield "a tensor of 8 GB", archive(file, members | {pickled: tensor})
     yield "two pickles", archive(file, members | {pickled.upper(): bomb})
-    yield "a pickle in front", b"\x80\x02}." + archive(file, members)
+    yield "a pickle in front", bomb + archive(file, members)
     yield "a pickle without an end", archive(file, members | {pickled: members[pickled][:-1]})
     yield "lists in lists", archive(file, members | {pickled: b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b"."})
     yield "no pickle", archive(file, {name: data for name, data in members.items() if name != pickled})
