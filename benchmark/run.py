@@ -1,9 +1,11 @@
 """Run a benchmark and keep its evidence: python benchmark/run.py point_direction
 
-Starts the runs of one row of BENCHMARKS with one thread each, --parallel at a time, and copies eval.csv and args.json
-of each into benchmark/results/{name}/. Results that are there already are not made again.
+Starts the runs of one row of BENCHMARKS with one thread each, --parallel at a time, and copies eval.csv, args.json and
+the diagnostics in TensorBoard's files of each into benchmark/results/{name}/. Results that are there already are not
+made again.
 """
 
+import csv
 import dataclasses
 import os
 import shlex
@@ -15,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import tyro
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).resolve().parent.parent
 POINT = "smac_offline_online.py --env-id PointDirection"
@@ -51,6 +54,18 @@ class Args:
     """where the runs write; a run that was stopped goes on from its checkpoint"""
 
 
+def diagnostics(result, file):
+    """Write what a run logged beside returns and losses, one line for each evaluation, as a small CSV."""
+    events = EventAccumulator(str(result), size_guidance={"scalars": 0})
+    events.Reload()
+    tags = [tag for tag in events.Tags()["scalars"] if tag.startswith(("eval/", "train/")) and "return" not in tag]
+    curves = {tag: {point.step: point.value for point in events.Scalars(tag)} for tag in sorted(tags)}
+    steps = sorted({point.step for point in events.Scalars("eval/test/online_context_return")})
+    with open(file, "w", newline="") as lines:
+        rows = [[step, *(f"{curve[step]:.4g}" for curve in curves.values())] for step in steps]
+        csv.writer(lines).writerows([["gradient_step", *curves], *rows])
+
+
 def run(name, label, command, seed, run_dir):
     """Start or continue one run; copy what it wrote."""
     out = ROOT / "benchmark" / "results" / name
@@ -70,6 +85,8 @@ def run(name, label, command, seed, run_dir):
     out.mkdir(parents=True, exist_ok=True)
     for file, suffix in (("eval.csv", ".csv"), ("args.json", ".json")):
         shutil.copy(result / file, out / f"{label}__{seed}{suffix}")
+    (out / "diagnostics").mkdir(exist_ok=True)
+    diagnostics(result, out / "diagnostics" / f"{label}__{seed}.csv")
     print(f"{name} {label} seed {seed}: {(time.time() - start) / 60:.1f} minutes", flush=True)
 
 
