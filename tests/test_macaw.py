@@ -1,0 +1,205 @@
+"""MACAW: its layers and losses by hand, inner step and outer gradient, resuming, and that adaptation helps."""
+
+import copy
+import csv
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import macaw
+
+OBS, ACTION, T, B = 4, 2, 2, 5
+SMALL = "--env-id PointDirection --policy-hidden 16 --value-hidden 16 --rl-batch 16 --context-batch 16".split()
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    for name, value in (("EVAL_REPEATS", 1), ("TRAIN_EVAL_TASKS", 3), ("LOG_EVERY", 5)):
+        monkeypatch.setattr(macaw, name, value)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Small sizes, and learning rates that make the inner steps visible."""
+    monkeypatch.setattr(macaw, "LATENT_DIM", 3)
+    monkeypatch.setattr(macaw, "HEAD_HIDDEN", 4)
+
+    def make(weight_transform=True):
+        torch.manual_seed(0)
+        sizes = {"policy_hidden": (6, 6), "value_hidden": (6,), "weight_transform": weight_transform}
+        agent = macaw.Agent(OBS, ACTION, macaw.Args(inner_lr=0.05, adv_coef=0.3, **sizes)).double()
+        with torch.no_grad():
+            for name, parameter in agent.named_parameters():
+                if name.endswith("raw_lr"):  # another rate for each tensor
+                    parameter += torch.linspace(0, 1, len(parameter))
+        return agent, draw(), draw()
+
+    def draw():
+        batch = {"obs": torch.randn(T, B, OBS), "actions": torch.rand(T, B, ACTION), "returns": torch.randn(T, B, 1)}
+        return {name: value.double() for name, value in batch.items()}
+
+    return make
+
+
+def start(folder, *flags):
+    agent = macaw.main(macaw.parse_args([*SMALL, "--device", "cpu", "--run-dir", str(folder), *flags]))
+    return Path(folder) / "PointDirection__macaw__1", agent
+
+
+def read(run):
+    with open(run / "eval.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_weight_transform_is_its_definition():
+    """A matrix and a bias, linear in the latent, and then the layer that they make."""
+    torch.manual_seed(0)
+    layer, x = macaw.WeightTransform(3, 2, 1e-3), torch.randn(1, B, 3)
+    z, w, b = (value.detach().numpy() for value in (layer.latent, layer.generate.weight, layer.generate.bias))
+    assert z.shape == (100,) and w.shape == (3 * 2 + 2, 100)
+    theta = w @ z + b
+    expected = x[0].numpy() @ theta[:6].reshape(3, 2) + theta[6:]
+    np.testing.assert_allclose(macaw.linear(x, layer()[None])[0].detach().numpy(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("weight_transform", [True, False])
+def test_inner_steps_are_gradient_steps_on_every_parameter(tiny, weight_transform):
+    """The closed form of a layer's `step` against plain gradient descent on a copy of the agent, task by task."""
+    agent, batch, _ = tiny(weight_transform)
+    policy, value = macaw.inner_steps(agent, batch)
+    coef = F.softplus(agent.raw_adv_coef).detach()
+
+    def descend(layers, loss):
+        loss(macaw.unadapted(layers, 1)).sum().backward()
+        with torch.no_grad():
+            for layer in layers:
+                parts = [p for name, p in layer.named_parameters() if name != "raw_lr"]
+                for parameter, raw_lr in zip(parts, layer.raw_lr, strict=True):
+                    parameter -= math.log(1 + math.exp(raw_lr)) * parameter.grad
+        return macaw.unadapted(layers, 1)
+
+    for task in range(T):
+        by_hand, data = copy.deepcopy(agent), {name: x[task : task + 1] for name, x in batch.items()}
+        new_value = descend(by_hand.value, lambda value: macaw.value_loss(value, data))
+        adv = data["returns"] - macaw.mlp_of(new_value, data["obs"]).detach()
+        new_policy = descend(by_hand.policy, lambda policy: macaw.inner_policy_loss(policy, data, adv, coef))
+        before = [*macaw.unadapted(agent.value, 1), *macaw.unadapted(agent.policy, 1)]
+        for old, new, ours in zip(before, [*new_value, *new_policy], [*value, *policy], strict=True):
+            torch.testing.assert_close(ours[task : task + 1], new)
+            assert not torch.allclose(old, new)
+
+
+@pytest.mark.parametrize("weight_transform", [True, False])
+def test_outer_gradient_against_finite_differences(tiny, weight_transform):
+    """L_V for what the value function learns, L_AWR for the rest: the advantages have no gradient on purpose."""
+    agent, inner, outer = tiny(weight_transform)
+    sum(macaw.outer_losses(agent, inner, outer)).backward()
+    for name, parameter in agent.named_parameters():
+        if name.startswith(("policy.3", "policy.4")) and name.endswith("raw_lr"):
+            assert parameter.grad is None  # of the advantage head only what comes before the inner step matters
+            continue
+        which, flat, epsilon = 0 if name.startswith("value") else 1, parameter.data.view(-1), 1e-6
+        for i in {0, len(flat) // 2, len(flat) - 1}:
+            ends = []
+            for sign in (1, -2):
+                flat[i] += sign * epsilon
+                ends.append(macaw.outer_losses(agent, inner, outer)[which].item())
+            flat[i] += epsilon
+            expected = (ends[0] - ends[1]) / (2 * epsilon)
+            assert parameter.grad.view(-1)[i].item() == pytest.approx(expected, rel=1e-4, abs=1e-7), (name, i)
+    assert agent.raw_adv_coef.grad.abs() > 0 and agent.policy[0].raw_lr.grad.abs().min() > 0
+
+
+def test_actor_loss_by_hand():
+    torch.manual_seed(0)
+    mean, actions, adv = torch.randn(T, B, ACTION), torch.rand(T, B, ACTION), torch.randn(T, B, 1)
+    adv[0, 0] = 1e3  # the only large one of 5: (5 - 1) / sqrt(5) = 1.79 standard deviations
+    for limit in (20.0, 3.0):
+        macaw.MAX_WEIGHT, before = limit, macaw.MAX_WEIGHT
+        loss = macaw.awr_loss(mean, {"actions": actions}, adv)
+        macaw.MAX_WEIGHT = before
+        for task in range(T):
+            a = adv[task, :, 0].double().numpy()
+            weight = np.minimum(np.exp((a - a.mean()) / a.std(ddof=1)), limit)
+            error = (actions[task] - mean[task]).double().numpy()
+            density = np.exp(-0.5 * (error / 0.2) ** 2) / (0.2 * np.sqrt(2 * np.pi))
+            assert loss[task].item() == pytest.approx(-(weight * np.log(density + 1e-300).sum(-1)).mean(), rel=1e-3)
+
+
+def test_returns_are_discounted_within_each_trajectory():
+    paths = [
+        {"obs": np.arange(3 * OBS).reshape(3, OBS), "actions": np.zeros((2, ACTION)), "rewards": np.array([1.0, 2.0])},
+        {"obs": np.zeros((2, OBS)), "actions": np.ones((1, ACTION)), "rewards": np.array([5.0])},
+    ]
+    columns = macaw.transitions(paths, macaw.Args(gamma=0.5), "cpu")
+    assert columns["returns"].tolist() == [[2.0], [2.0], [5.0]]
+    assert columns["obs"][:, 0].tolist() == [0, OBS, 0] and columns["actions"].shape == (3, ACTION)
+
+
+def test_the_batch_holds_the_returns_of_its_own_transitions(tmp_path, quick):
+    """They are added to the buffer after it is filled: the order must be the buffer's."""
+    seen, sample_batch = [], macaw.sample_batch
+
+    def keep(buffer, *rest):
+        seen.append(buffer)
+        return sample_batch(buffer, *rest)
+
+    macaw.sample_batch = keep
+    try:
+        start(tmp_path, "--offline-steps", "1")
+    finally:
+        macaw.sample_batch = sample_batch
+    buffer = seen[0]
+    for task in (0, 7):
+        index, total = buffer.tables["rl"][task, : int(buffer.sizes["rl"][task])].long(), []
+        for path in buffer.offline_paths(task):
+            total += [sum(0.99**k * r for k, r in enumerate(path["rewards"][t:])) for t in range(len(path["rewards"]))]
+        np.testing.assert_allclose(buffer.fields["returns"][index, 0], total, rtol=1e-4, atol=1e-4)
+    batch = sample_batch(buffer, macaw.Args(meta_batch=50), torch.Generator().manual_seed(0))
+    assert len(batch["outer"]["obs"]) == 50  # tasks are drawn without replacement
+
+
+def test_preset_stands_for_flags_that_others_override():
+    given = ["--env-id", "HopperParam", "--preset", "matched", "--policy-lr", "0.01"]
+    args = macaw.parse_args(macaw.expand(given))
+    assert (args.preset, args.policy_hidden, args.weight_transform) == ("matched", (300, 300, 300), False)
+    assert (args.policy_lr, args.value_lr, args.meta_batch) == (0.01, 3e-4, 4)
+    assert macaw.expand(given[:2]) == given[:2] and macaw.parse_args(given[:2]).weight_transform
+
+
+def test_a_run_evaluates_and_resumes_bit_for_bit(tmp_path, quick):
+    flags = "--offline-steps 20 --eval-every 10 --checkpoint-every 7".split()
+    whole, agent = start(tmp_path / "whole", *flags)
+    update, calls = macaw.update, []
+
+    def stop_after_nine(*args):
+        calls.append(1)
+        if len(calls) == 9:
+            raise KeyboardInterrupt
+        return update(*args)
+
+    macaw.update = stop_after_nine
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            start(tmp_path / "part", *flags)
+    finally:
+        macaw.update = update
+    part = tmp_path / "part" / whole.name
+    resumed = macaw.main(macaw.parse_args(["--env-id", "PointDirection", "--resume", str(part)]))
+    assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in agent.state_dict().items())
+    assert (whole / "eval.csv").read_bytes() == (part / "eval.csv").read_bytes()
+    assert len(read(whole)) == 2 * (20 + 3 + 3)  # two evaluations: all test tasks, 3 training tasks with either context
+
+
+def test_adaptation_raises_the_return_on_training_tasks(tmp_path, monkeypatch):
+    """With offline data by 13, 23 and 24 for seeds 1, 2, 3; before adaptation the return is about 0."""
+    monkeypatch.setattr(macaw, "EVAL_REPEATS", 1)
+    flags = "--policy-hidden 32 32 --value-hidden 32 32 --policy-lr 1e-3 --value-lr 1e-3 --rl-batch 128"
+    run, _ = start(tmp_path, *flags.split(), *"--context-batch 128 --offline-steps 100".split())
+    rows = [row for row in read(run) if row["context"] == "offline"]
+    gains = [float(row["return"]) - float(row["exploration_return"]) for row in rows]
+    assert np.mean(gains) > 8
