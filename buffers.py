@@ -433,7 +433,8 @@ def restore(checkpoint, parts, generators):
     """
     path, optimizer = checkpoint["path"], parts["optimizer"]
     try:
-        moments, trained = checkpoint["optimizer"]["state"], enumerate(optimizer.param_groups[0]["params"])
+        trained = enumerate(p for group in optimizer.param_groups for p in group["params"])
+        moments = checkpoint["optimizer"]["state"]
         like = {"step": 0, "env_steps": 0, "eval_csv": "", "agent": parts["agent"].state_dict()}
         like |= {name: generator.get_state() for name, generator in generators.items()}
         check("checkpoint", {name: checkpoint.get(name) for name in like}, like)

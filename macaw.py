@@ -10,11 +10,7 @@ Run: python macaw.py --env-id HopperParam [--preset matched]
 
 import ctypes
 import dataclasses
-import difflib
-import importlib.metadata
-import json
 import math
-import shutil
 import signal
 import sys
 import time
@@ -31,7 +27,8 @@ from tqdm import tqdm
 
 import envs
 from buffers import InputError, ReplayBuffer, fill_from_dataset, load_dataset  # D and its file
-from buffers import load_checkpoint, log_evaluation, print_csv, print_rows, restore, save_checkpoint, start_csv
+from buffers import check_flags, claim, load_checkpoint, log_evaluation, print_csv, print_rows  # files of a run
+from buffers import restore, save_checkpoint, writing_to
 
 
 @dataclasses.dataclass
@@ -96,6 +93,7 @@ class Args:
 # What differs from the defaults above. PointDirection is not in the papers: small networks, a short run.
 PRESETS = {
     "HopperParam": {}, "WalkerParam": {}, "CheetahVelocity": {}, "AntDirection": {}, "HumanoidDirection": {},
+    "SawyerManipulation": {}, "SawyerManipulation8": {},
     "PointDirection": dict(
         policy_hidden=(64, 64), value_hidden=(64, 64), offline_steps=3_000, eval_every=1_000, checkpoint_every=1_000,
     ),
@@ -113,6 +111,7 @@ MATCHED = dict.fromkeys(
 MAY_BE_ZERO = "seed offline_steps".split()
 FREE = "resume device eval_only capture_video compile cuda_graph".split()  # of --resume
 AT_MOST = {"seed": 2**32, "gamma": 1}
+AT_MOST |= {name: 10_000 for name in vars(Args()) if name.endswith(("_batch", "_hidden", "_dim"))}  # or memory ends
 EVAL_REPEATS, TRAIN_EVAL_TASKS = 4, 10  # meta-episodes a task in an evaluation; training tasks in it
 LOG_EVERY = 200  # gradient steps averaged into one point of the loss curves
 LATENT_DIM, HEAD_HIDDEN = 100, 32  # size of a weight transform's latent; hidden size of the advantage head [M]
@@ -406,45 +405,29 @@ def expand(argv):
 def parse_args(argv=None):
     """The flags, over the environment's PRESETS row or over the flags of the run to resume. Raises InputError."""
     known, _ = tyro.cli(Args, args=argv, return_unknown_args=True, add_help=False)
-    if known.env_id not in PRESETS:
-        near = difflib.get_close_matches(known.env_id, PRESETS, n=3, cutoff=0)
-        raise InputError(f"--env-id {known.env_id}: there is no such environment, the nearest are {', '.join(near)}")
-    defaults = Args(**{"env_id": known.env_id} | PRESETS[known.env_id])
+    defaults = Args(**{"env_id": known.env_id} | PRESETS.get(known.env_id, {}))
     if known.resume:
         defaults = load_checkpoint(known.resume, Args)["args"]
     args = tyro.cli(Args, args=argv, default=defaults, description=__doc__)
-    for name, value in vars(args).items():
-        flag, old = "--" + name.replace("_", "-"), getattr(defaults, name)
-        if known.resume and value != old and name not in FREE:
-            raise InputError(f"{flag} is {old} in the run to resume and can not become {value}")
-        numbers = [n for n in (value if isinstance(value, tuple) else [value]) if type(n) in (int, float)]
-        low, high = "at least" if name in MAY_BE_ZERO else "above", AT_MOST.get(name, math.inf)
-        if not all((0 < n or n == 0 and name in MAY_BE_ZERO) and n <= high and math.isfinite(n) for n in numbers):
-            bound = f" and at most {high}" if name in AT_MOST else ""
-            raise InputError(f"{flag} is {value}, it must be {low} 0{bound}")
-    if args.eval_only and not args.resume:
-        raise InputError("--eval-only looks at a run: name its folder with --resume")
-    if args.compile and not shutil.which("g++"):
-        raise InputError("--compile needs a C++ compiler, and there is no g++ here")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: PyTorch finds no GPU here")
+    check_flags(args, defaults, PRESETS, MAY_BE_ZERO, AT_MOST, FREE)
     return args
 
 
 def speed_up(device):
-    """Settings of the process that make a gradient step on a CPU faster, at the precision of fp32."""
-    # Faster matrix products ("medium"), on most CPUs true fp32 as well; not where they are less exact.
+    """Make gradient steps on a CPU faster; returns the precision to set for their matrix products, as exact as fp32."""
+    # "medium" has faster kernels, on most CPUs true fp32 as well; not where they are less exact.
     torch.set_float32_matmul_precision("medium")
     x = torch.randn(256, 256, generator=torch.Generator().manual_seed(0)).to(device)
     exact = x.double() @ x.double()
-    if ((x @ x - exact).norm() / exact.norm()).item() > 1e-5:
-        torch.set_float32_matmul_precision("highest")
+    error = ((x @ x - exact).norm() / exact.norm()).item()
+    torch.set_float32_matmul_precision("highest")
     # glibc gives large freed blocks back to the system: thousands of page faults in a step. Let it keep them.
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:
         # M_MMAP_THRESHOLD, M_TOP_PAD, M_TRIM_THRESHOLD
         for option, size in ((-3, 1 << 25), (-2, 1 << 26), (-1, (1 << 31) - 1)):
             mallopt(option, size)
+    return "medium" if error < 1e-5 else "highest"
 
 
 def cuda_graph(take_step, generator):
@@ -478,14 +461,14 @@ def main(args):
     spec = envs.SPECS[args.env_id]
     gpu = args.device == "cuda" or args.device == "auto" and torch.cuda.is_available()
     device = torch.device("cuda" if gpu else "cpu")
-    speed_up(device)
+    precision = speed_up(device)
     run = Path(args.resume or Path(args.run_dir) / f"{args.env_id}__{Path(__file__).stem}__{args.seed}")
-    if not args.resume and (run / "checkpoint.pt").exists():
-        raise InputError(f"{run} holds a run: continue it with --resume {run}, or choose another --run-dir or --seed")
 
     # --- Datasets D_i, networks, environments
     default_file = Path(__file__).parent / "datasets" / f"{args.env_id}.npz"
-    dataset = load_dataset(args.dataset or default_file, args.env_id, spec) | {"encoder": []}  # there is no encoder
+    env = envs.make(args.env_id)
+    dataset = load_dataset(args.dataset or default_file, args.env_id, spec, env.unwrapped.set_task)
+    dataset["encoder"] = []  # there is no encoder
     train_tasks, test_tasks = dataset["train_tasks"], dataset["test_tasks"]
     torch.manual_seed(args.seed)
     agent = Agent(spec.obs_dim, spec.action_dim, args).to(device)
@@ -504,10 +487,9 @@ def main(args):
     rng = torch.Generator(device).manual_seed(args.seed)
     parts = {"agent": agent, "optimizer": optimizer, "buffer": buffer}
     generators, step = {"rng": rng}, 0
+    lock = None if args.eval_only else claim(run, args)
     if args.resume:
         step, _ = restore(load_checkpoint(run, Args), parts, generators)
-        for group in optimizer.param_groups:  # the run may have been on another device
-            group["capturable"] = gpu
 
     def film():
         """The meta-episode on the first test task, as a GIF. Raises OSError if this machine can not render."""
@@ -520,11 +502,7 @@ def main(args):
             film()
         return agent
 
-    run.mkdir(parents=True, exist_ok=True)
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "gymnasium", "mujoco")}
-    (run / "args.json").write_text(json.dumps(vars(args) | {"versions": versions}, indent=1))
-    start_csv(run / "eval.csv", step)
-    writer = SummaryWriter(str(run), purge_step=step)
+    writer = SummaryWriter(str(run), purge_step=step + 1)
     stop_signals = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: stop_signals.append(number))
@@ -535,10 +513,15 @@ def main(args):
         fn = torch.compile(update) if args.compile else update
 
         def take_step():
-            return fn(agent, optimizer, sample_batch(buffer, args, rng), args)
+            # Only here: the faster products keep memory for every shape they meet, and trajectories are of any length.
+            torch.set_float32_matmul_precision(precision)
+            info = fn(agent, optimizer, sample_batch(buffer, args, rng), args)
+            torch.set_float32_matmul_precision("highest")
+            return info
 
         return cuda_graph(take_step, rng) if gpu and args.cuda_graph else take_step
 
+    @writing_to(run)
     def after_update(info, progress):
         """Count a gradient step; log, evaluate and save what is due after it."""
         nonlocal step, totals, count, since
@@ -563,6 +546,7 @@ def main(args):
             if step == args.offline_steps:
                 np.savez_compressed(run / f"figures_{step}.npz", **arrays)  # for benchmark/figures.py
         if save_due:
+            writer.flush()
             save_checkpoint(run, args, step, 0, parts, generators)
         if stopping:
             progress.close()
@@ -576,7 +560,8 @@ def main(args):
         while step < args.offline_steps:
             after_update(take_step(), progress)
 
-    writer.close()
+    for opened in (writer, lock, env, *(env for _, env in eval_envs["test"] + eval_envs["train"])):
+        opened.close()
     print_csv(run / "eval.csv")
     if args.capture_video:
         film()
