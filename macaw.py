@@ -98,8 +98,9 @@ PRESETS = {
         policy_hidden=(64, 64), value_hidden=(64, 64), offline_steps=3_000, eval_every=1_000, checkpoint_every=1_000,
     ),
 }  # fmt: skip
-# What --preset matched stands for: SMAC's flags for the same environment. At width 300 a weight transform would have 19
-# million parameters a network, so the layers are plain.
+# What --preset matched stands for: SMAC's values for the same environment.
+# PAPER: weight transforms. CODE: plain layers in this preset; at width 300 a weight transform would take 19 million
+# parameters a network.
 MATCHED = dict.fromkeys(
     PRESETS,
     "--no-weight-transform --policy-hidden 300 300 300 --value-hidden 300 300 300 --policy-lr 3e-4 --value-lr 3e-4 "
@@ -341,13 +342,13 @@ def play(env_list, policy, generator, deterministic=False):
 
 @torch.no_grad()
 def meta_episode(env_list, agent, args, generator):
-    """T = 3 episodes: two with the policy before adaptation, then one with the policy adapted to both.
+    """T = 3 episodes: two with the policy before adaptation, then a deterministic one with the policy adapted to both.
 
     Returns:
         for each of E environments the third trajectory and the two of exploration.
     """
-    # PAPER: adapts to offline data of the test task. CODE: to its own exploration with true rewards, as C.3 of SMAC
-    # compares all methods. The only policy that MACAW has before it has seen the task is the unadapted one.
+    # PAPER: adapts to offline data of the test task. CODE: to all of its own exploration, with true rewards, as C.3 of
+    # SMAC evaluates every method. MACAW learns no exploration: all it has at that point is the unadapted policy.
     policy = unadapted(agent.policy, len(env_list))
     exploration = list(zip(*(play(env_list, policy, generator) for _ in range(2))))
     batches = [transitions(paths, args, policy[0].device) for paths in exploration]  # their lengths differ
