@@ -26,6 +26,8 @@ BENCHMARKS = {
         "smac_oracle_rewards": (f"{POINT} --oracle-rewards", (1, 2, 3)),
         "smac_goal_data": (f"{POINT} --dataset datasets/PointDirectionGoal.npz", (1, 2, 3)),
         "smac_goal_data_slow": (f"{POINT} --dataset datasets/PointDirectionGoal.npz --lr 3e-4", (1, 2, 3)),
+        "borel": ("borel.py --env-id PointDirection", (1, 2, 3)),
+        "borel_matched": ("borel.py --env-id PointDirection --hyperparameters smac", (1, 2, 3)),
     },
     "hopper_param": {
         "smac": (f"smac_offline_online.py {HOPPER}", (1, 2, 3)),
