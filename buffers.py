@@ -446,7 +446,8 @@ def restore(checkpoint, parts, generators):
         header, *rows = csv.reader(checkpoint["eval_csv"].splitlines())
         if header != CSV_COLUMNS or any(len([float(n) for n in row[:2] + row[4:]]) != 5 for row in rows):
             raise InputError("checkpoint.eval_csv is no table of evaluations")
-        parts["buffer"].load_state_dict(checkpoint["buffer"])
+        if "buffer" in parts:
+            parts["buffer"].load_state_dict(checkpoint["buffer"])
         parts["agent"].load_state_dict(checkpoint["agent"])
         moments = {i: {name: value.detach().clone() for name, value in state.items()} for i, state in moments.items()}
         optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
