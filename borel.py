@@ -421,7 +421,7 @@ def sample_batch(buffer, args, generator):
 
 
 @torch.no_grad()
-def play(env_list, agent, memory, generator, deterministic=False):
+def rollout_belief(env_list, agent, memory, generator, deterministic=False):
     """One episode in each environment, in lockstep; after every step its true reward enters the belief.
 
     Args:
@@ -464,7 +464,7 @@ def concatenate(paths, device):
     return {name: torch.as_tensor(np.concatenate(parts)).to(device) for name, parts in columns.items()}
 
 
-def meta_episode(env_list, agent, generator):
+def adapt_belief(env_list, agent, generator):
     """The meta-episode of Section 3, T = 3: one policy plays all three episodes, and the belief runs on through them.
 
     Nothing marks the first two as exploration: the policy explores while its belief is vague.
@@ -475,9 +475,9 @@ def meta_episode(env_list, agent, generator):
     memory, exploration = blank_memory(len(env_list), next(agent.parameters()).device), []
     for _ in range(EPISODES - 1):
         # PAPER: the policy's mean at test time. CODE: samples in the first two episodes, as in the other scripts.
-        paths, memory = play(env_list, agent, memory, generator)
+        paths, memory = rollout_belief(env_list, agent, memory, generator)
         exploration.append(paths)
-    final, _ = play(env_list, agent, memory, generator, deterministic=True)
+    final, _ = rollout_belief(env_list, agent, memory, generator, deterministic=True)
     return final, list(zip(*exploration)), memory
 
 
@@ -501,7 +501,7 @@ def evaluate(agent, trajectories, eval_envs, args):
     rows, scalars, arrays, memories = [], {}, {}, {}  # memories (E, 128): the encoder's, after two episodes
     for split, pairs in eval_envs.items():  # "train" comes last, and is used below
         numbers, env_list = zip(*pairs)
-        final, exploration, memories[f"{split}_online"] = meta_episode(env_list, agent, rng)
+        final, exploration, memories[f"{split}_online"] = adapt_belief(env_list, agent, rng)
         explored = np.mean([sum_rewards(paths) for paths in zip(*exploration)], axis=0)  # (E,)
         rows.append((split, "online", numbers, sum_rewards(final), explored))
 
@@ -510,7 +510,7 @@ def evaluate(agent, trajectories, eval_envs, args):
     steps, lengths, _ = stack([offline], device)
     memory = agent.encoder(steps, blank_memory(len(offline), device))  # (E, L+1, 128)
     memories["train_offline"] = memory[torch.arange(len(offline), device=device), lengths]
-    final_offline, _ = play(env_list, agent, memories["train_offline"], rng, deterministic=True)
+    final_offline, _ = rollout_belief(env_list, agent, memories["train_offline"], rng, deterministic=True)
     rows.append(("train", "offline", numbers, sum_rewards(final_offline), explored))
 
     beliefs = {name: agent.encoder.belief(x).chunk(2, dim=-1) for name, x in memories.items()}  # mu, log_var (E, dz)
@@ -629,7 +629,7 @@ def main(args):
     def film():
         """The meta-episode on the first test task, as a GIF. Raises OSError if this machine can not render."""
         film_rng = torch.Generator().manual_seed(args.seed)
-        envs.film(args.env_id, test_tasks[0], lambda env: meta_episode([env], agent, film_rng), run / "video.gif")
+        envs.film(args.env_id, test_tasks[0], lambda env: adapt_belief([env], agent, film_rng), run / "video.gif")
 
     total_steps = args.vae_steps + args.offline_steps
 

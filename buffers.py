@@ -388,6 +388,8 @@ def is_flag(value, kind):
     """Whether a value is of a flag's type: plain, Optional, Literal or tuple[int, ...]."""
     if typing.get_origin(kind) is tuple:
         return type(value) is tuple and {type(n) for n in value} <= {int}
+    if typing.get_origin(kind) is typing.Union:
+        return any(is_flag(value, one) for one in typing.get_args(kind))
     kinds = (float, int) if kind is float else (kind, *typing.get_args(kind))
     return type(value) in kinds or type(value) is str and value in kinds
 

@@ -178,7 +178,7 @@ def test_each_stage_trains_its_own_networks():
 def test_the_belief_runs_on_through_the_meta_episode():
     agent, _ = make_agent()
     pairs = envs.make_evaluation("PointDirection", np.array([[0.0]]), np.array([[1.0], [2.0]]), 1, 1)["test"]
-    final, exploration, memory = borel.meta_episode([env for _, env in pairs], agent, torch.Generator().manual_seed(0))
+    final, exploration, memory = borel.adapt_belief([env for _, env in pairs], agent, torch.Generator().manual_seed(0))
     assert len(final) == 2 and [len(episodes) for episodes in exploration] == [2, 2]
     for i, episodes in enumerate(exploration):
         steps = {name: x[None] for name, x in borel.concatenate(episodes, "cpu").items()}
