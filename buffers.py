@@ -388,6 +388,8 @@ def is_flag(value, kind):
     """Whether a value is of a flag's type: plain, Optional, Literal or tuple[int, ...]."""
     if typing.get_origin(kind) is tuple:
         return type(value) is tuple and {type(n) for n in value} <= {int}
+    if typing.get_origin(kind) is typing.Union:
+        return any(is_flag(value, one) for one in typing.get_args(kind))
     kinds = (float, int) if kind is float else (kind, *typing.get_args(kind))
     return type(value) in kinds or type(value) is str and value in kinds
 
@@ -446,7 +448,8 @@ def restore(checkpoint, parts, generators):
         header, *rows = csv.reader(checkpoint["eval_csv"].splitlines())
         if header != CSV_COLUMNS or any(len([float(n) for n in row[:2] + row[4:]]) != 5 for row in rows):
             raise InputError("checkpoint.eval_csv is no table of evaluations")
-        parts["buffer"].load_state_dict(checkpoint["buffer"])
+        if "buffer" in parts:
+            parts["buffer"].load_state_dict(checkpoint["buffer"])
         parts["agent"].load_state_dict(checkpoint["agent"])
         moments = {i: {name: value.detach().clone() for name, value in state.items()} for i, state in moments.items()}
         optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})

@@ -99,7 +99,7 @@ PRESETS = {
 MAY_BE_ZERO = "seed offline_steps kl_coef".split()
 FREE = "resume device eval_only capture_video compile cuda_graph".split()  # of --resume
 AT_MOST = {"seed": 2**32}
-AT_MOST |= {name: 10_000 for name in vars(Args()) if name.endswith(("_batch", "_hidden", "_dim"))}  # or memory ends
+AT_MOST |= {name: 10_000 for name in vars(Args()) if name.endswith(("_batch", "_hidden", "_dim"))}  # sizes, for memory
 EVAL_REPEATS, TRAIN_EVAL_TASKS = 4, 10  # meta-episodes a task in an evaluation; training tasks in it
 LOG_EVERY = 200  # gradient steps averaged into one point of the loss curves
 

@@ -38,6 +38,8 @@ BENCHMARKS = {
         "smac_goal_data_slow": (f"{POINT} --dataset datasets/PointDirectionGoal.npz --lr 3e-4", (1, 2, 3)),
         "macaw": ("macaw.py --env-id PointDirection", (1, 2, 3)),
         "macaw_matched": ("macaw.py --env-id PointDirection --preset matched", (1, 2, 3)),
+        "borel": ("borel.py --env-id PointDirection", (1, 2, 3)),
+        "borel_matched": ("borel.py --env-id PointDirection --hyperparameters smac", (1, 2, 3)),
     },
     "hopper_param": {
         "smac": (f"smac_offline_online.py {HOPPER}", (1, 2, 3)),

@@ -1,0 +1,256 @@
+"""BOReL: a belief that only looks back, the estimate of the ELBO, hyper-states, losses by hand, resuming, learning."""
+
+import csv
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch.distributions import Normal, kl_divergence
+
+import borel
+import envs
+
+OBS, ACTION, DZ = 4, 2, 3
+SMALL = "--env-id PointDirection --q-hidden 16 --policy-hidden 16 --rl-batch 8 --elbo-terms 4 --latent-dim 3"
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    for name, value in (("EVAL_REPEATS", 1), ("TRAIN_EVAL_TASKS", 3), ("LOG_EVERY", 5)):
+        monkeypatch.setattr(borel, name, value)
+
+
+def make_agent(**flags):
+    """An agent with random weights everywhere, in the last layers too."""
+    torch.manual_seed(0)
+    sizes = {"policy_hidden": (8,), "q_hidden": (8,), "latent_dim": DZ, "elbo_terms": 4, "meta_batch": 2, "rl_batch": 4}
+    args = borel.Args(env_id="PointDirection", **sizes | flags)
+    agent = borel.Agent(OBS, ACTION, args)
+    with torch.no_grad():
+        for parameter in agent.parameters():
+            parameter += 0.3 * torch.randn_like(parameter)
+    return agent, args
+
+
+def make_episode(length, fall=False, seed=0):
+    rng = np.random.default_rng(seed)
+    path = {"obs": rng.normal(size=(length + 1, OBS)), "actions": rng.uniform(-0.9, 0.9, (length, ACTION))}
+    path |= {"rewards": rng.normal(size=length), "terminals": np.arange(1, length + 1) == length * fall}
+    return {name: value.astype(np.float32) for name, value in path.items()}
+
+
+def make_steps(length, seed=0):
+    """One meta-trajectory of random steps, (1, L, .) each."""
+    return {name: x[None] for name, x in borel.concatenate([make_episode(length, seed=seed)], "cpu").items()}
+
+
+def test_the_belief_uses_nothing_of_what_comes_later():
+    agent, _ = make_agent()
+    steps, changed = make_steps(6), {name: x.clone() for name, x in make_steps(6).items()}
+    for x in changed.values():
+        x[:, 4:] += 1.0  # steps 5 and 6
+    before, after = (agent.encoder.belief(agent.encoder(s, torch.zeros(1, 128)))[0] for s in (steps, changed))
+    assert torch.equal(before[:5], after[:5]) and (before[5:] != after[5:]).all()
+    assert torch.equal(before[0], agent.encoder.belief.bias)  # before the first step: the learned prior
+
+
+def test_the_belief_is_the_same_step_by_step():
+    agent, _ = make_agent()
+    steps, memory = make_steps(5), torch.zeros(1, 128)
+    whole = agent.encoder(steps, memory)
+    for i in range(5):
+        memory = agent.encoder({name: x[:, i : i + 1] for name, x in steps.items()}, memory)[:, -1]
+        assert torch.allclose(memory, whole[:, i + 1], atol=1e-6)
+
+
+def all_terms(agent, steps, length):
+    """Sum over t = 0..length of the mean over k of the squared error, z being the belief's mean: pair by pair."""
+    mu = agent.encoder.belief(agent.encoder(steps, torch.zeros(1, 128)))[0, :, :DZ]  # (L+1, dz)
+    total, d = 0.0, agent.decoder
+    for t in range(length + 1):
+        for k in range(length):
+            obs, action, next_obs = (steps[name][0, k] for name in ("obs", "actions", "next_obs"))
+            x = torch.cat([mu[t], *(e.relu() for e in (d.obs(next_obs), d.actions(action), d.obs(obs)))])
+            error = d.last(d.second(d.first(x).relu()).relu()) - steps["rewards"][0, k]
+            total += error.item() ** 2 / length
+    return total
+
+
+def test_the_reconstruction_term_over_all_pairs():
+    agent, _ = make_agent()
+    steps, t, k = make_steps(5), torch.arange(5)[None], torch.arange(4)[None]  # the fifth step is not real
+    with torch.no_grad():
+        loss, _ = borel.vae_loss(agent, steps, torch.tensor([4]), t, k, torch.zeros(1, 5, DZ))
+    assert loss.item() == pytest.approx(all_terms(agent, steps, 4), rel=1e-4)
+
+
+def test_the_estimate_of_the_reconstruction_term_is_unbiased():
+    agent, args = make_agent(vae_tasks=8, vae_trajectories=1000, elbo_terms=2)
+    trajectories = [[[make_episode(2, seed=1), make_episode(3, seed=2)]], [[make_episode(9, seed=3)]]]
+    stacked = borel.stack(trajectories, "cpu")
+    generator = torch.Generator().manual_seed(1)
+    batch = borel.sample_vae_batch(stacked, args, generator)
+    batch["noise"].zero_()  # z is the belief's mean
+    with torch.no_grad():
+        loss, _ = borel.vae_loss(agent, **batch)
+    for row, length in enumerate((5, 9)):
+        draws = loss[batch["lengths"] == length]
+        full = all_terms(agent, {name: x[row : row + 1] for name, x in stacked[0].items()}, length)
+        error = draws.std().item() / math.sqrt(len(draws))
+        assert error < 0.05 * full and abs(draws.mean().item() - full) < 2.5 * error
+
+
+def test_the_kl_term_chains_the_beliefs():
+    agent, _ = make_agent()
+    steps, index = make_steps(5), torch.zeros(1, 1, dtype=torch.int64)
+    with torch.no_grad():
+        mu, log_var = agent.encoder.belief(agent.encoder(steps, torch.zeros(1, 128)))[0].chunk(2, dim=-1)
+        _, kl = borel.vae_loss(agent, steps, torch.tensor([3]), index, index, torch.zeros(1, 1, DZ))
+    q = [Normal(torch.zeros(DZ), torch.ones(DZ))] + [Normal(m, (0.5 * v).exp()) for m, v in zip(mu, log_var)]
+    expected = sum(kl_divergence(q[i + 1], q[i]).sum().item() for i in range(4))  # the prior and q_0 to q_3
+    assert kl.item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_hyper_states_at_the_starts_and_ends_of_episodes():
+    agent, _ = make_agent()
+    episodes = [make_episode(3, fall=True, seed=1), make_episode(2, seed=2), make_episode(4, seed=3)]
+    alone = make_episode(2, seed=4)  # a fourth episode, a meta-trajectory of its own
+    buffer = borel.make_hyper_buffer(agent, [[episodes, [alone]]], OBS, ACTION)
+    obs, next_obs = buffer.fields["obs"].numpy(), buffer.fields["next_obs"].numpy()
+
+    steps = {name: x[None] for name, x in borel.concatenate(episodes, "cpu").items()}
+    with torch.no_grad():
+        belief = agent.encoder.belief(agent.encoder(steps, torch.zeros(1, 128)))[0].numpy()  # (10, 2 dz)
+    prior = agent.encoder.belief.bias.detach().numpy()
+    starts = np.concatenate([path["obs"][:-1] for path in [*episodes, alone]])
+    assert np.array_equal(obs[:, :OBS], starts)
+    assert np.allclose(obs[:9, OBS:], belief[:9], atol=1e-6)  # neither the fall nor an episode's end resets it
+    assert np.allclose(obs[0, OBS:], prior) and np.allclose(obs[9, OBS:], prior)  # but the next meta-trajectory does
+    assert np.array_equal(next_obs[:8], obs[1:9])  # the last step of an episode leads to the first state of the next
+    assert np.allclose(next_obs[8], np.concatenate([episodes[2]["obs"][-1], belief[9]]), atol=1e-6)
+    assert np.array_equal(next_obs[10, :OBS], alone["obs"][-1])
+    assert buffer.fields["terminals"].flatten().tolist() == [0, 0, 1] + 8 * [0]
+    assert np.array_equal(episodes[0]["obs"], make_episode(3, fall=True, seed=1)["obs"])  # the dataset is as it was
+
+
+def test_sac_losses_by_hand():
+    """Two transitions, the second a fall. The policy's action is (0, 0), with log density -log(2 pi)."""
+    args = borel.Args(gamma=0.5, alpha=0.1)
+    agent = SimpleNamespace(
+        policy=lambda obs, belief: (torch.zeros(2, 2), torch.zeros(2, 2)),
+        q=lambda obs, actions, belief, frozen=False: torch.tensor([[1.0, 2.0], [3.0, 5.0]]),
+        q_target=lambda obs, actions, belief: torch.tensor([[4.0, 9.0], [6.0, 9.0]]),
+    )
+    pair = (torch.zeros(2, OBS), torch.zeros(2, 2 * DZ))
+    batch = {"obs": pair, "next_obs": pair, "actions": torch.zeros(2, 2), "rewards": torch.tensor([1.0, -1.0])}
+    batch |= {"terminals": torch.tensor([0.0, 1.0]), "noise_a": torch.zeros(2, 2), "noise_next_a": torch.zeros(2, 2)}
+    log_prob = -math.log(2 * math.pi)
+    y = [1 + 0.5 * (4 - 0.1 * log_prob), -1.0]
+    critic, _ = borel.sac_critic_loss(agent, batch, args)
+    actor, _ = borel.sac_actor_loss(agent, batch, args)
+    assert critic.item() == pytest.approx(((1 - y[0]) ** 2 + (2 - y[1]) ** 2 + (3 - y[0]) ** 2 + (5 - y[1]) ** 2) / 2)
+    assert actor.item() == pytest.approx(0.1 * log_prob - (1 + 2) / 2)
+
+
+def test_each_stage_trains_its_own_networks():
+    agent, args = make_agent()
+    trajectories = [[[make_episode(3, seed=i), make_episode(4, seed=i + 9)]] for i in range(3)]
+    optimizer, generator = torch.optim.Adam(agent.parameters(), lr=0.01), torch.Generator().manual_seed(0)
+
+    def changed(step):
+        before = {name: value.clone() for name, value in agent.state_dict().items()}
+        step()
+        after = agent.state_dict()
+        return {name.split(".")[0] for name, value in before.items() if not torch.equal(value, after[name])}
+
+    stacked = borel.stack(trajectories, "cpu")
+    batch = borel.sample_vae_batch(stacked, args, generator)
+    assert changed(lambda: borel.update_vae(agent, optimizer, batch, args)) == {"encoder", "decoder"}
+    buffer = borel.make_hyper_buffer(agent, trajectories, OBS, ACTION)
+    batch = borel.sample_batch(buffer, args, generator)
+    assert changed(lambda: borel.update(agent, optimizer, batch, args)) == {"policy", "q", "q_target"}
+
+
+def test_the_belief_runs_on_through_the_meta_episode():
+    agent, _ = make_agent()
+    pairs = envs.make_evaluation("PointDirection", np.array([[0.0]]), np.array([[1.0], [2.0]]), 1, 1)["test"]
+    final, exploration, memory = borel.adapt_belief([env for _, env in pairs], agent, torch.Generator().manual_seed(0))
+    assert len(final) == 2 and [len(episodes) for episodes in exploration] == [2, 2]
+    for i, episodes in enumerate(exploration):
+        steps = {name: x[None] for name, x in borel.concatenate(episodes, "cpu").items()}
+        with torch.no_grad():
+            assert torch.allclose(memory[i], agent.encoder(steps, torch.zeros(1, 128))[0, -1], atol=1e-5)
+
+
+def start(folder, *flags):
+    agent = borel.main(borel.parse_args([*SMALL.split(), "--device", "cpu", "--run-dir", str(folder), *flags]))
+    return Path(folder) / "PointDirection__borel__1", agent
+
+
+def test_a_run_evaluates_and_resumes_bit_for_bit(tmp_path, quick, monkeypatch):
+    """One run goes through, the other breaks off once in each stage."""
+    flags = "--vae-steps 10 --offline-steps 14 --eval-every 12 --checkpoint-every 7 --hyperparameters smac".split()
+    whole, agent = start(tmp_path / "whole", *flags)
+
+    def break_off(stage, run):
+        step, calls = getattr(borel, stage), []
+
+        def stop_at_the_ninth(*args):
+            calls.append(1)
+            if len(calls) == 9:
+                raise KeyboardInterrupt
+            return step(*args)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(borel, stage, stop_at_the_ninth)
+            run()
+
+    part = tmp_path / "part" / whole.name
+
+    def resume():
+        return borel.main(borel.parse_args(["--env-id", "PointDirection", "--resume", str(part)]))
+
+    break_off("update_vae", lambda: start(tmp_path / "part", *flags))  # its last checkpoint: step 7
+    break_off("update", resume)  # step 14, 4 steps into stage 2
+    resumed = resume()
+    assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in agent.state_dict().items())
+    assert (whole / "eval.csv").read_bytes() == (part / "eval.csv").read_bytes()
+    with open(whole / "eval.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 3 * (20 + 3 + 3)  # after 10, 12, 24 steps: all test tasks, 3 training tasks with either context
+    saved = json.loads((whole / "args.json").read_text())
+    assert saved["meta_batch"] == 4 and saved["q_hidden"] == [16]  # SMAC's value; a flag that is given comes first
+
+
+def test_it_learns_to_infer_the_task_and_to_act_on_it():
+    """Two tasks, reward a and -a; episodes of 4 steps with random actions. After two episodes it knows the sign."""
+    torch.manual_seed(0)
+    sizes = {"policy_hidden": (32,), "q_hidden": (32,), "latent_dim": 2}
+    batches = {"vae_tasks": 2, "vae_trajectories": 4, "elbo_terms": 8, "meta_batch": 2, "rl_batch": 32}
+    args, rng = borel.Args(**sizes, **batches, gamma=0.5, alpha=0.01), np.random.default_rng(0)
+    agent, trajectories = borel.Agent(1, 1, args), [[], []]
+    for task, sign in enumerate((1, -1)):
+        for _ in range(20):
+            actions = [rng.uniform(-1, 1, (4, 1)).astype(np.float32) for _ in range(3)]
+            paths = [{"obs": np.zeros((5, 1), np.float32), "actions": a, "rewards": sign * a[:, 0]} for a in actions]
+            trajectories[task].append([path | {"terminals": np.zeros(4, np.float32)} for path in paths])
+    optimizer, generator = torch.optim.Adam(agent.parameters(), lr=3e-3), torch.Generator().manual_seed(0)
+    stacked = borel.stack(trajectories, "cpu")
+    errors = []
+    for _ in range(400):
+        batch = borel.sample_vae_batch(stacked, args, generator)
+        errors.append(borel.update_vae(agent, optimizer, batch, args)["losses/reward"].item())
+    assert np.mean(errors[:10]) > 0.25 and np.mean(errors[-10:]) < 0.15  # the rewards' variance is 1/3
+    buffer = borel.make_hyper_buffer(agent, trajectories, 1, 1)
+    for _ in range(200):
+        borel.update(agent, optimizer, borel.sample_batch(buffer, args, generator), args)
+    for task, sign in enumerate((1, -1)):
+        steps = {name: x[None] for name, x in borel.concatenate(trajectories[task][0][:2], "cpu").items()}
+        with torch.no_grad():
+            memory = agent.encoder(steps, torch.zeros(1, 128))[:, -1]
+            mean, _ = agent.policy(torch.zeros(1, 1), agent.encoder.belief(memory))
+        assert sign * torch.tanh(mean).item() > 0.5
