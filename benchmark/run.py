@@ -44,6 +44,9 @@ BENCHMARKS = {
     "hopper_param": {
         "smac": (f"smac_offline_online.py {HOPPER}", (1, 2, 3)),
         "pearl": (f"pearl_online_oracle.py {HOPPER} --tasks-per-iteration 5 --online-iterations 50", (1,)),
+        "meta_bc": (f"meta_bc.py {HOPPER}", (1,)),
+        "macaw": (f"macaw.py {HOPPER}", (1,)),
+        "borel": (f"borel.py {HOPPER}", (1,)),
     },
 }
 
