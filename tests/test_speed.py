@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -56,7 +57,10 @@ def test_the_products_of_a_step_are_those_that_pytorch_makes(set_up):
         assert counter.get_total_flops() == sum(2 * c * m * k * n for c, m, k, n in found)
 
 
-@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+HEADERS = Path(sysconfig.get_path("include"), "Python.h")
+
+
+@pytest.mark.skipif(not (shutil.which("g++") and HEADERS.exists()), reason="needs a C++ compiler and Python's headers")
 def test_the_compiled_update_ends_at_the_same_parameters(set_up):
     agent, optimizer, batches, args = set_up
     start = {name: value.clone() for name, value in agent.state_dict().items()}
