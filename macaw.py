@@ -41,7 +41,7 @@ class Args:
     dataset: Optional[str] = None
     """offline dataset; default datasets/{env_id}.npz beside this file"""
     offline_steps: int = 50_000
-    """gradient steps [C.3]"""
+    """gradient steps, as many as SMAC offline"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where networks and buffers live"""
     run_dir: str = "runs"
@@ -469,7 +469,7 @@ def main(args):
     default_file = Path(__file__).parent / "datasets" / f"{args.env_id}.npz"
     env = envs.make(args.env_id)
     dataset = load_dataset(args.dataset or default_file, args.env_id, spec, env.unwrapped.set_task)
-    dataset["encoder"] = []  # there is no encoder
+    dataset["encoder"] = []  # no encoder, no data for it
     train_tasks, test_tasks = dataset["train_tasks"], dataset["test_tasks"]
     torch.manual_seed(args.seed)
     agent = Agent(spec.obs_dim, spec.action_dim, args).to(device)
