@@ -525,8 +525,9 @@ def evaluate(agent, trajectories, eval_envs, args):
         steps, lengths, _ = stack([episodes], device)
         real = torch.arange(steps["rewards"].shape[1], device=device) < lengths[:, None]  # (E, L)
         rewards, predicted = steps["rewards"].squeeze(-1), agent.decoder(beliefs[name][0][:, None], steps).squeeze(1)
-        scalars[f"eval/{key}"] = (predicted - rewards)[real].square().mean().item()
-        scalars[f"eval/{key}_over_reward_variance"] = scalars[f"eval/{key}"] / rewards[real].var().item()
+        error = (predicted - rewards)[real].square().mean()
+        scalars[f"eval/{key}"] = error.item()
+        scalars[f"eval/{key}_over_reward_variance"] = (error / rewards[real].var()).item()
 
     if args.env_id in envs.GROUND_VELOCITY:
         data = [path for task in set(numbers) for episodes in trajectories[task] for path in episodes]

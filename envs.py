@@ -67,6 +67,9 @@ SPECS: dict[str, Spec] = {
 # inertia (nbody, 3), damping (nv) and friction (ngeom, 3), and is the concatenation of the four, flattened.
 PARAM_SIZES = {"HopperParam": (5, 6, 5), "WalkerParam": (8, 9, 8)}
 
+# Reward 0 in a step with the behaviour achieved, else -1: the last step of an episode tells whether it succeeded
+SPARSE = ("SawyerManipulation", "SawyerManipulation8")
+
 # First of the two columns of an observation that hold the velocity over ground, and the seconds of a step
 GROUND_VELOCITY = {"AntDirection": (13, 0.05), "HumanoidDirection": (22, 0.015), "PointDirection": (2, 0.1)}
 

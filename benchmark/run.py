@@ -22,6 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 ROOT = Path(__file__).resolve().parent.parent
 POINT = "smac_offline_online.py --env-id PointDirection"
 HOPPER = "--env-id HopperParam"
+SAWYER = "--env-id SawyerManipulation --eval-every 8000"
 BENCHMARKS = {
     # name: {label: (command, seeds)}
     "point_direction": {
@@ -47,6 +48,10 @@ BENCHMARKS = {
         "meta_bc": (f"meta_bc.py {HOPPER}", (1,)),
         "macaw": (f"macaw.py {HOPPER}", (1,)),
         "borel": (f"borel.py {HOPPER}", (1,)),
+    },
+    "sawyer": {
+        "smac": (f"smac_offline_online.py {SAWYER} --online-iterations 8", (1,)),
+        "meta_bc": (f"meta_bc.py {SAWYER}", (1,)),
     },
 }
 
