@@ -60,9 +60,11 @@ def read(file):
 
 
 def data_return(env_id, file):
-    """Mean return of the trajectories in a dataset (where a task's data begin within one, of what is left of it)."""
-    dataset = buffers.load_dataset(RESULTS.parent.parent / file, env_id, envs.SPECS[env_id])
-    return np.mean([path["rewards"].sum() for _, path in dataset["rl"]])
+    """Mean return of the trajectories in a dataset, up to the horizon (where a task's data begin within one, of what is
+    left of it)."""
+    spec = envs.SPECS[env_id]
+    dataset = buffers.load_dataset(RESULTS.parent.parent / file, env_id, spec)
+    return np.mean([path["rewards"][: spec.horizon].sum() for _, path in dataset["rl"]])
 
 
 def main(name):

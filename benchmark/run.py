@@ -1,8 +1,8 @@
 """Run a benchmark and keep its evidence: python benchmark/run.py point_direction
 
 Starts the runs of one row of BENCHMARKS with one thread each, --parallel at a time, and copies eval.csv, args.json and
-the diagnostics in TensorBoard's files of each into benchmark/results/{name}/. Results that are there already are not
-made again.
+the diagnostics in TensorBoard's files of each into benchmark/results/{name}/, of a run that was stopped as well. Called
+again, it goes on with runs that have a checkpoint, and does not make results again that are there already.
 """
 
 import csv
@@ -67,38 +67,41 @@ class Args:
 
 
 def diagnostics(result, file):
-    """Write what a run logged beside returns and losses, one line for each evaluation, as a small CSV."""
+    """Write what a run logged beside returns and losses, if anything, as a small CSV: a line for each evaluation."""
     events = EventAccumulator(str(result), size_guidance={"scalars": 0})
     events.Reload()
     tags = [tag for tag in events.Tags()["scalars"] if tag.startswith(("eval/", "train/")) and "return" not in tag]
-    curves = {tag: {point.step: point.value for point in events.Scalars(tag)} for tag in sorted(tags)}
-    steps = sorted({point.step for point in events.Scalars("eval/test/online_context_return")})
-    with open(file, "w", newline="") as lines:
-        rows = [[step, *(f"{curve[step]:.4g}" for curve in curves.values())] for step in steps]
-        csv.writer(lines).writerows([["gradient_step", *curves], *rows])
+    curves = {tag: {point.step: f"{point.value:.4g}" for point in events.Scalars(tag)} for tag in sorted(tags)}
+    if curves:
+        steps = sorted({point.step for point in events.Scalars("eval/test/online_context_return")})
+        rows = [[step, *(curve.get(step, "") for curve in curves.values())] for step in steps]
+        file.parent.mkdir(exist_ok=True)
+        with open(file, "w", newline="") as lines:
+            csv.writer(lines).writerows([["gradient_step", *curves], *rows])
 
 
 def run(name, label, command, seed, run_dir):
     """Start or continue one run; copy what it wrote."""
     out = ROOT / "benchmark" / "results" / name
-    if (out / f"{label}__{seed}.csv").exists():
-        return
     script, *flags = shlex.split(command)
     env_id = flags[flags.index("--env-id") + 1]
     folder = ROOT / run_dir / name / label
     result = folder / f"{env_id}__{Path(script).stem}__{seed}"
     line = [sys.executable, script, *flags, "--seed", str(seed), "--run-dir", str(folder.relative_to(ROOT))]
     if (result / "checkpoint.pt").exists():
-        line = [sys.executable, script, "--resume", str(result)]
+        line = [sys.executable, script, "--resume", str(result.relative_to(ROOT))]
+    elif (out / f"{label}__{seed}.csv").exists():
+        return
     folder.mkdir(parents=True, exist_ok=True)
     start = time.time()
     with open(folder / f"{seed}.log", "a") as log:
-        subprocess.run(line, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=log, check=True)
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        process = subprocess.run(line, cwd=ROOT, env=env, stdout=log, stderr=log)
     out.mkdir(parents=True, exist_ok=True)
     for file, suffix in (("eval.csv", ".csv"), ("args.json", ".json")):
         shutil.copy(result / file, out / f"{label}__{seed}{suffix}")
-    (out / "diagnostics").mkdir(exist_ok=True)
     diagnostics(result, out / "diagnostics" / f"{label}__{seed}.csv")
+    process.check_returncode()
     print(f"{name} {label} seed {seed}: {(time.time() - start) / 60:.1f} minutes", flush=True)
 
 
