@@ -87,6 +87,8 @@ class Args:
     """Adam's learning rate, all networks [Table 1]"""
     awr_lambda: float = 100.0
     """lambda of Eq. 2 [Table 2, "AWR beta"]"""
+    awr_weights: Literal["softmax", "exp"] = "softmax"
+    """weights of Eq. 2 over a batch: scaled to mean 1 (the authors' code), or as in the text, but at most 20"""
     reward_scale: float = 5.0
     """factor on the reward in the Bellman target [Table 2]"""
     lambda_pearl: float = 1.0
@@ -126,7 +128,7 @@ PRESETS = {
     "HopperParam": {}, "WalkerParam": {}, "AntDirection": {}, "HumanoidDirection": {},
     "CheetahVelocity": dict(encoder_buffer="frozen"),
     "SawyerManipulation": dict(
-        awr_lambda=0.3, reward_scale=1.0, lambda_pearl=0.0, encoder_buffer="all", kl_coef=1 / 256,
+        awr_lambda=0.3, awr_weights="exp", reward_scale=1.0, lambda_pearl=0.0, kl_coef=1 / 256, encoder_buffer="all",
     ),
     "PointDirection": dict(
         q_hidden=(128, 128), policy_hidden=(128, 128), encoder_hidden=(128, 128), rl_batch=128, lr=1e-3, kl_coef=0.002,
@@ -277,8 +279,11 @@ def actor_loss(agent, batch, z, q, args, lambda_pearl):
     # Eq. 2: maximise exp((Q(s, a, z) - V(s, z)) / lambda) log pi(a | s, z); V is Q at one sampled action.
     # PAPER: V(s', z). CODE: V(s, z), as the paper's next sentence and AWAC have it.
     advantage = (q.amin(0) - q_new).detach()
-    # PAPER: exp. CODE: softmax over the batch, times N: the same weights scaled to mean 1, which can not overflow.
-    weights = len(advantage) * F.softmax(advantage / args.awr_lambda, dim=0)
+    # PAPER: exp. CODE: softmax over the batch, times N: the same weights scaled to mean 1, which can not overflow. Where
+    # they leave only a few of N samples (Sawyer): exp, at most 20.
+    weights = (advantage / args.awr_lambda).exp().clamp(max=20)
+    if args.awr_weights == "softmax":
+        weights = len(advantage) * F.softmax(advantage / args.awr_lambda, dim=0)
     data_u = torch.atanh(batch["actions"].clamp(-1 + 1e-6, 1 - 1e-6))
     loss = 0.0 if args.actor_ablation else -(weights * tanh_gaussian_log_prob(data_u, mean, log_std)).mean()
     if lambda_pearl:  # D_KL(pi(a | s, z) || exp Q / Z), up to a constant
@@ -339,7 +344,7 @@ def update(agent, optimizer, batch, args, online):
         torch._foreach_lerp_(list(agent.q_target.parameters()), list(agent.q.parameters()), args.tau)  # soft update
         info = {"losses/critic": l_critic, "losses/actor": l_actor, "losses/reward": l_reward, "losses/kl": kl}
         info |= {"train/q_mean": q.mean(), "train/q_max": q.amax()}
-        info["train/actor_weight_ess"] = 1 / weights.square().mean()  # effective sample size / N: the mean weight is 1
+        info["train/actor_weight_ess"] = weights.mean().square() / weights.square().mean()  # effective sample size / N
         return {name: value.detach() for name, value in info.items()}
 
 

@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 POINT = "smac_offline_online.py --env-id PointDirection"
 HOPPER = "--env-id HopperParam"
 SAWYER = "--env-id SawyerManipulation --eval-every 8000"
+SMALL = f"{SAWYER} --rl-batch 128 --offline-steps 24000"
 BENCHMARKS = {
     # name: {label: (command, seeds)}
     "point_direction": {
@@ -50,8 +51,12 @@ BENCHMARKS = {
         "borel": (f"borel.py {HOPPER}", (1,)),
     },
     "sawyer": {
-        "smac": (f"smac_offline_online.py {SAWYER} --online-iterations 8", (1,)),
+        "smac": (f"smac_offline_online.py {SAWYER} --online-iterations 20", (1,)),
         "meta_bc": (f"meta_bc.py {SAWYER}", (1,)),
+    },
+    "sawyer_small": {
+        "smac": (f"smac_offline_online.py {SMALL} --online-iterations 6", (1,)),
+        "meta_bc": (f"meta_bc.py {SMALL}", (1,)),
     },
 }
 

@@ -325,6 +325,18 @@ def test_actor_weights_by_hand():
     assert loss.item() == pytest.approx(-(0.5 * log_probs[0] + 1.5 * log_probs[1]) / 2, rel=1e-5)
 
 
+def test_actor_weights_as_in_the_text():
+    """Advantages lambda * ln 3, -lambda * ln 2 and lambda * 1000: weights 3, 1/2, and 20 in place of infinity."""
+    lam, zeros = 0.3, torch.zeros(3, 1)
+    batch = {"obs": zeros, "actions": zeros, "noise_a": zeros}
+    agent = SimpleNamespace(policy=lambda obs, z: (zeros, zeros), q=lambda obs, actions, z, frozen: torch.zeros(2, 3))
+    q = torch.tensor([[math.log(3), -math.log(2), 1000.0]]).expand(2, 3) * lam
+    args = smac.Args(awr_lambda=lam, awr_weights="exp")
+    loss, weights = smac.actor_loss(agent, batch, zeros, q, args, 0.0)
+    torch.testing.assert_close(weights, torch.tensor([3.0, 0.5, 20.0]))
+    assert loss.item() == pytest.approx(23.5 / 3 * math.log(2 * math.pi) / 2, rel=1e-6)
+
+
 def test_actor_weights_can_not_overflow():
     batch = {"obs": torch.zeros(2, 1), "actions": torch.zeros(2, 1), "noise_a": torch.zeros(2, 1)}
     agent = SimpleNamespace(
