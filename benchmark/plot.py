@@ -114,7 +114,8 @@ def main(name):
             steps, values = curve(label, group) if group in runs[label][0] else ([], None)
             moments = [step for step in (ends[label], max(steps, default=0)) if step in steps]
             shown = [values[:, steps.index(step)] for step in dict.fromkeys(moments)]
-            cells.append(" → ".join(f"{column.mean():.1f} ± {column.std():.1f}" for column in shown))
+            spread = [f" ± {column.std():.1f}" * (len(column) > 1) for column in shown]  # none of a single seed
+            cells.append(" → ".join(f"{column.mean():.1f}{std}" for column, std in zip(shown, spread)))
         lines.append(f"| {label} | {len(runs[label])} | " + " | ".join(cells) + " |")
     (folder / "table.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
