@@ -279,8 +279,8 @@ def actor_loss(agent, batch, z, q, args, lambda_pearl):
     # Eq. 2: maximise exp((Q(s, a, z) - V(s, z)) / lambda) log pi(a | s, z); V is Q at one sampled action.
     # PAPER: V(s', z). CODE: V(s, z), as the paper's next sentence and AWAC have it.
     advantage = (q.amin(0) - q_new).detach()
-    # PAPER: exp. CODE: softmax over the batch, times N: the same weights scaled to mean 1, which can not overflow. Where
-    # they leave only a few of N samples (Sawyer): exp, at most 20.
+    # PAPER: exp. CODE: softmax over the batch, times N: the same weights scaled to mean 1, which can not overflow. On
+    # Sawyer they leave only a few of N samples, and it is exp, at most 20.
     weights = (advantage / args.awr_lambda).exp().clamp(max=20)
     if args.awr_weights == "softmax":
         weights = len(advantage) * F.softmax(advantage / args.awr_lambda, dim=0)

@@ -5,8 +5,9 @@ import json
 
 from benchmark import plot, run
 
-SCRIPT = "smac_offline_online.py --env-id PointDirection --q-hidden 8 --policy-hidden 8 --encoder-hidden 8 --rl-batch 8"
-COMMAND = f"{SCRIPT} --context-batch 8 --offline-steps 20 --online-iterations 1 --updates-per-iteration 10 --eval-every 10"
+SMALL = "--q-hidden 8 --policy-hidden 8 --encoder-hidden 8 --rl-batch 8 --context-batch 8"
+SHORT = "--offline-steps 20 --online-iterations 1 --updates-per-iteration 10 --eval-every 10"
+COMMAND = f"smac_offline_online.py --env-id PointDirection {SMALL} {SHORT}"
 
 
 def test_results_of_a_run_that_stopped_and_went_on(tmp_path, monkeypatch):
