@@ -281,9 +281,9 @@ def actor_loss(agent, batch, z, q, args, lambda_pearl):
     advantage = (q.amin(0) - q_new).detach()
     # PAPER: exp. CODE: softmax over the batch, times N: the same weights scaled to mean 1, which can not overflow. On
     # Sawyer they leave only a few of N samples, and it is exp, at most 20.
-    weights = (advantage / args.awr_lambda).exp().clamp(max=20)
-    if args.awr_weights == "softmax":
-        weights = len(advantage) * F.softmax(advantage / args.awr_lambda, dim=0)
+    scaled = advantage / args.awr_lambda  # (N,)
+    softmax = args.awr_weights == "softmax"
+    weights = len(scaled) * F.softmax(scaled, dim=0) if softmax else scaled.exp().clamp(max=20)
     data_u = torch.atanh(batch["actions"].clamp(-1 + 1e-6, 1 - 1e-6))
     loss = 0.0 if args.actor_ablation else -(weights * tanh_gaussian_log_prob(data_u, mean, log_std)).mean()
     if lambda_pearl:  # D_KL(pi(a | s, z) || exp Q / Z), up to a constant
