@@ -65,6 +65,8 @@ BENCHMARKS = {
 class Args:
     name: tyro.conf.Positional[str]
     """a key of BENCHMARKS"""
+    only: tuple[str, ...] = ()
+    """labels of the runs to make, in place of all of them"""
     parallel: int = 2
     """runs side by side, one thread each"""
     run_dir: str = "runs/benchmark"
@@ -115,11 +117,15 @@ if __name__ == "__main__":
     if args.name not in BENCHMARKS:
         print(f"error: there is no benchmark {args.name}, only {', '.join(BENCHMARKS)}", file=sys.stderr)
         sys.exit(2)
+    rows = BENCHMARKS[args.name]
+    if unknown := set(args.only) - set(rows):
+        print(f"error: {args.name} has no {', '.join(sorted(unknown))}, only {', '.join(rows)}", file=sys.stderr)
+        sys.exit(2)
     with ThreadPoolExecutor(args.parallel) as pool:
         jobs = [
-            pool.submit(run, args.name, label, command, seed, args.run_dir)
-            for label, (command, seeds) in BENCHMARKS[args.name].items()
-            for seed in seeds
+            pool.submit(run, args.name, label, rows[label][0], seed, args.run_dir)
+            for label in args.only or rows
+            for seed in rows[label][1]
         ]
         for job in jobs:
             job.result()
