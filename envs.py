@@ -420,6 +420,10 @@ HOME = {  # angles of the arm's seven joints with the hand at (.6, -.15 side, -.
     1: (-1.0712, -0.4578, 0.8276, 1.8590, -1.2072, 0.7848, -0.9417),
     -1: (-0.2991, -0.5106, 0.5045, 1.7998, -0.9485, 0.5457, -0.5593),
 }
+# An observation is (x - centre) / scale of each number in metres, and ABSENT for what is not in the scene.
+OBS_CENTRE = np.array([0.65, 0, -0.15, 0.05, 0.77, 0, -0.31, 0.67, 0, -0.35, 0.68, 0, -0.2])
+OBS_SCALE = np.array([0.05, 0.1, 0.06, 0.01, 0.05, 0.1, 0.07, 0.08, 0.1, 0.005, 0.08, 0.07, 0.07])
+ABSENT = -3.0
 PI = np.pi
 
 
@@ -574,8 +578,8 @@ class Bullet:
 class SawyerManipulation(gym.Env):
     """A robot arm with a gripper at a table with two drawers, a button, a tray and an object. Never terminates.
 
-    Observation (13,), 0 for what is absent: hand x, y, z; opening of the gripper; object x, y, z; brick in the bottom
-    drawer x, y, z; bottom drawer x; handle of the top drawer y; button z.
+    Observation (13,): hand x, y, z; opening of the gripper; object x, y, z; brick in the bottom drawer x, y, z; bottom
+    drawer x; handle of the top drawer y; button z; shifted and scaled (OBS_CENTRE, OBS_SCALE), ABSENT if not there.
     Action (4,): where the hand shall go, in 5 cm (a step of 1/24 s takes it about half the way); gripper, 1 closes it.
     Reward: 0 if the behaviour is achieved, else -1.
     Task (9,), the TASK_COLUMNS:
@@ -631,7 +635,7 @@ class SawyerManipulation(gym.Env):
         if scene["object"] >= 0:
             body = (0.9, 0.7, 0.1), [Link(0.05, [(size, (0, 0, 0))])]
             self.add("object", (*PLACES[scene["object"]] * [1, side], TABLE_TOP + size[2] / 2), body=body)
-        return self._get_obs().astype(np.float32), {}
+        return self.observe(self.measure()), {}
 
     def add(self, name, at, yaw=0.0, pulled_out=0.0, body=None):
         """Put `body`, by default that of BODIES, into the scene, and brake its joint."""
@@ -668,8 +672,8 @@ class SawyerManipulation(gym.Env):
                 if (from_low < 0).any() or (from_high > 0).any():
                     sim.resetBasePositionAndOrientation(bodies[name], self.starts[name], (0, 0, 0, 1))
                     sim.resetBaseVelocity(bodies[name], (0, 0, 0), (0, 0, 0))
-        obs = self._get_obs()
-        return obs.astype(np.float32), 0.0 if self.achieved(obs) else -1.0, False, False, {}
+        state = self.measure()
+        return self.observe(state), 0.0 if self.achieved(state) else -1.0, False, False, {}
 
     def simulate(self, substeps):
         for _ in range(substeps):
@@ -684,28 +688,34 @@ class SawyerManipulation(gym.Env):
     def position(self, name):
         return self.bullet.getBasePositionAndOrientation(self.bodies[name])[0]
 
-    def _get_obs(self):
-        obs, bodies = np.zeros(13), self.bodies
-        obs[:3] = self.hand()
+    def measure(self):
+        """The 13 numbers in metres, 0 for what is absent."""
+        state, bodies = np.zeros(13), self.bodies
+        state[:3] = self.hand()
         # The distance between the fingers' origins, from .053 (open) to -.022. Signed: the authors' absolute value is
         # the same half open and closed.
-        obs[3] = self.joint("arm", LEFT) - self.joint("arm", RIGHT) - 0.022
+        state[3] = self.joint("arm", LEFT) - self.joint("arm", RIGHT) - 0.022
         if "object" in bodies:
-            obs[4:7] = self.position("object")
+            state[4:7] = self.position("object")
         if "bottom_drawer" in bodies:
             # PAPER: 13 numbers, but it names 10 or 11. CODE: the position of a brick in the bottom drawer makes 13.
-            obs[7:10], obs[10] = self.position("brick"), 0.6 - self.joint("bottom_drawer")
+            state[7:10], state[10] = self.position("brick"), 0.6 - self.joint("bottom_drawer")
         if "top_drawer" in bodies:
-            obs[11] = self.scene["side"] * (self.joint("top_drawer") - 0.0125)
+            state[11] = self.scene["side"] * (self.joint("top_drawer") - 0.0125)
         if "button" in bodies:
-            obs[12] = self.button_z + self.joint("button")
-        return obs
+            state[12] = self.button_z + self.joint("button")
+        return state
 
-    def achieved(self, obs):
-        """Whether the state that `obs` (13,) describes is what the task's behaviour aims at."""
-        hand_far, object_far = np.linalg.norm(obs[:3] - GOAL), np.linalg.norm(obs[4:7] - GOAL)
-        bottom, top, button = obs[10] - 0.6, -0.0125 - self.scene["side"] * obs[11], self.button_z - obs[12]
-        off_tray = abs(obs[4:7] - self.starts.get("tray", np.inf))
+    def observe(self, state):
+        """What the agent sees of `measure`'s numbers."""
+        # Authors' code: metres, 0 for what is absent. There networks hardly see the centimetres that decide.
+        return np.where(state == 0, ABSENT, (state - OBS_CENTRE) / OBS_SCALE).astype(np.float32)
+
+    def achieved(self, state):
+        """Whether the state (13,), as `measure` gives it, is what the task's behaviour aims at."""
+        hand_far, object_far = np.linalg.norm(state[:3] - GOAL), np.linalg.norm(state[4:7] - GOAL)
+        bottom, top, button = state[10] - 0.6, -0.0125 - self.scene["side"] * state[11], self.button_z - state[12]
+        off_tray = abs(state[4:7] - self.starts.get("tray", np.inf))
         return (  # in the order of BEHAVIOURS
             hand_far < NEAR,
             # The authors' code draws this goal anew at every reset and hides it. Here it is that of the other drawer.
@@ -747,7 +757,8 @@ class SawyerPolicy:
     """
 
     def __init__(self, env, rng):
-        env, self.rng = env.unwrapped, rng
+        self.env = env = env.unwrapped
+        self.rng = rng
         self.scene, self.top_z, self.button_z, self.side = env.scene, env.top_z, env.button_z, env.scene["side"]
         self.pull, self.grip = rng.uniform(0.09, 0.15), -1.0  # how far to pull the drawer out; the gripper's command
         thing, tray = self.scene["object"] >= 0, self.scene["tray"] >= 0
@@ -762,30 +773,30 @@ class SawyerPolicy:
         self.jobs = [job for possible, *job in jobs if possible]
         self.job = rng.integers(len(self.jobs))
 
-    def __call__(self, obs):
-        """Observation (13,) -> action (4,), float32."""
+    def __call__(self):
+        """The action in the environment's present state: (4,), float32."""
         act, *args = self.jobs[self.job]
-        motion, self.grip, done = act(obs.astype(np.float64), *args)
+        motion, self.grip, done = act(self.env.measure(), *args)
         if done:
             del self.jobs[self.job]
             self.job = self.rng.integers(len(self.jobs))
         return np.clip([*motion, self.grip] + self.rng.normal(0, 0.1, 4), -1, 1).astype(np.float32)
 
-    # A job: observation -> motion (3,) in 5 cm, gripper, done. Most go up, then over something, then down to it.
+    # A job: state in metres -> motion (3,) in 5 cm, gripper, done. Most go up, then over something, then down to it.
 
-    def move_hand(self, obs):
+    def move_hand(self, state):
         """To GOAL, and stay there: never done."""
-        return UP if obs[2] < -0.2 else 3 * (GOAL - obs[:3]), -1, False
+        return UP if state[2] < -0.2 else 3 * (GOAL - state[:3]), -1, False
 
-    def move_top_drawer(self, obs):
+    def move_top_drawer(self, state):
         """Lower the open fingers around the handle and drag it: one of them is in the gap behind it."""
-        way = np.array([0.6, obs[11] + 0.0255 * self.side, self.top_z]) - obs[:3]
-        ahead, pulled, close = self.side * way[1], -0.0125 - self.side * obs[11], self.scene["top_open"]
+        way = np.array([0.6, state[11] + 0.0255 * self.side, self.top_z]) - state[:3]
+        ahead, pulled, close = self.side * way[1], -0.0125 - self.side * state[11], self.scene["top_open"]
         aligned, lowered = abs(way[0]) < 0.035 and 0 < ahead < 0.065, abs(way[2]) < 0.01
         done = pulled < 0.04 if close else pulled > self.pull
         if not done and close and lowered and ahead > -0.02:
             return (0, self.side, 0), -1, False
-        if done or not aligned and obs[2] < -0.105:
+        if done or not aligned and state[2] < -0.105:
             return UP, -1, done
         if not aligned or ahead < 0.017:
             return (6 * way[0], -2 * self.side if ahead < 0.017 else 6 * way[1], 0), -1, done
@@ -793,17 +804,17 @@ class SawyerPolicy:
             return 3 * (way - 0.03 * UP) * [1, 1, 2], -1, done
         return (0, -self.side, 0), -1, done
 
-    def press_button(self, obs):
+    def press_button(self, state):
         """With a finger, from above."""
-        way, done = np.array([0.6, 0.125 * self.side, obs[12]]) - obs[:3], self.button_z - obs[12] > IS_PRESSED
+        way, done = np.array([0.6, 0.125 * self.side, state[12]]) - state[:3], self.button_z - state[12] > IS_PRESSED
         if np.hypot(*way[:2]) < 0.05:
             return (way[0], way[1], -1), -1, done
-        return UP if obs[2] < -0.101 else 9 * way * LEVEL, -1, done
+        return UP if state[2] < -0.101 else 9 * way * LEVEL, -1, done
 
-    def carry(self, obs, goal):
+    def carry(self, state, goal):
         """Grasp the object, carry it over `goal` (2,) and let go."""
-        thing = obs[4:7] + [0, -0.011 * self.side, 0]
-        way, high, done = thing - obs[:3], obs[2] >= -0.125, np.hypot(*(thing[:2] - goal)) < 0.05
+        thing = state[4:7] + [0, -0.011 * self.side, 0]
+        way, high, done = thing - state[:3], state[2] >= -0.125, np.hypot(*(thing[:2] - goal)) < 0.05
         down = 3 * (way - 0.03 * UP)
         if np.hypot(*way[:2]) > 0.055:
             return 6 * way * LEVEL if high else UP, -1, done
@@ -813,7 +824,7 @@ class SawyerPolicy:
             return down * [1, 1, 2], self.grip + 0.5, done
         if not high:
             return UP, 1, done
-        return ((0, 0, 0), -1, True) if done else (np.append(3 * (goal - obs[:2]), 0), 1, False)
+        return ((0, 0, 0), -1, True) if done else (np.append(3 * (goal - state[:2]), 0), 1, False)
 
 
 for _env_id, _spec in SPECS.items():

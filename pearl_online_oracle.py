@@ -177,20 +177,20 @@ class Policy(nn.Module):
         return mean, log_std.clamp(-20, 2)
 
 
-class TwinQ(nn.Module):
-    """Two Q-functions Q_w(s, a, z), their weights stacked: one batched product a layer for both."""
+class QFunctions(nn.Module):
+    """`count` Q-functions Q_w(s, a, z), their weights stacked: one batched product a layer for all."""
 
-    def __init__(self, obs_dim, action_dim, hidden, latent_dim):
+    def __init__(self, obs_dim, action_dim, hidden, latent_dim, count=2):
         super().__init__()
-        nets = [mlp([obs_dim + action_dim + latent_dim, *hidden, 1]) for _ in range(2)]
-        pairs = [pair for pair in zip(*nets) if isinstance(pair[0], nn.Linear)]
-        # A list entry for each layer: weights (2, in, out), biases (2, 1, out)
-        self.weights = nn.ParameterList(torch.stack([q.weight.T for q in pair]).detach() for pair in pairs)
-        self.biases = nn.ParameterList(torch.stack([q.bias[None] for q in pair]).detach() for pair in pairs)
+        nets = [mlp([obs_dim + action_dim + latent_dim, *hidden, 1]) for _ in range(count)]
+        layers = [layer for layer in zip(*nets) if isinstance(layer[0], nn.Linear)]
+        # A list entry for each layer: weights (count, in, out), biases (count, 1, out)
+        self.weights = nn.ParameterList(torch.stack([q.weight.T for q in layer]).detach() for layer in layers)
+        self.biases = nn.ParameterList(torch.stack([q.bias[None] for q in layer]).detach() for layer in layers)
 
     def forward(self, obs, actions, z, frozen=False):
-        """obs (N, o), actions (N, a), z (N, dz) -> (2, N). frozen: gradients reach the inputs and not the weights."""
-        x = torch.cat([obs, actions, z], dim=-1).expand(2, -1, -1)  # (2, N, o + a + dz)
+        """obs (N, o), actions (N, a), z (N, dz) -> (count, N). frozen: gradients reach inputs and not weights."""
+        x = torch.cat([obs, actions, z], dim=-1).expand(len(self.weights[0]), -1, -1)  # (count, N, o + a + dz)
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases)):
             x = torch.baddbmm(bias.detach(), x, weight.detach()) if frozen else torch.baddbmm(bias, x, weight)
             x = x.relu_() if i < len(self.weights) - 1 else x
@@ -205,8 +205,8 @@ class Agent(nn.Module):
         context_dim = obs_dim + action_dim + 1 + obs_dim * args.next_obs_in_context
         self.encoder = Encoder(context_dim, args.encoder_hidden, args.latent_dim)
         self.policy = Policy(obs_dim, action_dim, args.policy_hidden, args.latent_dim)
-        self.q = TwinQ(obs_dim, action_dim, args.q_hidden, args.latent_dim)
-        self.q_target = TwinQ(obs_dim, action_dim, args.q_hidden, args.latent_dim)
+        self.q = QFunctions(obs_dim, action_dim, args.q_hidden, args.latent_dim)
+        self.q_target = QFunctions(obs_dim, action_dim, args.q_hidden, args.latent_dim)
         self.q_target.load_state_dict(self.q.state_dict())
         self.q_target.requires_grad_(False)
 

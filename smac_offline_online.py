@@ -79,6 +79,8 @@ class Args:
     """hidden sizes of the reward decoder [Table 1]"""
     latent_dim: int = 5
     """size of z [Table 1]"""
+    num_critics: Literal[1, 2] = 2
+    """Q-functions: one as in the text, or two, of which the smaller counts (the authors' code)"""
     gamma: float = 0.99
     """discount [Table 1]"""
     tau: float = 0.005
@@ -129,6 +131,7 @@ PRESETS = {
     "CheetahVelocity": dict(encoder_buffer="frozen"),
     "SawyerManipulation": dict(
         awr_lambda=0.3, awr_weights="exp", reward_scale=1.0, lambda_pearl=0.0, kl_coef=1 / 256, encoder_buffer="all",
+        num_critics=1,
     ),
     "PointDirection": dict(
         q_hidden=(128, 128), policy_hidden=(128, 128), encoder_hidden=(128, 128), rl_batch=128, lr=1e-3, kl_coef=0.002,
@@ -201,20 +204,20 @@ class Policy(nn.Module):
         return mean, log_std.clamp(-20, 2)
 
 
-class TwinQ(nn.Module):
-    """Two Q-functions Q_w(s, a, z), their weights stacked: one batched product a layer for both."""
+class QFunctions(nn.Module):
+    """`count` Q-functions Q_w(s, a, z), their weights stacked: one batched product a layer for all."""
 
-    def __init__(self, obs_dim, action_dim, hidden, latent_dim):
+    def __init__(self, obs_dim, action_dim, hidden, latent_dim, count=2):
         super().__init__()
-        nets = [mlp([obs_dim + action_dim + latent_dim, *hidden, 1]) for _ in range(2)]
-        pairs = [pair for pair in zip(*nets) if isinstance(pair[0], nn.Linear)]
-        # A list entry for each layer: weights (2, in, out), biases (2, 1, out)
-        self.weights = nn.ParameterList(torch.stack([q.weight.T for q in pair]).detach() for pair in pairs)
-        self.biases = nn.ParameterList(torch.stack([q.bias[None] for q in pair]).detach() for pair in pairs)
+        nets = [mlp([obs_dim + action_dim + latent_dim, *hidden, 1]) for _ in range(count)]
+        layers = [layer for layer in zip(*nets) if isinstance(layer[0], nn.Linear)]
+        # A list entry for each layer: weights (count, in, out), biases (count, 1, out)
+        self.weights = nn.ParameterList(torch.stack([q.weight.T for q in layer]).detach() for layer in layers)
+        self.biases = nn.ParameterList(torch.stack([q.bias[None] for q in layer]).detach() for layer in layers)
 
     def forward(self, obs, actions, z, frozen=False):
-        """obs (N, o), actions (N, a), z (N, dz) -> (2, N). frozen: gradients reach the inputs and not the weights."""
-        x = torch.cat([obs, actions, z], dim=-1).expand(2, -1, -1)  # (2, N, o + a + dz)
+        """obs (N, o), actions (N, a), z (N, dz) -> (count, N). frozen: gradients reach inputs and not weights."""
+        x = torch.cat([obs, actions, z], dim=-1).expand(len(self.weights[0]), -1, -1)  # (count, N, o + a + dz)
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases)):
             x = torch.baddbmm(bias.detach(), x, weight.detach()) if frozen else torch.baddbmm(bias, x, weight)
             x = x.relu_() if i < len(self.weights) - 1 else x
@@ -230,8 +233,8 @@ class Agent(nn.Module):
         self.encoder = Encoder(context_dim, args.encoder_hidden, args.latent_dim)
         self.decoder = Decoder(obs_dim, action_dim, args.decoder_hidden, args.latent_dim)
         self.policy = Policy(obs_dim, action_dim, args.policy_hidden, args.latent_dim)
-        self.q = TwinQ(obs_dim, action_dim, args.q_hidden, args.latent_dim)
-        self.q_target = TwinQ(obs_dim, action_dim, args.q_hidden, args.latent_dim)
+        sizes = obs_dim, action_dim, args.q_hidden, args.latent_dim, args.num_critics
+        self.q, self.q_target = QFunctions(*sizes), QFunctions(*sizes)
         self.q_target.load_state_dict(self.q.state_dict())
         self.q_target.requires_grad_(False)
 
@@ -258,20 +261,20 @@ def kl_to_prior(mu, sigma):
 
 
 def critic_loss(agent, batch, z, args):
-    """L_critic (Eq. 1): mean of (Q_w(s, a, z) - y)^2. z (N, dz) -> loss, and Q of both critics (2, N)."""
+    """L_critic (Eq. 1): mean of (Q_w(s, a, z) - y)^2. z (N, dz) -> loss, and Q of the critics (num_critics, N)."""
     with torch.no_grad():
         # y = r + gamma Q_target(s', a', z), a' ~ pi(a' | s', z); a fall ends the sum, the time limit does not
         mean, log_std = agent.policy(batch["next_obs"], z)
         next_actions = torch.tanh(mean + log_std.exp() * batch["noise_next_a"])  # (N, a)
-        # PAPER: one Q-function. CODE: two, and the smaller of both in every use.
+        # PAPER: one Q-function. CODE: two, and the smaller of both in every use; one on Sawyer.
         next_q = agent.q_target(batch["next_obs"], next_actions, z).amin(0)  # (N,)
         target = args.reward_scale * batch["rewards"] + args.gamma * (1 - batch["terminals"]) * next_q
-    q = agent.q(batch["obs"], batch["actions"], z)  # (2, N)
+    q = agent.q(batch["obs"], batch["actions"], z)  # (num_critics, N)
     return (q - target).square().mean(1).sum(), q
 
 
 def actor_loss(agent, batch, z, q, args, lambda_pearl):
-    """L_actor (Eq. 2) + lambda_pearl * L_actor^PEARL (C.3). z (N, dz), q (2, N) -> loss, weights of Eq. 2 (N,)."""
+    """L_actor (Eq. 2) + lambda_pearl * L_actor^PEARL (C.3). z (N, dz), q as above -> loss, weights of Eq. 2 (N,)."""
     mean, log_std = agent.policy(batch["obs"], z)  # (N, a)
     u = mean + log_std.exp() * batch["noise_a"]
     u = u if lambda_pearl else u.detach()  # only the PEARL loss differentiates through the new action

@@ -14,7 +14,7 @@ from smac_offline_online import tanh_gaussian_log_prob
 
 
 class PlainAgent:
-    """The networks of an `Agent` of smac_offline_online.py, copied; its TwinQ as two ordinary networks."""
+    """The networks of an `Agent` of smac_offline_online.py, copied; its QFunctions as two ordinary networks."""
 
     def __init__(self, agent, lr):
         self.encoder, self.decoder, self.policy = (copy.deepcopy(getattr(agent, n)) for n in NETWORKS)
@@ -28,7 +28,7 @@ NETWORKS = ("encoder", "decoder", "policy")
 
 
 def unstack(twin, i):
-    """Q-function number i of a TwinQ, as an nn.Sequential."""
+    """Q-function number i of a QFunctions, as an nn.Sequential."""
     layers = []
     for weight, bias in zip(twin.weights, twin.biases):
         linear = nn.Linear(weight.shape[1], weight.shape[2])

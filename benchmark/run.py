@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 POINT = "smac_offline_online.py --env-id PointDirection"
 HOPPER = "--env-id HopperParam"
 SAWYER = "--env-id SawyerManipulation --eval-every 8000"
-SMALL = f"{SAWYER} --rl-batch 128 --offline-steps 24000"
+SMALL = f"{SAWYER} --rl-batch 128"
 BENCHMARKS = {
     # name: {label: (command, seeds)}
     "point_direction": {
@@ -55,7 +55,7 @@ BENCHMARKS = {
         "meta_bc": (f"meta_bc.py {SAWYER}", (1,)),
     },
     "sawyer_small": {
-        "smac": (f"smac_offline_online.py {SMALL} --online-iterations 6", (1,)),
+        "smac": (f"smac_offline_online.py {SMALL} --online-iterations 12", (1,)),
         "meta_bc": (f"meta_bc.py {SMALL}", (1,)),
     },
 }

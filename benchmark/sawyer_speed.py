@@ -39,11 +39,11 @@ def random_step(i):
 
 
 def script_step(i):
-    global obs, policy
+    global policy
     if i % 75 == 0:
         reset(i)
-        obs, policy = env._get_obs(), envs.SawyerPolicy(env, np.random.default_rng(i))
-    obs = env.step(policy(obs))[0]
+        policy = envs.SawyerPolicy(env, np.random.default_rng(i))
+    env.step(policy())
 
 
 tasks, actions = envs.sample_tasks("SawyerManipulation", 60), np.random.default_rng(0).uniform(-1, 1, (3000, 4))

@@ -25,7 +25,7 @@ def collect(env_id, number, task):
         obs, _ = env.reset(seed=TRAJECTORIES * number + trajectory)
         policy, path = envs.SawyerPolicy(env, rng), {"obs": [obs], "actions": [], "rewards": [], "terminals": []}
         for _ in range(STEPS):
-            action = policy(obs)
+            action = policy()
             obs, reward, terminated, _, _ = env.step(action)
             for key, value in zip(path, (obs, action, reward, terminated)):
                 path[key].append(value)

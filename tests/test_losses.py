@@ -188,7 +188,7 @@ def test_action_density_is_right_where_tanh_saturates(u, dtype):
 
 
 def test_twin_q_equals_two_separate_networks_in_values_and_gradients():
-    twin, sizes = smac.TwinQ(OBS, ACTION, (8, 7), LATENT), [OBS + ACTION + LATENT, 8, 7, 1]
+    twin, sizes = smac.QFunctions(OBS, ACTION, (8, 7), LATENT), [OBS + ACTION + LATENT, 8, 7, 1]
     separate = []
     for k in (0, 1):
         linear = [nn.Linear(n_in, n_out) for n_in, n_out in zip(sizes[:-1], sizes[1:])]

@@ -32,22 +32,29 @@ def env(request):
 
 
 def start(env, seed=0, **fields):
+    """The first state, in metres."""
     env.set_task(make_task(**fields))
-    return env.reset(seed=seed)[0]
+    env.reset(seed=seed)
+    return env.measure()
+
+
+def step(env, action):
+    """The state after a step, in metres."""
+    env.step(action)
+    return env.measure()
 
 
 def perform(env, job, seed=0, steps=75, **scene):
-    """Let the script begin with a job (the last one of that name): observations (steps + 1, 13), rewards (steps,), and
-    the step at which the job was done (None: not at all)."""
-    obs, policy = start(env, seed, **scene), envs.SawyerPolicy(env, np.random.default_rng(seed))
+    """Let the script begin with a job (the last one of that name): states (steps + 1, 13), rewards (steps,), and the step
+    at which the job was done (None: not at all)."""
+    state, policy = start(env, seed, **scene), envs.SawyerPolicy(env, np.random.default_rng(seed))
     names = [act.__name__ for act, *args in policy.jobs]
     policy.job = max(i for i, name in enumerate(names) if name == job)
-    number, trace, rewards, done = len(names), [obs], [], None
-    for step in range(steps):
-        obs, reward, *_ = env.step(policy(obs))
-        trace.append(obs)
-        rewards.append(reward)
-        done = step if done is None and len(policy.jobs) < number else done
+    number, trace, rewards, done = len(names), [state], [], None
+    for t in range(steps):
+        rewards.append(env.step(policy())[1])
+        trace.append(env.measure())
+        done = t if done is None and len(policy.jobs) < number else done
     return np.array(trace), np.array(rewards), done
 
 
@@ -55,26 +62,25 @@ def perform(env, job, seed=0, steps=75, **scene):
 
 
 @pytest.mark.parametrize("side", [1, -1])
-def test_first_observation(env, side):
+def test_first_state(env, side):
     mirror = [1, side, 1]
-    obs = start(env, side=side)
-    assert obs.dtype == np.float32
-    np.testing.assert_allclose(obs[:3], np.array(FIRST["hand"]) * mirror, atol=1e-3)
-    assert obs[3] == pytest.approx(FIRST["gripper"], abs=1e-3)
-    np.testing.assert_allclose(obs[4:6], [0.79, -0.12 * side], atol=1e-6)
-    np.testing.assert_allclose(obs[7:10], np.array(FIRST["brick"]) * mirror, atol=1e-3)
-    np.testing.assert_allclose(obs[10:], [0.6, -0.0125 * side, -0.14], atol=1e-3)
+    state = start(env, side=side)
+    np.testing.assert_allclose(state[:3], np.array(FIRST["hand"]) * mirror, atol=1e-3)
+    assert state[3] == pytest.approx(FIRST["gripper"], abs=1e-3)
+    np.testing.assert_allclose(state[4:6], [0.79, -0.12 * side], atol=1e-6)
+    np.testing.assert_allclose(state[7:10], np.array(FIRST["brick"]) * mirror, atol=1e-3)
+    np.testing.assert_allclose(state[10:], [0.6, -0.0125 * side, -0.14], atol=1e-3)
     assert start(env, side=side, bottom_open=1)[10] == pytest.approx(0.756, abs=1e-3)
-    np.testing.assert_allclose(env.step(np.zeros(4))[0][:3], obs[:3], atol=1e-3)  # nothing moves by itself
+    np.testing.assert_allclose(step(env, np.zeros(4))[:3], state[:3], atol=1e-3)  # nothing moves by itself
 
 
 def test_the_scene_rests(env):
     for number in range(5):
         start(env, seed=number, bottom_open=number % 2)
-        before = env._get_obs()
+        before = env.measure()
         for _ in range(20):
-            obs = env.step([0, 0, 0, -1])[0]
-        np.testing.assert_allclose(obs[4:], before[4:], atol=2e-3)
+            state = step(env, [0, 0, 0, -1])
+        np.testing.assert_allclose(state[4:], before[4:], atol=2e-3)
 
 
 @pytest.mark.parametrize("gone, zero, button_z", [
@@ -83,9 +89,25 @@ def test_the_scene_rests(env):
     (dict(bottom_drawer=0, top_drawer=0, tray=-1), [7, 8, 9, 10, 11], -0.34), (dict(object=-1), [4, 5, 6], -0.14),
 ])  # fmt: skip
 def test_what_is_absent_is_zero(env, gone, zero, button_z):
-    obs = start(env, **gone)
-    np.testing.assert_array_equal(np.flatnonzero(obs == 0), zero)
-    assert obs[12] == pytest.approx(button_z, abs=1e-6)
+    state = start(env, **gone)
+    np.testing.assert_array_equal(np.flatnonzero(state == 0), zero)
+    assert state[12] == pytest.approx(button_z, abs=1e-6)
+
+
+def test_observation():
+    env = envs.make(PAPER).unwrapped
+    start(env, button=0)
+    env.reset(seed=0)
+    obs, state = env.step(np.ones(4))[0], env.measure()
+    assert obs.dtype == np.float32 and obs[12] == envs.ABSENT
+    np.testing.assert_allclose(obs[:12] * envs.OBS_SCALE[:12] + envs.OBS_CENTRE[:12], state[:12], atol=1e-6)
+    data = buffers.load_dataset(ROOT / "datasets" / f"{PAPER}.npz", PAPER, envs.SPECS[PAPER])
+    seen = np.concatenate([path["obs"] for _, path in data["rl"]])
+    assert abs(seen).max() < 10 and (seen == envs.ABSENT).mean(0)[:4].max() == 0
+    present = np.where(seen == envs.ABSENT, np.nan, seen)
+    assert (abs(np.nanmean(present, 0)) < 1).all() and (0.4 < np.nanstd(present, 0)).all()
+    assert (np.nanstd(present, 0) < 1.6).all()
+    env.close()
 
 
 def test_the_object_changes_with_the_seed(env):
@@ -107,12 +129,12 @@ def test_motion(env):
         moved = (np.array(env.hand()) - before) @ direction
         assert 0.06 < moved < 0.11  # .02 to .035 a step
     for _ in range(40):  # into a corner of the hand's limits
-        obs = env.step([5, 5, 5, 1])[0]
-    np.testing.assert_allclose(obs[:3], envs.HAND_LIMITS[1], atol=0.01)
-    assert obs[3] < -0.01  # closed
+        state = step(env, [5, 5, 5, 1])
+    np.testing.assert_allclose(state[:3], envs.HAND_LIMITS[1], atol=0.01)
+    assert state[3] < -0.01  # closed
     for _ in range(5):
-        obs = env.step([0, 0, 0, -1])[0]
-    assert obs[3] > 0.05  # open
+        state = step(env, [0, 0, 0, -1])
+    assert state[3] > 0.05  # open
 
 
 # ----- Rewards
@@ -122,13 +144,13 @@ def test_rewards_of_hand_set_states():
     env = envs.make(EIGHT).unwrapped
     start(env, tray=0)
     goal, tray = [0.675, 0, -0.11], [0.6, -0.15, -0.345]
-    first = env._get_obs()
+    first = env.measure()
 
     def achieved(behaviour, at, value):
         start(env, behaviour=behaviour, tray=0)
-        obs = first.copy()
-        obs[at] = value
-        return bool(env.achieved(obs))
+        state = first.copy()
+        state[at] = value
+        return bool(env.achieved(state))
 
     for behaviour, at, yes, no in (
         ("move_hand", slice(0, 3), np.add(goal, [0.05, 0.05, 0.03]), np.add(goal, [0.05, 0.05, 0.05])),
@@ -151,9 +173,10 @@ def test_rewards_of_steps(env, side):
         start(env, behaviour=f"open_{name}", side=side)
         assert env.step(np.zeros(4))[1] == -1
         env.bullet.resetJointState(env.bodies[name], 0, -0.1)
-        obs, reward, terminated, truncated, _ = env.step(np.zeros(4))
+        _, reward, terminated, truncated, _ = env.step(np.zeros(4))
         assert (reward, terminated, truncated) == (0, False, False)
-        assert abs(obs[11] + side * (0.0125 + 0.1)) < 1e-3 if name == "top_drawer" else abs(obs[10] - 0.7) < 1e-2
+        state = env.measure()
+        assert abs(state[11] + side * (0.0125 + 0.1)) < 1e-3 if name == "top_drawer" else abs(state[10] - 0.7) < 1e-2
     start(env, behaviour="open_bottom_drawer", bottom_open=1, side=side)
     assert env.step(np.zeros(4))[1] == 0  # solved from the start
     assert start(env, behaviour="move_hand", side=side)[0] == pytest.approx(0.6, abs=1e-3)
@@ -166,8 +189,8 @@ def test_an_object_out_of_reach_is_put_back(env):
     for name, columns in (("object", slice(4, 7)), ("brick", slice(7, 10))):
         env.bullet.resetBasePositionAndOrientation(env.bodies[name], (1.0, 0.5, -0.3), (0, 0, 0, 1))
         env.bullet.resetBaseVelocity(env.bodies[name], (3, 0, 0), (0, 0, 0))
-        np.testing.assert_allclose(env.step([0, 0, 0, -1])[0][columns], first[columns], atol=1e-3)
-        np.testing.assert_allclose(env.step([0, 0, 0, -1])[0][columns], first[columns], atol=1e-3)  # and lies still
+        np.testing.assert_allclose(step(env, [0, 0, 0, -1])[columns], first[columns], atol=1e-3)
+        np.testing.assert_allclose(step(env, [0, 0, 0, -1])[columns], first[columns], atol=1e-3)  # and lies still
 
 
 # ----- The script
@@ -201,8 +224,7 @@ def test_the_button_works_once_an_episode(env):
     start(env)
     for joint in (-0.012, 0.0, -0.012):
         env.bullet.resetJointState(env.bodies["button"], 0, joint)
-        obs = env.step([0, 0, 0, -1])[0]
-        assert obs[10] == pytest.approx(0.75625, abs=2e-3)
+        assert step(env, [0, 0, 0, -1])[10] == pytest.approx(0.75625, abs=2e-3)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -251,9 +273,9 @@ def test_distribution_of_tasks(env_id, number):
     env = envs.make(env_id).unwrapped
     for task in tasks[:50]:
         env.set_task(task)
-        obs = env.reset(seed=0)[0]
-        assert env.observation_space.contains(obs)
-        np.testing.assert_allclose(env.step([0, 0, 0, -1])[0], obs, atol=0.01)  # nothing stands inside something else
+        assert env.observation_space.contains(env.reset(seed=0)[0])
+        before = env.measure()
+        np.testing.assert_allclose(step(env, [0, 0, 0, -1]), before, atol=0.01)  # nothing stands inside something else
     env.close()
 
 
@@ -277,10 +299,10 @@ def test_impossible_tasks(env, fields, message):
 def rollout(env, task, seed, steps=40):
     """Observations and rewards of the script, as one array."""
     env.set_task(task)
-    obs, trace = env.reset(seed=seed)[0], []
-    policy = envs.SawyerPolicy(env, np.random.default_rng(seed))
+    env.reset(seed=seed)
+    policy, trace = envs.SawyerPolicy(env, np.random.default_rng(seed)), []
     for _ in range(steps):
-        obs, reward, *_ = env.step(policy(obs))
+        obs, reward, *_ = env.step(policy())
         trace.append(np.append(obs, reward))
     return np.array(trace)
 
@@ -342,6 +364,7 @@ def test_dataset(env):
     assert 0.44 < np.mean([path["rewards"] == 0 for _, path in data["rl"]]) < 0.48  # the paper: 46 %
     for task, path in data["rl"][::97]:
         env.set_task(data["train_tasks"][task])
-        np.testing.assert_allclose(path["obs"][0, :4], env.reset(seed=0)[0][:4], atol=1e-5)
-        rewards = [0.0 if env.achieved(obs.astype(np.float64)) else -1.0 for obs in path["obs"][1:]]
+        np.testing.assert_allclose(path["obs"][0, :4], env.reset(seed=0)[0][:4], atol=1e-3)
+        states = path["obs"][1:].astype(np.float64) * envs.OBS_SCALE + envs.OBS_CENTRE
+        rewards = [0.0 if env.achieved(state) else -1.0 for state in states]
         assert np.mean(rewards == path["rewards"]) > 0.98  # a value at a threshold may round to the other side

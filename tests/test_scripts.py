@@ -53,7 +53,7 @@ def test_the_scripts_are_found():
 def test_copies_of_a_function_are_identical(one, other):
     ours, theirs = definitions(one), definitions(other)
     common = (ours.keys() & theirs.keys()) - MAY_DIFFER
-    assert {"mlp", "Encoder", "Policy", "TwinQ"} & ours.keys() & theirs.keys() <= common
+    assert {"mlp", "Encoder", "Policy", "QFunctions"} & ours.keys() & theirs.keys() <= common
     assert sorted(name for name in common if ours[name] != theirs[name]) == []
 
 
