@@ -74,10 +74,14 @@ def np_mlp(net, *inputs):
     return np_layers([array(layer.weight).T for layer in linear], [array(layer.bias) for layer in linear], x)
 
 
-def np_min_q(twin, obs, actions, z):
+def np_all_q(critics, obs, actions, z):
     x = np.concatenate([array(obs), actions, array(z)], -1)
-    both = [np_layers([array(w)[k] for w in twin.weights], [array(b)[k] for b in twin.biases], x) for k in (0, 1)]
-    return np.minimum(*both)[:, 0]
+    layers = [(map(array, w), map(array, b)) for w, b in zip(zip(*critics.weights), zip(*critics.biases))]
+    return [np_layers(list(weights), list(biases), x)[:, 0] for weights, biases in layers]
+
+
+def np_min_q(critics, obs, actions, z):
+    return np.min(np_all_q(critics, obs, actions, z), 0)
 
 
 def np_policy(agent, obs, z, shift=0.0):
@@ -184,10 +188,10 @@ def test_action_density_is_right_where_tanh_saturates(u, dtype):
     assert u.grad.item() == pytest.approx(-(u.item() - 1) / 4 + 2 * math.tanh(u.item()), rel=1e-5, abs=1e-6)
 
 
-# ----- Two critics in one
+# ----- All critics in one
 
 
-def test_twin_q_equals_two_separate_networks_in_values_and_gradients():
+def test_two_q_functions_equal_separate_networks_in_values_and_gradients():
     twin, sizes = smac.QFunctions(OBS, ACTION, (8, 7), LATENT), [OBS + ACTION + LATENT, 8, 7, 1]
     separate = []
     for k in (0, 1):
@@ -212,7 +216,7 @@ def test_twin_q_equals_two_separate_networks_in_values_and_gradients():
             torch.testing.assert_close(bias.grad[k, 0], layer.bias.grad)
 
 
-def test_frozen_twin_q_has_the_same_values_and_input_gradients_but_leaves_its_weights_alone():
+def test_frozen_q_functions_have_the_same_values_and_input_gradients_but_leave_their_weights_alone():
     agent, _ = make_agent()
     batch, z, grads, values = flatten(make_batch()), random_z(), [], []
     for frozen in (False, True):
@@ -272,18 +276,17 @@ def test_critic_loss_by_hand():
     torch.testing.assert_close(seen["actions"], torch.tanh(torch.tensor([[1.5], [-0.5]])))
 
 
-def test_critic_loss_of_real_networks():
-    agent, args = make_agent()
+@pytest.mark.parametrize("num_critics", [2, 1])
+def test_critic_loss_of_real_networks(num_critics):
+    agent, args = make_agent(num_critics=num_critics)
     batch, z = flatten(make_batch()), random_z()
     mean, log_std = np_policy(agent, batch["next_obs"], z)
     next_actions = np.tanh(mean + np.exp(log_std) * array(batch["noise_next_a"]))
     next_q = np_min_q(agent.q_target, batch["next_obs"], next_actions, z)
     target = 5 * array(batch["rewards"]) + 0.9 * np.where(array(batch["terminals"]) == 1, 0, next_q)
-    x = np.concatenate([array(batch["obs"]), array(batch["actions"]), array(z)], -1)
-    expected = 0.0
-    for k in (0, 1):
-        q = np_layers([array(w)[k] for w in agent.q.weights], [array(b)[k] for b in agent.q.biases], x)[:, 0]
-        expected += ((q - target) ** 2).mean()
+    all_q = np_all_q(agent.q, batch["obs"], array(batch["actions"]), z)
+    assert len(all_q) == num_critics
+    expected = sum(((q - target) ** 2).mean() for q in all_q)
     assert smac.critic_loss(agent, batch, z, args)[0].item() == pytest.approx(expected, rel=1e-9)
 
 
