@@ -391,7 +391,7 @@ def is_flag(value, kind):
     if typing.get_origin(kind) is typing.Union:
         return any(is_flag(value, one) for one in typing.get_args(kind))
     kinds = (float, int) if kind is float else (kind, *typing.get_args(kind))
-    return type(value) in kinds or type(value) is str and value in kinds
+    return type(value) in kinds or type(value) in (str, int) and value in kinds
 
 
 def load_checkpoint(run, args_class):

@@ -312,7 +312,7 @@ def test_a_checkpoint_with_other_fields_is_refused(good, tmp_path):
     ("seed", -1), ("lr", float("nan")), ("lr", None), ("device", "tpu"), ("env_id", "Nowhere"), ("dataset", 3),
     ("latent_dim", True), ("meta_batch", 10**9), ("gamma", 2.0), ("more", 1), ("gamma", ...), ("offline_steps", 1e99),
     ("online_iterations", 10**15), ("tasks_per_iteration", 10**30), ("encoder_buffer", "none"), ("z_resample", 1),
-    ("env_id", "HopperParam"),
+    ("env_id", "HopperParam"), ("num_critics", 3), ("num_critics", True),
 ])  # fmt: skip
 def test_flags_in_a_checkpoint_are_checked_like_flags(good, dataset, tmp_path, name, value):
     state = torch.load(io.BytesIO(good[0]), weights_only=True)
