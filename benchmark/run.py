@@ -56,6 +56,7 @@ BENCHMARKS = {
     },
     "sawyer_small": {
         "smac": (f"smac_offline_online.py {SMALL} --online-iterations 12", (1,)),
+        "smac_test_tasks": (f"smac_offline_online.py {SMALL} --online-iterations 12 --explore-tasks test", (1,)),
         "meta_bc": (f"meta_bc.py {SMALL}", (1,)),
     },
 }
