@@ -45,8 +45,8 @@ def step(env, action):
 
 
 def perform(env, job, seed=0, steps=75, **scene):
-    """Let the script begin with a job (the last one of that name): states (steps + 1, 13), rewards (steps,), and the step
-    at which the job was done (None: not at all)."""
+    """Let the script begin with a job (the last one of that name): states (steps + 1, 13), rewards (steps,), and the
+    step at which the job was done (None: not at all)."""
     state, policy = start(env, seed, **scene), envs.SawyerPolicy(env, np.random.default_rng(seed))
     names = [act.__name__ for act, *args in policy.jobs]
     policy.job = max(i for i, name in enumerate(names) if name == job)
