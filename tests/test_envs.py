@@ -289,6 +289,29 @@ def test_cheetah_is_the_stock_model(tmp_path, monkeypatch):
     assert wide.vis.global_.offwidth == 1024
 
 
+@pytest.mark.parametrize("env_id", envs.GROUND_VELOCITY)
+def test_paths_over_ground(env_id):
+    """Figures 6 and 8: the integral of the observed velocity is where the robot is (sampled once a step: roughly)."""
+    env, rng, paths, places = envs.make(env_id), np.random.default_rng(1), [], []
+    base = env.unwrapped
+    for episode in range(3):
+        path, place = {"obs": [env.reset(seed=episode)[0]]}, []
+        action, over = rng.uniform(-1, 1, env.action_space.shape), False
+        while not over and len(place) < 30 * (episode + 1):
+            obs, _, terminated, truncated, _ = env.step(action)
+            path["obs"].append(obs)
+            place.append((base.data.qpos[:2] if hasattr(base, "data") else base.state[:2]).copy())
+            over = terminated or truncated
+        paths.append({"obs": np.array(path["obs"])})
+        places.append(np.array(place))
+    ground = envs.ground_paths(env_id, paths)
+    assert ground.shape == (3, max(len(place) for place in places) + 1, 2)
+    for line, place in zip(ground, places):
+        assert np.isfinite(line[: len(place) + 1]).all() and np.isnan(line[len(place) + 1 :]).all()
+        moved, observed = place[-1] - place[0], line[len(place)] - line[1]
+        assert np.linalg.norm(observed - moved) < 0.15 * np.abs(np.diff(place, axis=0)).sum()
+
+
 # ----- Errors
 
 
