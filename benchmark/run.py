@@ -24,7 +24,7 @@ POINT = "smac_offline_online.py --env-id PointDirection"
 HOPPER = "--env-id HopperParam"
 CHEETAH = "--env-id CheetahVelocity --rl-batch 64 --eval-every 5000"
 CHEETAH_SMAC = (
-    f"smac_offline_online.py {CHEETAH} --offline-steps 25000 --online-iterations 12 --tasks-per-iteration 5 "
+    f"smac_offline_online.py {CHEETAH} --offline-steps 20000 --online-iterations 12 --tasks-per-iteration 5 "
     "--updates-per-iteration 2000"
 )
 SAWYER = "--env-id SawyerManipulation --eval-every 8000"
@@ -59,7 +59,7 @@ BENCHMARKS = {
         "smac": (CHEETAH_SMAC, (1, 2)),
         "smac_encoder_prior": (f"{CHEETAH_SMAC} --encoder-buffer prior", (1,)),
         "smac_actor_ablation": (f"{CHEETAH_SMAC} --actor-ablation", (1,)),
-        "meta_bc": (f"meta_bc.py {CHEETAH} --offline-steps 25000", (1,)),
+        "meta_bc": (f"meta_bc.py {CHEETAH} --offline-steps 20000", (1,)),
         "pearl": (
             "pearl_online_oracle.py --env-id CheetahVelocity --rl-batch 64 --tasks-per-iteration 5 "
             "--online-iterations 50 --updates-per-iteration 2000 --save-dataset datasets/CheetahVelocity.npz",
@@ -72,7 +72,7 @@ BENCHMARKS = {
     },
     "sawyer_small": {
         "smac": (f"smac_offline_online.py {SMALL} --online-iterations 12", (1,)),
-        "smac_two_critics": (f"smac_offline_online.py {SMALL} --online-iterations 24 --num-critics 2", (1,)),
+        "smac_two_critics": (f"smac_offline_online.py {SMALL} --online-iterations 20 --num-critics 2", (1,)),
         "smac_test_tasks": (f"smac_offline_online.py {SMALL} --online-iterations 12 --explore-tasks test", (1,)),
         "meta_bc": (f"meta_bc.py {SMALL}", (1,)),
     },
