@@ -23,10 +23,8 @@ ROOT = Path(__file__).resolve().parent.parent
 POINT = "smac_offline_online.py --env-id PointDirection"
 HOPPER = "--env-id HopperParam"
 CHEETAH = "--env-id CheetahVelocity --rl-batch 64 --eval-every 5000"
-CHEETAH_SMAC = (
-    f"smac_offline_online.py {CHEETAH} --offline-steps 20000 --online-iterations 12 --tasks-per-iteration 5 "
-    "--updates-per-iteration 2000"
-)
+CHEETAH_FLAGS = "--tasks-per-iteration 5 --updates-per-iteration 2000"
+CHEETAH_SMAC = f"smac_offline_online.py {CHEETAH} {CHEETAH_FLAGS} --online-iterations 12"
 SAWYER = "--env-id SawyerManipulation --eval-every 8000"
 SMALL = f"{SAWYER} --rl-batch 128"
 BENCHMARKS = {
@@ -59,10 +57,10 @@ BENCHMARKS = {
         "smac": (CHEETAH_SMAC, (1, 2)),
         "smac_encoder_prior": (f"{CHEETAH_SMAC} --encoder-buffer prior", (1,)),
         "smac_actor_ablation": (f"{CHEETAH_SMAC} --actor-ablation", (1,)),
-        "meta_bc": (f"meta_bc.py {CHEETAH} --offline-steps 20000", (1,)),
+        "meta_bc": (f"meta_bc.py {CHEETAH}", (1,)),
         "pearl": (
-            "pearl_online_oracle.py --env-id CheetahVelocity --rl-batch 64 --tasks-per-iteration 5 "
-            "--online-iterations 50 --updates-per-iteration 2000 --save-dataset datasets/CheetahVelocity.npz",
+            f"pearl_online_oracle.py --env-id CheetahVelocity --rl-batch 64 {CHEETAH_FLAGS} --online-iterations 50 "
+            "--save-dataset datasets/CheetahVelocity.npz",
             (1,),
         ),
     },
