@@ -625,7 +625,7 @@ def main(args):
     parts, generators, step = {"agent": agent, "optimizer": optimizer}, {"rng": rng}, 0
     lock = None if args.eval_only else claim(run, args)
     if args.resume:
-        step, _ = restore(load_checkpoint(run, Args), parts, generators)
+        step, _ = restore(load_checkpoint(run, Args), parts, {} if args.eval_only else generators)
 
     def film():
         """The meta-episode on the first test task, as a GIF. Raises OSError if this machine can not render."""

@@ -430,6 +430,8 @@ def load_checkpoint(run, args_class):
 def restore(checkpoint, parts, generators):
     """Put a checkpoint into networks, optimizer, buffer, generators and eval.csv; returns step, env_steps.
 
+    Without generators, to look at a run and not go on with it, eval.csv stays as it is.
+
     Raises:
         InputError: one sentence that names the file, the field, what was found and what was expected.
     """
@@ -458,7 +460,8 @@ def restore(checkpoint, parts, generators):
     except Exception as error:  # whatever missing and strange fields make the lines above raise
         reason = f"{error} is missing" if isinstance(error, KeyError) else error
         raise InputError(f"{path} does not fit this run: {reason}") from None
-    (path.parent / "eval.csv").write_bytes(checkpoint["eval_csv"].encode())
+    if generators:
+        (path.parent / "eval.csv").write_bytes(checkpoint["eval_csv"].encode())
     return checkpoint["step"], checkpoint["env_steps"]
 
 

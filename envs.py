@@ -138,7 +138,7 @@ def make_evaluation(env_id: str, train_tasks, test_tasks, num_train: int, repeat
 
     Returns for both splits a list of pairs (row of the task, environment set to it).
     """
-    # Evenly spaced in sorted order: ten directions drawn at random would favour policies that ignore the task.
+    # Evenly spaced in the first number of a task: ten directions drawn at random would favour policies that ignore it.
     middles = (np.arange(num_train) + 0.5) / num_train * len(train_tasks)
     spaced = np.unique(np.argsort(train_tasks[:, 0])[middles.astype(int)])
     pairs = {"test": [], "train": []}

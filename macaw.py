@@ -490,7 +490,7 @@ def main(args):
     generators, step = {"rng": rng}, 0
     lock = None if args.eval_only else claim(run, args)
     if args.resume:
-        step, _ = restore(load_checkpoint(run, Args), parts, generators)
+        step, _ = restore(load_checkpoint(run, Args), parts, {} if args.eval_only else generators)
 
     def film():
         """The meta-episode on the first test task, as a GIF. Raises OSError if this machine can not render."""

@@ -298,6 +298,7 @@ def adapt(env_list, agent, args, generator):
     Returns:
         for each of E environments the third trajectory, the two of exploration, and the KL of the posterior (E,).
     """
+    # PAPER: adapts between all episodes. CODE: once, before the third, as the authors' code does.
     device = next(agent.parameters()).device
     mu, sigma = prior(len(env_list), args, device)
     exploration = list(zip(*(rollout(env_list, agent, mu, sigma, args, generator) for _ in range(2))))
@@ -449,7 +450,7 @@ def main(args):
     generators, step = {"rng": rng}, 0
     lock = None if args.eval_only else claim(run, args)
     if args.resume:
-        step, _ = restore(load_checkpoint(run, Args), parts, generators)
+        step, _ = restore(load_checkpoint(run, Args), parts, {} if args.eval_only else generators)
 
     def film():
         """The meta-episode on the first test task, as a GIF. Raises OSError if this machine can not render."""

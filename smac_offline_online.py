@@ -84,7 +84,7 @@ class Args:
     gamma: float = 0.99
     """discount [Table 1]"""
     tau: float = 0.005
-    """soft target update [Table 1]"""
+    """soft target update [Table 1, "eta"]"""
     lr: float = 3e-4
     """Adam's learning rate, all networks [Table 1]"""
     awr_lambda: float = 100.0
@@ -421,6 +421,7 @@ def adapt(env_list, agent, args, generator):
     Returns:
         for each of E environments the third trajectory, the two of exploration, and the KL of the posterior (E,).
     """
+    # PAPER: adapts between all episodes. CODE: once, before the third, as the authors' code does.
     device = next(agent.parameters()).device
     mu, sigma = prior(len(env_list), args, device)
     exploration = list(zip(*(rollout(env_list, agent, mu, sigma, args, generator) for _ in range(2))))
@@ -578,7 +579,7 @@ def main(args):
     step, env_steps = 0, 0
     lock = None if args.eval_only else claim(run, args)
     if args.resume:
-        step, env_steps = restore(load_checkpoint(run, Args), parts, generators)
+        step, env_steps = restore(load_checkpoint(run, Args), parts, {} if args.eval_only else generators)
 
     def film():
         """The meta-episode on the first test task, as a GIF. Raises OSError if this machine can not render."""

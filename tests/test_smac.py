@@ -546,6 +546,8 @@ def test_pictures_hold_what_the_evaluation_saw(dataset, tmp_path, quick):
 
 def test_a_finished_run_can_be_looked_at(dataset, tmp_path, quick, capsys):
     run, _ = start(dataset, tmp_path)
+    with open(run / "eval.csv", "a", newline="") as file:
+        file.write("31,9,test,online,0,1.0,2.0\r\n")  # of a run that goes on, and is ahead of its checkpoint
     before = {file: file.read_bytes() for file in run.iterdir()}
     last = [row for row in read_csv(run) if row[0] == "30"]
     capsys.readouterr()
