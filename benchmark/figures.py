@@ -37,8 +37,10 @@ def main(args):
     for row, file in zip(axes, files):
         with np.load(file, allow_pickle=False) as arrays:
             arrays = dict(arrays)
-        kls = {context: arrays[f"kl_train_{context}_context"] for context in ("offline", "online")}
-        bins = np.linspace(0, max(kl.max() for kl in kls.values()), 25)
+        kls = {context: arrays.get(f"kl_train_{context}_context") for context in ("offline", "online")}
+        kls = {context: kl for context, kl in kls.items() if kl is not None}
+        row[0].set_visible(bool(kls))  # MACAW has no posterior
+        bins = np.linspace(0, max((kl.max() for kl in kls.values()), default=1), 25)
         for (context, kl), colour in zip(kls.items(), ("tab:blue", "tab:orange")):
             row[0].hist(kl, bins=bins, color=colour, alpha=0.6, label=f"{context} context, mean {kl.mean():.1f}")
         row[0].set(title=f"after {file.stem.split('_')[1]} steps", xlabel="KL of the posterior to the prior")

@@ -1,7 +1,7 @@
 """Learning curves and table of a benchmark: python benchmark/plot.py point_direction
 
 Reads benchmark/results/{name}/{label}__{seed}.csv and .json, the eval.csv and args.json of its runs; writes curve.png
-and table.md beside them. A line is the mean over seeds, the band its standard deviation.
+and table.md beside them. A line is the mean over seeds, the band their standard deviation (n - 1).
 """
 
 import csv
@@ -72,11 +72,12 @@ def data_return(env_id, file):
 
 
 def main(name):
-    folder, runs, ends, files, env_id = RESULTS / name, defaultdict(list), {}, {}, ""
+    folder, runs, ends, files, env_id = RESULTS / name, defaultdict(list), defaultdict(list), {}, ""
     for file in sorted(folder.glob("*.csv")):
         label = file.stem.rsplit("__", 1)[0]
-        curves, ends[label] = read(file)
+        curves, offline_end = read(file)
         runs[label].append(curves)
+        ends[label].append(offline_end)
         args = json.loads(file.with_suffix(".json").read_text())
         env_id = args["env_id"]
         files[label] = (args["dataset"] or f"datasets/{env_id}.npz") if "dataset" in args else None
@@ -84,11 +85,17 @@ def main(name):
         print(f"error: there are no results in {folder}: run benchmark/run.py {name}", file=sys.stderr)
         sys.exit(2)
 
+    for label, seeds in runs.items():  # a mean over seeds is of those that came as far as the first of them
+        reached = [max(seed["test", "online"], default=0) for seed in seeds]
+        runs[label] = [seed for seed, step in zip(seeds, reached) if step == max(reached)]
+        ends[label] = ends[label][reached.index(max(reached))]
+        if len(runs[label]) < len(seeds):
+            print(f"{label}: left out what has not come to step {max(reached)} ({len(seeds) - len(runs[label])} seeds)")
+
     def curve(label, group):
-        """Gradient steps that all seeds have (S,), their returns (seeds, S)."""
+        """Gradient steps of the evaluations (S,), their returns (seeds, S)."""
         seeds = [seed[group] for seed in runs[label]]
-        steps = sorted(set.intersection(*(set(seed) for seed in seeds)))
-        return steps, np.array([[seed[step] for step in steps] for seed in seeds])
+        return sorted(seeds[0]), np.array([[seed[step] for step in sorted(seeds[0])] for seed in seeds])
 
     last = max(step for label in runs for step in curve(label, ("test", "online"))[0])
     panels = {title: [label for label in labels.split() if label in runs] for title, labels in PANELS.items()}
@@ -97,13 +104,14 @@ def main(name):
     for axis, (title, labels) in zip(axes[0], panels.items()):
         for label in labels:
             (words, colour), (steps, values) = METHODS[label], curve(label, ("test", "online"))
-            mean, std = values.mean(0), values.std(0)
+            mean, std = values.mean(0), values.std(0, ddof=1) if len(values) > 1 else 0.0
             axis.plot(steps, mean, color=colour, label=words)
             axis.fill_between(steps, mean - std, mean + std, color=colour, alpha=0.12, linewidth=0)
-            if steps[-1] < last:  # it has no second phase
+            if steps[-1] == ends[label] < last:  # it has no second phase
                 axis.plot([steps[-1], last], [mean[-1]] * 2, color=colour, linestyle=":")
-        axis.axhline(data_return(env_id, files["smac"]), color="silver", linewidth=0.8, label="the data of SMAC")
-        axis.axvline(ends["smac"], color="silver", linewidth=0.8, linestyle="--")  # the self-supervised phase begins
+        silver = dict(color="silver", linewidth=0.8)
+        axis.axhline(data_return(env_id, files["smac"]), **silver, label="the data, training tasks")
+        axis.axvline(ends["smac"], **silver, linestyle="--")  # the self-supervised phase begins
         axis.set(title=title, xlabel="gradient step")
         axis.legend(fontsize=7)
     axes[0][0].set_ylabel(f"{env_id}: return on test tasks")
@@ -111,14 +119,14 @@ def main(name):
     figure.savefig(folder / "curve.png", dpi=100)
 
     columns = [f"{split} tasks, {context} context" for split, context in GROUPS]
-    lines = ["| run | seeds | data | " + " | ".join(columns) + " |", "|---" * 6 + "|"]
+    lines = ["| run | seeds | data, train tasks | " + " | ".join(columns) + " |", "|---" * 6 + "|"]
     for label in sorted(runs, key=list(METHODS).index):
         cells = [f"{data_return(env_id, files[label]):.1f}" if files[label] else ""]
         for group in GROUPS:
             steps, values = curve(label, group) if group in runs[label][0] else ([], None)
             moments = [step for step in (ends[label], max(steps, default=0)) if step in steps]
             shown = [values[:, steps.index(step)] for step in dict.fromkeys(moments)]
-            spread = [f" ± {column.std():.1f}" * (len(column) > 1) for column in shown]  # none of a single seed
+            spread = [f" ± {column.std(ddof=1):.1f}" if len(column) > 1 else "" for column in shown]
             cells.append(" → ".join(f"{column.mean():.1f}{std}" for column, std in zip(shown, spread)))
         lines.append(f"| {label} | {len(runs[label])} | " + " | ".join(cells) + " |")
     (folder / "table.md").write_text("\n".join(lines) + "\n")

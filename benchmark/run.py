@@ -2,11 +2,13 @@
 
 Starts the runs of one row of BENCHMARKS with one thread each, --parallel at a time, and copies eval.csv, args.json and
 the diagnostics in TensorBoard's files of each into benchmark/results/{name}/, of a run that was stopped as well. Called
-again, it goes on with runs that have a checkpoint, and does not make results again that are there already.
+again, it goes on with runs that have a checkpoint, and does not make results again that are there already; it says so
+where they are of a run that did not end.
 """
 
 import csv
 import dataclasses
+import json
 import os
 import shlex
 import shutil
@@ -96,12 +98,20 @@ def diagnostics(result, file):
     events.Reload()
     tags = [tag for tag in events.Tags()["scalars"] if tag.startswith(("eval/", "train/")) and "return" not in tag]
     curves = {tag: {point.step: f"{point.value:.4g}" for point in events.Scalars(tag)} for tag in sorted(tags)}
-    if curves:
+    if "eval/test/online_context_return" in events.Tags()["scalars"]:
         steps = sorted({point.step for point in events.Scalars("eval/test/online_context_return")})
         rows = [[step, *(curve.get(step, "") for curve in curves.values())] for step in steps]
         file.parent.mkdir(exist_ok=True)
         with open(file, "w", newline="") as lines:
             csv.writer(lines).writerows([["gradient_step", *curves], *rows])
+
+
+def is_finished(results):
+    """Whether the last evaluation in eval.csv is that of the run's last gradient step, by args.json beside it."""
+    flags = json.loads(results.with_suffix(".json").read_text())
+    planned = flags.get("vae_steps", 0) + flags.get("offline_steps", 0)
+    planned += flags.get("online_iterations", 0) * flags.get("updates_per_iteration", 0)
+    return results.read_text().splitlines()[-1].startswith(f"{planned},")
 
 
 def run(name, label, command, seed, run_dir):
@@ -113,8 +123,10 @@ def run(name, label, command, seed, run_dir):
     result = folder / f"{env_id}__{Path(script).stem}__{seed}"
     line = [sys.executable, script, *flags, "--seed", str(seed), "--run-dir", str(folder.relative_to(ROOT))]
     if (result / "checkpoint.pt").exists():
-        line = [sys.executable, script, "--resume", str(result.relative_to(ROOT))]
-    elif (out / f"{label}__{seed}.csv").exists():
+        line = [sys.executable, script, *flags, "--resume", str(result.relative_to(ROOT))]
+    elif (kept := out / f"{label}__{seed}.csv").exists():
+        if not is_finished(kept):
+            print(f"{name} {label} seed {seed} is unfinished and has no checkpoint here; to start anew, delete {kept}")
         return
     folder.mkdir(parents=True, exist_ok=True)
     start = time.time()

@@ -3,6 +3,7 @@
 import csv
 import json
 
+import buffers
 from benchmark import plot, run
 
 SMALL = "--q-hidden 8 --policy-hidden 8 --encoder-hidden 8 --rl-batch 8 --context-batch 8"
@@ -10,7 +11,7 @@ SHORT = "--offline-steps 20 --online-iterations 1 --updates-per-iteration 10 --e
 COMMAND = f"smac_offline_online.py --env-id PointDirection {SMALL} {SHORT}"
 
 
-def test_results_of_a_run_that_stopped_and_went_on(tmp_path, monkeypatch):
+def test_results_of_a_run_that_stopped_and_went_on(tmp_path, monkeypatch, capsys):
     for name in ("smac_offline_online.py", "envs.py", "buffers.py", "datasets"):
         (tmp_path / name).symlink_to(run.ROOT / name)
     monkeypatch.setattr(run, "ROOT", tmp_path)
@@ -30,6 +31,30 @@ def test_results_of_a_run_that_stopped_and_went_on(tmp_path, monkeypatch):
     assert (out / "smac__1.csv").read_text() == first
     for file in results.glob("*/checkpoint.pt"):
         file.unlink()
-    (out / "smac__1.csv").write_text("kept")
-    run.run("point", "smac", COMMAND, 1, "runs")
-    assert (out / "smac__1.csv").read_text() == "kept"
+    for text in (first, first[: first.index("\n30,") + 1]):
+        (out / "smac__1.csv").write_text(text)
+        capsys.readouterr()
+        run.run("point", "smac", COMMAND, 1, "runs")
+        assert (out / "smac__1.csv").read_text() == text
+        assert ("unfinished" in capsys.readouterr().out) == (text != first)
+
+
+def test_results_of_a_run_that_ended_are_told_from_others(tmp_path):
+    results = run.ROOT / "benchmark" / "results"
+    for file in ("macaw__1", "borel__1", "meta_bc__1", "pearl__1", "smac__1"):
+        assert run.is_finished(results / "point_direction" / f"{file}.csv")
+
+
+def test_the_table_is_of_seeds_that_came_as_far_as_the_first(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(plot, "RESULTS", tmp_path / "benchmark" / "results")
+    (tmp_path / "datasets").symlink_to(run.ROOT / "datasets")
+    folder = tmp_path / "benchmark" / "results" / "point"
+    folder.mkdir(parents=True)
+    for seed, (offline, last) in enumerate(((10.0, 20.0), (20.0, 24.0), (99.0, None))):
+        rows = [(10, 0, offline)] + [(20, 50, last)] * (last is not None)
+        lines = [f"{step},{env_steps},test,online,0,{value},0" for step, env_steps, value in rows]
+        (folder / f"smac__{seed}.csv").write_text("\n".join([",".join(buffers.CSV_COLUMNS), *lines, ""]))
+        (folder / f"smac__{seed}.json").write_text('{"env_id": "PointDirection", "dataset": null}')
+    plot.main("point")
+    assert "left out what has not come to step 20 (1 seeds)" in capsys.readouterr().out
+    assert "| smac | 2 | 2.3 | 15.0 ± 7.1 → 22.0 ± 2.8 |" in (folder / "table.md").read_text()
