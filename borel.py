@@ -130,7 +130,7 @@ EPISODES = 3  # in a meta-trajectory: T of Section 3
 
 
 def mlp(sizes, last_init=3e-3):
-    """ReLU network of the given layer sizes; initial values of the authors' code: hidden U(+-1/sqrt(out)), biases 0."""
+    """ReLU network of the given layer sizes; initial values of rlkit: hidden U(+-1/sqrt(out)), biases 0."""
     layers = []
     for i, (n_in, n_out) in enumerate(zip(sizes[:-1], sizes[1:])):
         linear = nn.Linear(n_in, n_out)
@@ -337,7 +337,8 @@ def make_hyper_buffer(agent, trajectories, obs_dim, action_dim):
     buffer = ReplayBuffer(len(trajectories), obs_dim + belief_dim, action_dim, capacity, device)
     for task, of_task in enumerate(trajectories):
         for episodes in of_task:
-            # PAPER: a terminal state clears the GRU. CODE: a fall does not end the task, the belief runs on.
+            # PAPER: a terminal state clears the GRU. CODE: a fall does not end the task, the belief runs on. (The
+            # critic's return does end there, so that falling stays bad.)
             steps = {name: x[None] for name, x in concatenate(episodes, device).items()}
             memory = agent.encoder(steps, blank_memory(1, device))[0]  # (steps + 1, 128)
             belief, t = agent.encoder.belief(memory).cpu().numpy(), 0  # (steps + 1, 2 dz)
@@ -498,20 +499,23 @@ def evaluate(agent, trajectories, eval_envs, args):
         values (E,) for Figure 2 and, of the Direction families, paths over ground (., L+1, 2) for Figures 6 and 8.
     """
     device, rng = next(agent.parameters()).device, torch.Generator().manual_seed(args.seed)
-    rows, scalars, arrays, memories = [], {}, {}, {}  # memories (E, 128): the encoder's, after two episodes
+    rows, scalars, arrays, scored = [], {}, {}, {}
+    memories = {}  # (E, 128): the encoder's, after two episodes
     for split, pairs in eval_envs.items():  # "train" comes last, and is used below
         numbers, env_list = zip(*pairs)
         final, exploration, memories[f"{split}_online"] = adapt_belief(env_list, agent, rng)
         explored = np.mean([sum_rewards(paths) for paths in zip(*exploration)], axis=0)  # (E,)
         rows.append((split, "online", numbers, sum_rewards(final), explored))
+        scored[f"{split}/online"] = final
 
-    # The same training tasks, after two episodes of the dataset in place of the policy's own
+    # The same training tasks, after at most two episodes of the dataset in place of the policy's own
     offline = [trajectories[task][i % len(trajectories[task])][: EPISODES - 1] for i, task in enumerate(numbers)]
     steps, lengths, _ = stack([offline], device)
     memory = agent.encoder(steps, blank_memory(len(offline), device))  # (E, L+1, 128)
     memories["train_offline"] = memory[torch.arange(len(offline), device=device), lengths]
     final_offline, _ = rollout_belief(env_list, agent, memories["train_offline"], rng, deterministic=True)
     rows.append(("train", "offline", numbers, sum_rewards(final_offline), explored))
+    scored["train/offline"] = final_offline
 
     beliefs = {name: agent.encoder.belief(x).chunk(2, dim=-1) for name, x in memories.items()}  # mu, log_var (E, dz)
     for name, (mu, log_var) in beliefs.items():
@@ -529,6 +533,9 @@ def evaluate(agent, trajectories, eval_envs, args):
         scalars[f"eval/{key}"] = error.item()
         scalars[f"eval/{key}_over_reward_variance"] = (error / rewards[real].var()).item()
 
+    if args.env_id in envs.SPARSE:
+        for name, paths in scored.items():
+            scalars[f"eval/{name}_context_success"] = np.mean([path["rewards"][-1] == 0 for path in paths])
     if args.env_id in envs.GROUND_VELOCITY:
         data = [path for task in set(numbers) for episodes in trajectories[task] for path in episodes]
         explored_paths = [path for pair in exploration for path in pair]
@@ -610,6 +617,7 @@ def main(args):
     env = envs.make(args.env_id)
     dataset = load_dataset(args.dataset or default_file, args.env_id, spec, env.unwrapped.set_task)
     train_tasks, test_tasks = dataset["train_tasks"], dataset["test_tasks"]
+    # An encoder part, which SMAC's encoder and decoder learn from (Cheetah), is not used.
     paths_of_tasks = [[path for i, path in dataset["rl"] if i == task] for task in range(len(train_tasks))]
     # Meta-trajectories: three episodes in a row; the last ones of a task may have fewer
     trajectories = [[paths[i : i + EPISODES] for i in range(0, len(paths), EPISODES)] for paths in paths_of_tasks]

@@ -98,7 +98,7 @@ PRESETS = {
         policy_hidden=(64, 64), value_hidden=(64, 64), offline_steps=3_000, eval_every=1_000, checkpoint_every=1_000,
     ),
 }  # fmt: skip
-# What --preset matched stands for: SMAC's values for the same environment.
+# What --preset matched stands for: SMAC's network sizes, learning rate and RL batch (also of the inner steps).
 # PAPER: weight transforms. CODE: plain layers in this preset; at width 300 a weight transform would take 19 million
 # parameters a network.
 MATCHED = dict.fromkeys(
@@ -197,6 +197,7 @@ def policy_of(policy, obs):
 
 def advantage_of(policy, h, actions):
     """The advantage head A(s, a), on the policy's last hidden layer (T, B, h): (T, B, 1)."""
+    # PAPER: a ReLU on the actions too, which cuts off what is below 0 (code). CODE: on h alone.
     return mlp_of(policy[-2:], torch.cat([h, actions], dim=-1))
 
 
@@ -304,6 +305,7 @@ def sample_batch(buffer, args, generator):
     """Different tasks, and two independent draws from each one's data."""
     num_tasks, device = len(buffer.sizes["rl"]), buffer.sizes["rl"].device
     tasks = torch.rand(num_tasks, generator=generator, device=device).argsort()[: args.meta_batch]
+    # PAPER: the inner batch is consecutive transitions (code). CODE: any, as in the fork that SMAC's authors used.
     sizes = {"inner": args.context_batch, "outer": args.rl_batch}
     return {name: buffer.sample(tasks, size, generator) for name, size in sizes.items()}
 
@@ -374,24 +376,30 @@ def evaluate(agent, buffer, eval_envs, args):
     """
     device = buffer.sizes["rl"].device
     rng, buffer_rng = torch.Generator().manual_seed(args.seed), torch.Generator(device).manual_seed(args.seed)
-    rows, arrays = [], {}
+    rows, scalars, arrays, scored = [], {}, {}, {}
     for split, pairs in eval_envs.items():  # "train" comes last, and is used below
         numbers, env_list = zip(*pairs)
         final, exploration = meta_episode(env_list, agent, args, rng)
         explored = np.mean([sum_rewards(paths) for paths in zip(*exploration)], axis=0)  # (E,)
         rows.append((split, "online", numbers, sum_rewards(final), explored))
+        scored[f"{split}/online"] = final
 
     # The same training tasks, adapted to offline data instead
     policy, _ = inner_steps(agent, buffer.sample(torch.tensor(numbers, device=device), args.context_batch, buffer_rng))
     final_offline = play(env_list, policy, rng, deterministic=True)
     rows.append(("train", "offline", numbers, sum_rewards(final_offline), explored))
+    scored["train/offline"] = final_offline
+
+    if args.env_id in envs.SPARSE:
+        for name, paths in scored.items():
+            scalars[f"eval/{name}_context_success"] = np.mean([path["rewards"][-1] == 0 for path in paths])
 
     if args.env_id in envs.GROUND_VELOCITY:
         data = [path for task in set(numbers) for path in buffer.offline_paths(task)]
         groups = {"offline data": data, "exploration": [path for pair in exploration for path in pair]}
         for name, paths in (groups | {"offline context": final_offline, "online context": final}).items():
             arrays[name] = envs.ground_paths(args.env_id, paths)
-    return rows, {}, arrays
+    return rows, scalars, arrays
 
 
 # ===== The run
@@ -400,7 +408,8 @@ def evaluate(agent, buffer, eval_envs, args):
 def expand(argv):
     """The command line with the flags of its preset in front, so that flags given by hand override them."""
     known, _ = tyro.cli(Args, args=argv, return_unknown_args=True, add_help=False)
-    return MATCHED.get(known.env_id, "").split() + argv if known.preset == "matched" else argv
+    matched = known.preset == "matched" and not known.resume  # a checkpoint has the flags
+    return MATCHED.get(known.env_id, "").split() + argv if matched else argv
 
 
 def parse_args(argv=None):

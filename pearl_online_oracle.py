@@ -137,7 +137,7 @@ LOG_EVERY = 200  # gradient steps averaged into one point of the loss curves
 
 
 def mlp(sizes, last_init=3e-3):
-    """ReLU network of the given layer sizes; initial values of the authors' code: hidden U(+-1/sqrt(out)), biases 0."""
+    """ReLU network of the given layer sizes; initial values of rlkit: hidden U(+-1/sqrt(out)), biases 0."""
     layers = []
     for i, (n_in, n_out) in enumerate(zip(sizes[:-1], sizes[1:])):
         linear = nn.Linear(n_in, n_out)

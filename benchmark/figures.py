@@ -44,7 +44,8 @@ def main(args):
         for (context, kl), colour in zip(kls.items(), ("tab:blue", "tab:orange")):
             row[0].hist(kl, bins=bins, color=colour, alpha=0.6, label=f"{context} context, mean {kl.mean():.1f}")
         row[0].set(title=f"after {file.stem.split('_')[1]} steps", xlabel="KL of the posterior to the prior")
-        row[0].legend(fontsize=7)
+        if kls:
+            row[0].legend(fontsize=7)
         contexts = {name: arrays[name] for name in ("offline context", "online context") if name in arrays}
         everything = {name: array for name, array in arrays.items() if not name.startswith("kl_")}
         for axis, ground, title in ((row[1], contexts, "Figure 6"), (row[2], everything, "Figure 8")):
