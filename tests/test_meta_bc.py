@@ -1,6 +1,8 @@
 """Meta behaviour cloning: its loss by hand, what trains what, evaluation and resuming, and that it imitates."""
 
+import copy
 import csv
+import dataclasses
 import math
 from pathlib import Path
 
@@ -66,6 +68,19 @@ def test_the_policy_learns_from_actions_and_the_encoder_from_rewards_alone():
         same = torch.allclose(value, gradients["other actions"][key], atol=1e-7)
         if key.startswith("encoder.") or key.startswith("policy.net.0.weight"):
             assert same == key.startswith("encoder.") and value.abs().sum() > 0
+
+
+def test_the_encoder_follows_the_reward_loss_and_the_weighted_kl():
+    agent, batch, args = setting()
+    expected = copy.deepcopy(agent)
+    mu, sigma = expected.encoder(batch["context"])
+    z = (mu + sigma * batch["noise_z"]).repeat_interleave(batch["obs"].shape[1], 0)
+    data = {name: value.flatten(0, 1) for name, value in batch.items() if name in ("obs", "actions", "rewards")}
+    error = expected.decoder(data["obs"], data["actions"], z) - data["rewards"].flatten()
+    (error.square().mean() + 7.0 * meta_bc.kl_to_prior(mu, sigma).mean()).backward()
+    meta_bc.update(agent, torch.optim.SGD(agent.parameters(), lr=0.0), batch, dataclasses.replace(args, kl_coef=7.0))
+    for mine, theirs in zip(agent.encoder.parameters(), expected.encoder.parameters()):
+        torch.testing.assert_close(mine.grad, theirs.grad)
 
 
 def test_a_run_evaluates_and_resumes_bit_for_bit(tmp_path, quick):

@@ -6,8 +6,15 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
+import buffers
+import envs
+import meta_bc
+import pearl_online_oracle as pearl
+import smac_offline_online as smac
 from benchmark import plot
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -133,3 +140,49 @@ def test_the_readmes_tables_are_those_of_the_results(name, tmp_path, monkeypatch
     monkeypatch.setattr(plot, "RESULTS", results)
     plot.main(name)
     assert (results / name / "table.md").read_text().strip() in source("README.md")
+
+
+@pytest.mark.parametrize("script, may_be_empty", [(smac, True), (pearl, False), (meta_bc, False)])
+def test_a_batch_has_the_transitions_of_one_buffer_and_the_context_of_the_other(script, may_be_empty):
+    buffer, tasks = buffers.ReplayBuffer(4, 1, 1, 100), (0, 1, 3) if may_be_empty else (0, 1, 2, 3)
+    for task in tasks:
+        for sign, where in ((1, {"context": False}), (-1, {"rl": False})):
+            path = {"obs": torch.full((6, 1), sign * (task + 1.0)), "actions": torch.zeros(5, 1)}
+            buffer.add(task, path | {"rewards": torch.full((5,), 9.0), "terminals": torch.zeros(5)}, **where)
+    args, seen = script.Args(rl_batch=3, context_batch=2, meta_batch=4, latent_dim=2), set()
+    for seed in range(8):
+        batch = script.sample_batch(buffer, args, torch.Generator().manual_seed(seed))
+        drawn = batch["obs"][:, 0, 0]  # (T,), task number + 1
+        assert batch["obs"].shape == (4, 3, 1) and (batch["obs"] == drawn[:, None, None]).all()
+        assert batch["context"].shape == (4, 2, 3) and (batch["context"][..., 0] == -drawn[:, None]).all()
+        assert (batch["context"][..., 1] == 0).all() and (batch["context"][..., 2] == 9).all()  # (s, a, r)
+        seen |= {int(number) - 1 for number in drawn}
+    assert seen == set(tasks)
+
+
+def test_the_flags_are_those_of_the_papers_tables():
+    """Table 1, and of Table 2: horizon, AWR beta, reward scale, tasks, transitions a task, lambda_pearl."""
+    columns = {
+        "CheetahVelocity": (200, 100, 5, 100, 30, 1600, 1), "AntDirection": (200, 100, 5, 100, 20, 1600, 1),
+        "SawyerManipulation": (50, 0.3, 1, 50, 10, 3750, 0), "WalkerParam": (200, 100, 5, 50, 5, 1200, 1),
+        "HopperParam": (200, 100, 5, 50, 5, 1200, 1), "HumanoidDirection": (200, 100, 5, 50, 5, 1200, 1),
+    }  # fmt: skip
+    for env_id, (horizon, beta, scale, train, test, transitions, lambda_pearl) in columns.items():
+        args, spec = smac.parse_args(["--env-id", env_id]), envs.SPECS[env_id]
+        assert (args.rl_batch, args.context_batch, args.meta_batch, args.latent_dim) == (256, 64, 4, 5)
+        assert args.q_hidden == args.policy_hidden == (300,) * 3
+        assert args.decoder_hidden == (64,) * 2 and args.encoder_hidden == (200,) * 3
+        assert (args.gamma, args.tau, args.lr, args.offline_steps) == (0.99, 0.005, 3e-4, 50_000)
+        assert args.updates_per_iteration == 4 * args.tasks_per_iteration * (args.prior_steps + args.posterior_steps)
+        assert (spec.horizon, spec.num_train_tasks, spec.num_test_tasks) == (horizon, train, test)
+        assert (args.awr_lambda, args.reward_scale, args.lambda_pearl) == (beta, scale, lambda_pearl)
+        if (ROOT / "datasets" / f"{env_id}.npz").exists():
+            data = buffers.load_dataset(ROOT / "datasets" / f"{env_id}.npz", env_id, spec)
+            stored = np.zeros(train)
+            for task, path in data["rl"] + data["encoder"]:
+                stored[task] += len(path["actions"])
+            assert (stored == transitions).all()
+        for script in (pearl, meta_bc):
+            other = script.parse_args(["--env-id", env_id])
+            for name in "rl_batch context_batch meta_batch latent_dim policy_hidden encoder_hidden lr gamma tau".split():
+                assert getattr(other, name, getattr(args, name)) == getattr(args, name)

@@ -333,12 +333,21 @@ def test_an_iteration_explores_with_the_prior_then_the_posterior_and_then_trains
         in_evaluation.pop()
         return result
 
+    sample = buffers.ReplayBuffer.sample
+
+    def record_sample(self, tasks, n, generator, source="rl"):
+        if len(tasks) == 1 and not in_evaluation:
+            events.append(source)
+        return sample(self, tasks, n, generator, source)
+
+    monkeypatch.setattr(buffers.ReplayBuffer, "sample", record_sample)
     monkeypatch.setattr(smac, "rollout", record)
     monkeypatch.setattr(smac, "evaluate", mark)
     monkeypatch.setattr(smac, "update", lambda *args, online: (events.append(online), update(*args, online))[1])
     start(dataset, tmp_path)
-    # One episode with z from the prior, two from the posterior; actions are sampled, rewards not read
-    visit = [(1, is_prior, {"read_rewards": False}) for is_prior in (True, False, False)]
+    # One episode with z from the prior, two from the posterior; actions are sampled, rewards not read but generated
+    episodes = [(1, is_prior, {"read_rewards": False}) for is_prior in (True, False, False)]
+    visit = [event for e in episodes for event in (["context"] * (not e[1]) + [e, "offline"])]
     assert events == [False] * OFFLINE + ITERATIONS * (2 * visit + [True] * UPDATES)
 
 
@@ -443,23 +452,36 @@ def test_evaluation_pairs_each_environment_with_its_task_and_offline_data(quick,
         path = {"obs": torch.randn(4, 4), "actions": torch.zeros(3, 2), "rewards": torch.randn(3)}
         buffer.add(task, path | {"terminals": torch.zeros(3)})
     buffer.mark_offline()
-    sample, rollout, acted = buffer.sample, smac.rollout, []
+    sample, rollout, acted, given = buffer.sample, smac.rollout, [], []
 
     def record(env_list, *args, **kwargs):
-        acted.append((env_list, kwargs))
-        return rollout(env_list, *args, **kwargs)
+        acted.append((env_list, kwargs, rollout(env_list, *args, **kwargs)))
+        return acted[-1][-1]
 
-    monkeypatch.setattr(
-        buffer, "sample", lambda tasks, *rest: (asked.append((tasks, rest[0], rest[-1])), sample(tasks, *rest))[1]
-    )
+    def record_sample(tasks, n, generator, source):
+        asked.append((tasks, n, source))
+        given.append(sample(tasks, n, generator, source))
+        return given[-1]
+
+    monkeypatch.setattr(buffer, "sample", record_sample)
     monkeypatch.setattr(smac, "rollout", record)
-    rows, _, arrays = smac.evaluate(smac.Agent(4, 2, args), buffer, eval_envs, args)
+    agent = smac.Agent(4, 2, args)
+    with torch.no_grad():
+        agent.decoder.net[-1].weight.zero_()
+        agent.decoder.net[-1].bias.fill_(0.5)  # it always says 0.5
+    rows, scalars, arrays = smac.evaluate(agent, buffer, eval_envs, args)
     sizes = (2 * HORIZON, args.rl_batch)  # a context as long as two episodes; the decoder's data
     assert [(t.tolist(), n, source) for t, n, source in asked] == [(numbers["train"], n, "offline") for n in sizes]
     test, train = (tuple(env for _, env in eval_envs[split]) for split in ("test", "train"))
     explore, measure = {}, {"deterministic": True}
     expected = [(e, how) for e in (test, train) for how in (explore, explore, measure)] + [(train, measure)]
-    assert acted == expected
+    assert [call[:2] for call in acted] == expected
+    explored = np.concatenate([path["rewards"] for _, _, paths in acted[3:5] for path in paths])
+    for name, rewards in (("decoder_loss", given[-1]["rewards"].numpy()), ("generated_reward_mse", explored)):
+        error = np.mean((0.5 - rewards) ** 2)
+        assert scalars[f"eval/{name}"] == pytest.approx(error, rel=1e-4)
+        ratio = error / np.var(rewards, ddof=1)
+        assert scalars[f"eval/{name}_over_reward_variance"] == pytest.approx(ratio, rel=1e-4)
 
 
 def test_success_is_the_behaviour_achieved_in_the_last_step():
