@@ -175,8 +175,15 @@ def test_each_stage_trains_its_own_networks():
     assert changed(lambda: borel.update(agent, optimizer, batch, args)) == {"policy", "q", "q_target"}
 
 
-def test_the_belief_runs_on_through_the_meta_episode():
+def test_the_belief_runs_on_through_the_meta_episode(monkeypatch):
     agent, _ = make_agent()
+    calls, rollout = [], borel.rollout_belief
+
+    def record(env_list, agent, memory, generator, deterministic=False):
+        calls.append((memory, deterministic, *rollout(env_list, agent, memory, generator, deterministic)))
+        return calls[-1][2:]
+
+    monkeypatch.setattr(borel, "rollout_belief", record)
     pairs = envs.make_evaluation("PointDirection", np.array([[0.0]]), np.array([[1.0], [2.0]]), 1, 1)["test"]
     final, exploration, memory = borel.adapt_belief([env for _, env in pairs], agent, torch.Generator().manual_seed(0))
     assert len(final) == 2 and [len(episodes) for episodes in exploration] == [2, 2]
@@ -184,6 +191,54 @@ def test_the_belief_runs_on_through_the_meta_episode():
         steps = {name: x[None] for name, x in borel.concatenate(episodes, "cpu").items()}
         with torch.no_grad():
             assert torch.allclose(memory[i], agent.encoder(steps, torch.zeros(1, 128))[0, -1], atol=1e-5)
+    assert (calls[0][0] == 0).all() and torch.equal(calls[1][0], calls[0][3])
+    assert torch.equal(calls[2][0], memory) and torch.equal(memory, calls[1][3]) and final == calls[2][2]
+    assert [deterministic for _, deterministic, _, _ in calls] == [False, False, True]
+
+
+def test_an_evaluation_reads_two_episodes_of_each_tasks_own_data(quick, monkeypatch):
+    """Episodes of different lengths, of which the shorter ones are padded; a task's last ones may be one only."""
+    agent, args = make_agent()
+    trajectories = [
+        [[make_episode(length, seed=10 * task + i) for i, length in enumerate(lengths)]]
+        for task, lengths in enumerate([(3, 5, 4), (9, 2, 6), (4,)])
+    ]
+    eval_envs = envs.make_evaluation("PointDirection", np.array([[0.1], [0.2], [0.3]]), np.array([[1.0]]), 3, 1)
+    calls, rollout = [], borel.rollout_belief
+
+    def record(env_list, agent, memory, *args, **kwargs):
+        calls.append(memory)
+        return rollout(env_list, agent, memory, *args, **kwargs)
+
+    monkeypatch.setattr(borel, "rollout_belief", record)
+    rows, _, arrays = borel.evaluate(agent, trajectories, eval_envs, args)
+    assert [row[2] for row in rows] == [(0,), (0, 1, 2), (0, 1, 2)]
+    for task in range(3):
+        steps = borel.concatenate(trajectories[task][0][:2], "cpu")
+        with torch.no_grad():
+            memory = agent.encoder({name: x[None] for name, x in steps.items()}, torch.zeros(1, 128))[0, -1]
+            mu, log_var = agent.encoder.belief(memory).double().chunk(2)
+        assert torch.allclose(calls[-1][task], memory, atol=1e-5)
+        kl = kl_divergence(Normal(mu, (0.5 * log_var).exp()), Normal(torch.zeros(DZ), 1.0)).sum().item()
+        assert arrays["kl_train_offline_context"][task] == pytest.approx(kl, rel=1e-3)
+
+
+def test_the_vae_descends_both_terms():
+    agent, args = make_agent(kl_coef=3.0)
+    stacked = borel.stack([[[make_episode(4, seed=1)]], [[make_episode(6, seed=2)]]], "cpu")
+    batch = borel.sample_vae_batch(stacked, args, torch.Generator().manual_seed(0))
+
+    def loss():
+        reconstruction, kl = borel.vae_loss(agent, **batch)
+        return reconstruction.mean().item() + 3.0 * kl.mean().item()
+
+    bias, at = agent.encoder.belief.bias, []
+    with torch.no_grad():
+        for step in (1e-2, -2e-2, 1e-2):
+            bias[0] += step
+            at.append(loss())
+    borel.update_vae(agent, torch.optim.SGD(agent.parameters(), lr=0.0), batch, args)
+    assert bias.grad[0].item() == pytest.approx((at[0] - at[1]) / 2e-2, rel=1e-2)
 
 
 def start(folder, *flags):
@@ -222,6 +277,8 @@ def test_a_run_evaluates_and_resumes_bit_for_bit(tmp_path, quick, monkeypatch):
     with open(whole / "eval.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 3 * (20 + 3 + 3)  # after 10, 12, 24 steps: all test tasks, 3 training tasks with either context
+    groups = torch.load(whole / "checkpoint.pt", weights_only=True)["optimizer"]["param_groups"]
+    assert [group["lr"] for group in groups] == [3e-3, 1e-3]  # VAE, SAC
     saved = json.loads((whole / "args.json").read_text())
     assert saved["meta_batch"] == 4 and saved["q_hidden"] == [16]  # SMAC's value; a flag that is given comes first
 

@@ -166,12 +166,39 @@ def test_the_batch_holds_the_returns_of_its_own_transitions(tmp_path, quick):
     assert len(batch["outer"]["obs"]) == 50  # tasks are drawn without replacement
 
 
+def test_the_third_episode_is_of_the_policy_adapted_to_the_first_two(monkeypatch):
+    torch.manual_seed(0)
+    sizes = {"policy_hidden": (6,), "value_hidden": (6,), "weight_transform": False}
+    args = macaw.Args(env_id="PointDirection", inner_lr=0.1, **sizes)
+    agent, played, play = macaw.Agent(OBS, ACTION, args), [], macaw.play
+
+    def record(env_list, policy, generator, deterministic=False):
+        played.append((policy, deterministic, play(env_list, policy, generator, deterministic)))
+        return played[-1][-1]
+
+    monkeypatch.setattr(macaw, "play", record)
+    pairs = envs.make_evaluation("PointDirection", np.array([[0.0]]), np.array([[1.0], [2.0]]), 1, 1)["test"]
+    final, exploration = macaw.meta_episode([env for _, env in pairs], agent, args, torch.Generator().manual_seed(0))
+    (first, _, one), (second, _, two), (third, _, three) = played
+    assert [how for _, how, _ in played] == [False, False, True] and final == three
+    for i in range(2):
+        assert exploration[i] == (one[i], two[i])
+        batch = macaw.transitions([one[i], two[i]], args, "cpu")
+        adapted, _ = macaw.inner_steps(agent, {name: x[None] for name, x in batch.items()})
+        for before, again, after, expected, layer in zip(first, second, third, adapted, agent.policy):
+            assert torch.equal(before[i], layer()) and torch.equal(again[i], layer())
+            torch.testing.assert_close(after[i], expected[0])
+    assert sum((before - after).abs().sum() for before, after in zip(first, third)) > 0.01
+
+
 def test_preset_stands_for_flags_that_others_override():
     given = ["--env-id", "HopperParam", "--preset", "matched", "--policy-lr", "0.01"]
     args = macaw.parse_args(macaw.expand(given))
     assert (args.preset, args.policy_hidden, args.weight_transform) == ("matched", (300, 300, 300), False)
     assert (args.policy_lr, args.value_lr, args.meta_batch) == (0.01, 3e-4, 4)
     assert macaw.expand(given[:2]) == given[:2] and macaw.parse_args(given[:2]).weight_transform
+    resumed = ["--preset", "matched", "--resume", "runs/of-another-environment"]
+    assert macaw.expand(resumed) == resumed  # the checkpoint has the flags
 
 
 def test_a_run_evaluates_and_resumes_bit_for_bit(tmp_path, quick):
@@ -196,6 +223,9 @@ def test_a_run_evaluates_and_resumes_bit_for_bit(tmp_path, quick):
     assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in agent.state_dict().items())
     assert (whole / "eval.csv").read_bytes() == (part / "eval.csv").read_bytes()
     assert len(read(whole)) == 2 * (20 + 3 + 3)  # two evaluations: all test tasks, 3 training tasks with either context
+    groups = torch.load(whole / "checkpoint.pt", weights_only=True)["optimizer"]["param_groups"]
+    assert [group["lr"] for group in groups] == [1e-4, 1e-5, 1e-3]  # policy, value, inner learning rates
+    assert sum(len(group["params"]) for group in groups) == len(list(agent.parameters()))
 
 
 @pytest.fixture(scope="module")

@@ -137,10 +137,13 @@ def test_kl_weight_pulls_the_posterior_to_the_prior():
     assert kl[1] < 0.5 * kl[0]
 
 
-def test_a_run_writes_the_dataset_and_resumes_bit_for_bit(tmp_path, quick):
+def test_a_run_writes_the_dataset_and_resumes_bit_for_bit(tmp_path, quick, monkeypatch):
+    assert pearl.DEFAULT_SLICES == (("last", 1200), None)  # C.2; more than there is in this run
+    monkeypatch.setattr(pearl, "DEFAULT_SLICES", (("last", 100), None))
     whole, agent = start(tmp_path / "whole", "--save-dataset", tmp_path / "d.npz", "--dataset-iteration", 2)
     start(tmp_path / "part", "--online-iterations", 2)
     part = tmp_path / "part" / whole.name
+    state = torch.load(part / "checkpoint.pt", weights_only=True)["buffer"]  # after two iterations
     resumed = pearl.main(pearl.parse_args(["--resume", str(part), "--online-iterations", "3"]))
     assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in agent.state_dict().items())
     assert (whole / "eval.csv").read_bytes() == (part / "eval.csv").read_bytes()
@@ -155,6 +158,16 @@ def test_a_run_writes_the_dataset_and_resumes_bit_for_bit(tmp_path, quick):
     for task, path in dataset["rl"]:  # rewards are those of the task
         direction = np.array([np.cos(tasks[task, 0]), np.sin(tasks[task, 0])])
         assert np.allclose(path["rewards"], path["obs"][1:, 2:] @ direction, atol=1e-5)
+    for task in range(6):  # and the transitions are the last
+        size = int(state["sizes"]["rl"][task])
+        index = state["tables"]["rl"][task, max(0, size - 100) : size].long()
+        actions = np.concatenate([path["actions"] for number, path in dataset["rl"] if number == task])
+        assert len(actions) == min(size, 100) and np.array_equal(actions, state["fields"]["actions"][index])
+    command = str(np.load(tmp_path / "d.npz")["command"])
+    assert command.startswith("python pearl_online_oracle.py --env-id PointDirection ")
+    args = vars(pearl.parse_args(command.split()[2:]))
+    given = vars(pearl.parse_args([*SMALL, "--save-dataset", str(tmp_path / "d.npz"), "--dataset-iteration", "2"]))
+    assert args == given | {"run_dir": str(tmp_path / "whole")} and "--gamma" not in command
 
 
 def test_the_encoder_buffer_holds_the_last_exploration_and_the_rl_buffer_everything(tmp_path, quick):

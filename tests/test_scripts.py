@@ -184,5 +184,6 @@ def test_the_flags_are_those_of_the_papers_tables():
             assert (stored == transitions).all()
         for script in (pearl, meta_bc):
             other = script.parse_args(["--env-id", env_id])
-            for name in "rl_batch context_batch meta_batch latent_dim policy_hidden encoder_hidden lr gamma tau".split():
+            shared = "rl_batch context_batch meta_batch latent_dim policy_hidden encoder_hidden lr gamma tau"
+            for name in shared.split():
                 assert getattr(other, name, getattr(args, name)) == getattr(args, name)
