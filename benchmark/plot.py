@@ -93,9 +93,10 @@ def main(name):
             print(f"{label}: left out what has not come to step {max(reached)} ({len(seeds) - len(runs[label])} seeds)")
 
     def curve(label, group):
-        """Gradient steps of the evaluations (S,), their returns (seeds, S)."""
+        """Gradient steps that all seeds have (S,), their returns (seeds, S)."""
         seeds = [seed[group] for seed in runs[label]]
-        return sorted(seeds[0]), np.array([[seed[step] for step in sorted(seeds[0])] for seed in seeds])
+        steps = sorted(set.intersection(*(set(seed) for seed in seeds)))  # a run that was made longer has one more
+        return steps, np.array([[seed[step] for step in steps] for seed in seeds])
 
     last = max(step for label in runs for step in curve(label, ("test", "online"))[0])
     panels = {title: [label for label in labels.split() if label in runs] for title, labels in PANELS.items()}
