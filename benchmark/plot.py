@@ -114,6 +114,7 @@ def main(name):
         axis.axhline(data_return(env_id, files["smac"]), **silver, label="the data, training tasks")
         axis.axvline(ends["smac"], **silver, linestyle="--")  # the self-supervised phase begins
         axis.set(title=title, xlabel="gradient step")
+        axis.locator_params(axis="x", nbins=5)
         axis.legend(fontsize=7)
     axes[0][0].set_ylabel(f"{env_id}: return on test tasks")
     figure.tight_layout()
