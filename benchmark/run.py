@@ -59,7 +59,7 @@ BENCHMARKS = {
         "smac": (CHEETAH_SMAC, (1, 2)),
         "smac_encoder_prior": (f"{CHEETAH_SMAC} --encoder-buffer prior", (1,)),
         "smac_actor_ablation": (f"{CHEETAH_SMAC} --actor-ablation", (1,)),
-        "smac_oracle_rewards": (f"{CHEETAH_SMAC} --oracle-rewards", (1,)),
+        "smac_oracle_rewards": (f"{CHEETAH_SMAC} --online-iterations 25 --oracle-rewards", (1,)),
         "meta_bc": (f"meta_bc.py {CHEETAH}", (1,)),
         "pearl": (
             f"pearl_online_oracle.py --env-id CheetahVelocity --rl-batch 64 {CHEETAH_FLAGS} --online-iterations 50 "
