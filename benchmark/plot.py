@@ -85,7 +85,7 @@ def main(name):
         print(f"error: there are no results in {folder}: run benchmark/run.py {name}", file=sys.stderr)
         sys.exit(2)
 
-    for label, seeds in runs.items():  # a mean over seeds is of those that came as far as the first of them
+    for label, seeds in runs.items():  # a mean over seeds is of those that have come farthest
         reached = [max(seed["test", "online"], default=0) for seed in seeds]
         runs[label] = [seed for seed, step in zip(seeds, reached) if step == max(reached)]
         ends[label] = ends[label][reached.index(max(reached))]

@@ -26,7 +26,7 @@ POINT = "smac_offline_online.py --env-id PointDirection"
 HOPPER = "--env-id HopperParam"
 CHEETAH = "--env-id CheetahVelocity --rl-batch 64 --eval-every 5000"
 CHEETAH_FLAGS = "--tasks-per-iteration 5 --updates-per-iteration 2000"
-CHEETAH_SMAC = f"smac_offline_online.py {CHEETAH} {CHEETAH_FLAGS} --online-iterations 50"
+CHEETAH_SMAC = f"smac_offline_online.py {CHEETAH} {CHEETAH_FLAGS} --online-iterations"
 SAWYER = "--env-id SawyerManipulation --eval-every 8000"
 SMALL = f"{SAWYER} --rl-batch 128"
 BENCHMARKS = {
@@ -56,10 +56,10 @@ BENCHMARKS = {
         "borel": (f"borel.py {HOPPER}", (1,)),
     },
     "cheetah_small": {
-        "smac": (CHEETAH_SMAC, (1, 2)),
-        "smac_encoder_prior": (f"{CHEETAH_SMAC} --encoder-buffer prior", (1,)),
-        "smac_actor_ablation": (f"{CHEETAH_SMAC} --actor-ablation", (1,)),
-        "smac_oracle_rewards": (f"{CHEETAH_SMAC} --online-iterations 25 --oracle-rewards", (1,)),
+        "smac": (f"{CHEETAH_SMAC} 50", (1, 2)),
+        "smac_encoder_prior": (f"{CHEETAH_SMAC} 50 --encoder-buffer prior", (1,)),
+        "smac_actor_ablation": (f"{CHEETAH_SMAC} 50 --actor-ablation", (1,)),
+        "smac_oracle_rewards": (f"{CHEETAH_SMAC} 25 --oracle-rewards", (1,)),
         "meta_bc": (f"meta_bc.py {CHEETAH}", (1,)),
         "pearl": (
             f"pearl_online_oracle.py --env-id CheetahVelocity --rl-batch 64 {CHEETAH_FLAGS} --online-iterations 50 "

@@ -45,7 +45,7 @@ def test_results_of_a_run_that_ended_are_told_from_others(tmp_path):
         assert run.is_finished(results / "point_direction" / f"{file}.csv")
 
 
-def test_the_table_is_of_seeds_that_came_as_far_as_the_first(tmp_path, monkeypatch, capsys):
+def test_the_table_is_of_the_seeds_that_have_come_farthest(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(plot, "RESULTS", tmp_path / "benchmark" / "results")
     (tmp_path / "datasets").symlink_to(run.ROOT / "datasets")
     folder = tmp_path / "benchmark" / "results" / "point"
