@@ -24,9 +24,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 ROOT = Path(__file__).resolve().parent.parent
 POINT = "smac_offline_online.py --env-id PointDirection"
 HOPPER = "--env-id HopperParam"
+HOPPER_SMALL = f"{HOPPER} --rl-batch 64 --eval-every 5000"
 CHEETAH = "--env-id CheetahVelocity --rl-batch 64 --eval-every 5000"
-CHEETAH_FLAGS = "--tasks-per-iteration 5 --updates-per-iteration 2000"
-CHEETAH_SMAC = f"smac_offline_online.py {CHEETAH} {CHEETAH_FLAGS} --online-iterations"
+SMALL_FLAGS = "--tasks-per-iteration 5 --updates-per-iteration 2000"
+CHEETAH_SMAC = f"smac_offline_online.py {CHEETAH} {SMALL_FLAGS} --online-iterations"
 SAWYER = "--env-id SawyerManipulation --eval-every 8000"
 SMALL = f"{SAWYER} --rl-batch 128"
 BENCHMARKS = {
@@ -55,6 +56,11 @@ BENCHMARKS = {
         "macaw": (f"macaw.py {HOPPER}", (1,)),
         "borel": (f"borel.py {HOPPER}", (1,)),
     },
+    "hopper_small": {
+        "smac": (f"smac_offline_online.py {HOPPER_SMALL} {SMALL_FLAGS} --online-iterations 50", (1, 2, 3)),
+        "pearl": (f"pearl_online_oracle.py {HOPPER} --rl-batch 64 {SMALL_FLAGS} --online-iterations 50", (1,)),
+        "meta_bc": (f"meta_bc.py {HOPPER_SMALL}", (1,)),
+    },
     "cheetah_small": {
         "smac": (f"{CHEETAH_SMAC} 50", (1, 2)),
         "smac_encoder_prior": (f"{CHEETAH_SMAC} 50 --encoder-buffer prior", (1,)),
@@ -62,7 +68,7 @@ BENCHMARKS = {
         "smac_oracle_rewards": (f"{CHEETAH_SMAC} 25 --oracle-rewards", (1,)),
         "meta_bc": (f"meta_bc.py {CHEETAH}", (1,)),
         "pearl": (
-            f"pearl_online_oracle.py --env-id CheetahVelocity --rl-batch 64 {CHEETAH_FLAGS} --online-iterations 50 "
+            f"pearl_online_oracle.py --env-id CheetahVelocity --rl-batch 64 {SMALL_FLAGS} --online-iterations 50 "
             "--save-dataset datasets/CheetahVelocity.npz",
             (1,),
         ),
