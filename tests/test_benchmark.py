@@ -2,9 +2,14 @@
 
 import csv
 import json
+import shlex
+
+import pytest
+import torch
 
 import buffers
-from benchmark import plot, run
+import smac_offline_online as smac
+from benchmark import adaptation, plot, run
 
 SMALL = "--q-hidden 8 --policy-hidden 8 --encoder-hidden 8 --rl-batch 8 --context-batch 8"
 SHORT = "--offline-steps 20 --online-iterations 1 --updates-per-iteration 10 --eval-every 10"
@@ -58,3 +63,27 @@ def test_the_table_is_of_the_seeds_that_have_come_farthest(tmp_path, monkeypatch
     plot.main("point")
     assert "left out what has not come to step 20 (1 seeds)" in capsys.readouterr().out
     assert "| smac | 2 | 2.3 | 15.0 ± 7.1 → 22.0 ± 2.8 |" in (folder / "table.md").read_text()
+
+
+def test_adaptation_is_what_the_own_context_gives_beyond_that_of_another_task(tmp_path, monkeypatch):
+    one_step = f"{COMMAND} --offline-steps 1 --online-iterations 0 --run-dir {tmp_path}"
+    smac.main(smac.parse_args(shlex.split(one_step)[1:]))
+
+    def encoder(self, context):
+        """The task's direction, from rewards that are velocity . direction; the other dimensions of z are zero."""
+        obs, actions, rewards = context.split([4, 2, 1], dim=-1)
+        direction = torch.linalg.lstsq(0.8 * obs[..., 2:] + 0.2 * actions, rewards).solution.squeeze(-1)  # (T, 2)
+        mu = torch.cat([direction, torch.zeros(len(context), 3)], dim=-1)
+        return mu, torch.full_like(mu, 1e-4)
+
+    monkeypatch.setattr(smac.Encoder, "forward", encoder)
+    monkeypatch.setattr(smac.Policy, "forward", lambda self, obs, z: (10 * z[:, :2], torch.full((len(z), 2), -20.0)))
+    run_folder = tmp_path / "PointDirection__smac_offline_online__1"
+    step, returns = adaptation.measure(run_folder, 2)
+    assert step == 1 and returns.shape == (4, 20, 2)
+    own, others, prior, sampled = returns.mean((1, 2))
+    assert 46 < own < 65 and abs(others) < 25 and abs(prior) < 10 and sampled == pytest.approx(own, abs=0.1)
+
+    adaptation.main(adaptation.Args((run_folder,), tmp_path / "table.md", 2))
+    (row,) = (line for line in (tmp_path / "table.md").read_text().splitlines() if "smac" in line)
+    assert f"| 1 | {own:.1f} ± " in row

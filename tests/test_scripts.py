@@ -131,7 +131,7 @@ def test_the_readme_names_functions_that_exist():
     assert len(named) > 8 and named <= {name for pair in defined for name in pair}
 
 
-@pytest.mark.parametrize("name", ["point_direction", "hopper_param", "cheetah_small", "sawyer_small"])
+@pytest.mark.parametrize("name", ["point_direction", "hopper_small", "hopper_param", "cheetah_small", "sawyer_small"])
 def test_the_readmes_tables_are_those_of_the_results(name, tmp_path, monkeypatch):
     results = tmp_path / "benchmark" / "results"
     results.mkdir(parents=True)
