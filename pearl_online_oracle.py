@@ -5,7 +5,7 @@ Variables", ICML 2019, https://arxiv.org/abs/1903.08254. SMAC: https://arxiv.org
 Where the two papers name different sizes, SMAC's Table 1 holds. Networks and helpers are smac_offline_online.py's.
 
 Run: python pearl_online_oracle.py --env-id HopperParam
-Its dataset: the same with --tasks-per-iteration 5 --online-iterations 50 --save-dataset datasets/HopperParam.npz
+Its dataset: the same with --online-iterations 50 --save-dataset datasets/HopperParam.npz
 """
 
 import ctypes
@@ -96,14 +96,14 @@ class Args:
     """the encoder sees s' as well (PEARL: where the dynamics differ from task to task)"""
     initial_steps: int = 2_000
     """transitions of each task before training, z from the prior (PEARL)"""
-    tasks_per_iteration: int = 1
-    """tasks that collect data in one iteration (PEARL: 5)"""
+    tasks_per_iteration: int = 5
+    """tasks that collect data in one iteration, one after the other (PEARL)"""
     prior_steps: int = 400
     """new transitions a task with z from the prior (PEARL)"""
     posterior_steps: int = 600
     """new transitions a task with z from the posterior (PEARL)"""
     updates_per_iteration: int = 4_000
-    """gradient steps an iteration [Table 1: 4 for each of 1000 transitions]"""
+    """gradient steps an iteration [Table 1: 4 for each new transition of one task]"""
     z_resample: Literal["step", "episode"] = "episode"
     """how often acting draws a new z (PEARL: each episode)"""
 
@@ -591,6 +591,7 @@ def main(args):
     with tqdm(total=total_steps, initial=step, desc="PEARL", unit="step") as progress:
         while step < total_steps:
             if step % args.updates_per_iteration == 0:
+                # PAPER: 4 gradient steps per new transition. CODE: 0.8, of five tasks in place of one.
                 drawn = torch.randint(len(train_tasks), (args.tasks_per_iteration,), generator=act_rng)
                 for task in drawn.tolist():
                     buffer.clear_context(task)  # h is what the present policy explores

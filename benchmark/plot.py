@@ -25,6 +25,7 @@ METHODS = {  # label of a run: its name and colour in every picture
     "smac": ("SMAC", "tab:red"),
     "smac_actor_ablation": ("SMAC (actor ablation)", "tab:blue"),
     "smac_encoder_prior": ("SMAC, encoder buffer grows", "goldenrod"),
+    "smac_one_task": ("SMAC, one task an iteration", "mediumpurple"),
     "smac_two_critics": ("SMAC, two critics", "navy"),
     "meta_bc": ("meta behaviour cloning", "tab:brown"),
     "macaw": ("MACAW", "tab:olive"),
@@ -45,6 +46,7 @@ PANELS = {
     "what trains the encoder (Figure 7)": "smac smac_encoder_q smac_encoder_reward_then_q",
     "what enters the encoder buffer": "smac smac_encoder_prior",
     "critics": "smac smac_two_critics",
+    "how much it collects": "smac smac_one_task",
     "where it explores (Figure 9)": "smac smac_oracle_rewards smac_test_tasks smac_test_tasks_oracle_rewards",
     "data that give the task away": "smac smac_goal_data smac_goal_data_slow",
 }

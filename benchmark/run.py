@@ -26,7 +26,8 @@ POINT = "smac_offline_online.py --env-id PointDirection"
 HOPPER = "--env-id HopperParam"
 HOPPER_SMALL = f"{HOPPER} --rl-batch 64 --eval-every 5000"
 CHEETAH = "--env-id CheetahVelocity --rl-batch 64 --eval-every 5000"
-SMALL_FLAGS = "--tasks-per-iteration 5 --updates-per-iteration 2000"
+ONE_TASK = "--tasks-per-iteration 1"
+SMALL_FLAGS = "--updates-per-iteration 2000"
 CHEETAH_SMAC = f"smac_offline_online.py {CHEETAH} {SMALL_FLAGS} --online-iterations"
 SAWYER = "--env-id SawyerManipulation --eval-every 8000"
 SMALL = f"{SAWYER} --rl-batch 128"
@@ -51,14 +52,16 @@ BENCHMARKS = {
     },
     "hopper_param": {
         "smac": (f"smac_offline_online.py {HOPPER}", (1, 2, 3)),
-        "pearl": (f"pearl_online_oracle.py {HOPPER} --tasks-per-iteration 5 --online-iterations 50", (1,)),
+        "smac_one_task": (f"smac_offline_online.py {HOPPER} {ONE_TASK}", (1,)),
+        "pearl": (f"pearl_online_oracle.py {HOPPER} --online-iterations 50", (1,)),
         "meta_bc": (f"meta_bc.py {HOPPER}", (1,)),
         "macaw": (f"macaw.py {HOPPER}", (1,)),
         "borel": (f"borel.py {HOPPER}", (1,)),
     },
     "hopper_small": {
         "smac": (f"smac_offline_online.py {HOPPER_SMALL} {SMALL_FLAGS} --online-iterations 50", (1, 2, 3)),
-        "pearl": (f"pearl_online_oracle.py {HOPPER} --rl-batch 64 {SMALL_FLAGS} --online-iterations 50", (1,)),
+        "smac_one_task": (f"smac_offline_online.py {HOPPER_SMALL} {ONE_TASK} --online-iterations 25", (1,)),
+        "pearl": (f"pearl_online_oracle.py {HOPPER} --rl-batch 64 {SMALL_FLAGS} --online-iterations 50", (1, 2, 3)),
         "meta_bc": (f"meta_bc.py {HOPPER_SMALL}", (1,)),
     },
     "cheetah_small": {

@@ -173,7 +173,8 @@ def test_the_flags_are_those_of_the_papers_tables():
         assert args.q_hidden == args.policy_hidden == (300,) * 3
         assert args.decoder_hidden == (64,) * 2 and args.encoder_hidden == (200,) * 3
         assert (args.gamma, args.tau, args.lr, args.offline_steps) == (0.99, 0.005, 3e-4, 50_000)
-        assert args.updates_per_iteration == 4 * args.tasks_per_iteration * (args.prior_steps + args.posterior_steps)
+        assert args.updates_per_iteration == 4 * (args.prior_steps + args.posterior_steps)
+        assert args.tasks_per_iteration == (1 if env_id == "SawyerManipulation" else 5)
         assert (spec.horizon, spec.num_train_tasks, spec.num_test_tasks) == (horizon, train, test)
         assert (args.awr_lambda, args.reward_scale, args.lambda_pearl) == (beta, scale, lambda_pearl)
         if (ROOT / "datasets" / f"{env_id}.npz").exists():
