@@ -62,7 +62,7 @@ def main(args):
         step, returns = measure(run, args.episodes)
         means, errors = returns.mean((1, 2)), np.sqrt(returns.var(2, ddof=1).mean(1) / returns[0].size)
         cells = [f"{mean:.1f} ± {error:.1f}" for mean, error in zip(means, errors)]
-        lines.append([f"{run.resolve().parent.name}, {run.resolve().name}", str(step), *cells])
+        lines.append(["/".join(run.resolve().parts[-3:]), str(step), *cells])
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     note = f"{args.episodes} meta-episodes on each test task; ± is the standard error over them, for these tasks."
     args.out.write_text(f"{note}\n\n{table}\n")
