@@ -591,7 +591,7 @@ def main(args):
     with tqdm(total=total_steps, initial=step, desc="PEARL", unit="step") as progress:
         while step < total_steps:
             if step % args.updates_per_iteration == 0:
-                # PAPER: 4 gradient steps per new transition. CODE: 0.8, of five tasks in place of one.
+                # PAPER: 4 gradient steps per new transition. CODE: 0.8, as five tasks collect, not one.
                 drawn = torch.randint(len(train_tasks), (args.tasks_per_iteration,), generator=act_rng)
                 for task in drawn.tolist():
                     buffer.clear_context(task)  # h is what the present policy explores

@@ -686,7 +686,7 @@ def main(args):
     with tqdm(total=online_total, initial=done, desc="self-supervised", unit="step") as progress:
         while step < total_steps:
             if (step - args.offline_steps) % args.updates_per_iteration == 0:
-                # PAPER: 4 gradient steps per new transition. CODE: 0.8, of five tasks in place of one; 4 on Sawyer.
+                # PAPER: 4 gradient steps per new transition. CODE: 0.8, as five tasks collect, not one. 4 on Sawyer.
                 drawn = torch.randint(len(explored_tasks), (args.tasks_per_iteration,), generator=act_rng)
                 for task in drawn.tolist():
                     collect(task, args.prior_steps, explore=True)  # l. 7 to 9

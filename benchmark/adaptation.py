@@ -7,7 +7,6 @@ prior; and the first with sampled actions in place of deterministic ones.
 """
 
 import dataclasses
-import importlib
 import sys
 from pathlib import Path
 
@@ -19,6 +18,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import buffers
 import envs
+import meta_bc
+import pearl_online_oracle
+import smac_offline_online
+
+SCRIPTS = {Path(script.__file__).stem: script for script in (smac_offline_online, pearl_online_oracle, meta_bc)}
 
 
 @dataclasses.dataclass
@@ -33,14 +37,18 @@ class Args:
 
 @torch.no_grad()
 def measure(run, episodes):
-    """Gradient step of the checkpoint, and the four returns: (4, test tasks, episodes)."""
-    script = importlib.import_module(run.resolve().name.split("__")[1])
+    """Gradient step of the checkpoint, and the four returns: (4, test tasks, episodes). Raises InputError."""
+    _, name, *_ = [*run.resolve().name.split("__"), ""]
+    if name not in SCRIPTS:
+        raise buffers.InputError(f"{run} is no folder of a run of {', '.join(SCRIPTS)}")
+    script = SCRIPTS[name]
     checkpoint = script.load_checkpoint(run, script.Args)
     args = checkpoint["args"]
     spec, file = envs.SPECS[args.env_id], getattr(args, "dataset", None)
     dataset = buffers.load_dataset(file or ROOT / "datasets" / f"{args.env_id}.npz", args.env_id, spec)
     agent = script.Agent(spec.obs_dim, spec.action_dim, args)
-    agent.load_state_dict(checkpoint["agent"])
+    optimizer = torch.optim.Adam(parameter for parameter in agent.parameters() if parameter.requires_grad)
+    step, _ = buffers.restore(checkpoint, {"agent": agent, "optimizer": optimizer}, {})
     pairs = envs.make_evaluation(args.env_id, dataset["train_tasks"], dataset["test_tasks"], 1, episodes)["test"]
     env_list, generator = [env for _, env in pairs], torch.Generator().manual_seed(args.seed)
 
@@ -52,10 +60,12 @@ def measure(run, episodes):
     for z, deterministic in ((others, True), (script.prior(len(env_list), args, "cpu"), True), (own, False)):
         paths.append(script.rollout(env_list, agent, *z, args, generator, deterministic=deterministic))
     returns = np.array([script.sum_rewards(path) for path in paths])
-    return checkpoint["step"], returns.reshape(len(paths), -1, episodes)
+    return step, returns.reshape(len(paths), -1, episodes)
 
 
 def main(args):
+    if not args.runs or args.episodes < 2:
+        raise buffers.InputError("name a run at least, and --episodes 2 or more")
     head = "run|gradient step|own context|another task's|prior|own context, sampled actions".split("|")
     lines = [head, ["---"] * len(head)]
     for run in args.runs:
@@ -72,6 +82,6 @@ def main(args):
 if __name__ == "__main__":
     try:
         main(tyro.cli(Args, description=__doc__))
-    except (buffers.InputError, OSError, ImportError, IndexError) as error:
+    except (buffers.InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -3,11 +3,15 @@
 import csv
 import json
 import shlex
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import buffers
+import meta_bc
+import pearl_online_oracle as pearl
 import smac_offline_online as smac
 from benchmark import adaptation, plot, run
 
@@ -87,3 +91,19 @@ def test_adaptation_is_what_the_own_context_gives_beyond_that_of_another_task(tm
     adaptation.main(adaptation.Args((run_folder,), tmp_path / "table.md", 2))
     (row,) = (line for line in (tmp_path / "table.md").read_text().splitlines() if "smac" in line)
     assert f"| 1 | {own:.1f} ± " in row
+
+
+@pytest.mark.parametrize("script", [pearl, meta_bc])
+def test_adaptation_of_runs_of_the_other_scripts(script, tmp_path):
+    name = Path(script.__file__).stem
+    flags = "--offline-steps 1" if script is meta_bc else "--online-iterations 1 --updates-per-iteration 1"
+    script.main(script.parse_args(shlex.split(f"--env-id PointDirection --rl-batch 8 {flags} --run-dir {tmp_path}")))
+    step, returns = adaptation.measure(tmp_path / f"PointDirection__{name}__1", 2)
+    assert step == 1 and returns.shape == (4, 20, 2) and np.isfinite(returns).all()
+
+
+def test_adaptation_refuses_what_is_no_run(tmp_path):
+    for runs, words in (((), "name a run"), ((tmp_path,), "no folder of a run"),
+                        ((tmp_path / "PointDirection__meta_bc__1",), "no checkpoint at")):  # fmt: skip
+        with pytest.raises(buffers.InputError, match=words):
+            adaptation.main(adaptation.Args(runs, tmp_path / "table.md"))
