@@ -128,7 +128,7 @@ def main(name):
         cells = [f"{data_return(env_id, files[label]):.1f}" if files[label] else ""]
         for group in GROUPS:
             steps, values = curve(label, group) if group in runs[label][0] else ([], None)
-            moments = [step for step in (ends[label], max(steps, default=0)) if step in steps]
+            moments = [step for step in (ends[label], max(steps, default=0)) if step in steps and step > 0]
             shown = [values[:, steps.index(step)] for step in dict.fromkeys(moments)]
             spread = [f" ± {column.std(ddof=1):.1f}" if len(column) > 1 else "" for column in shown]
             cells.append(" → ".join(f"{column.mean():.1f}{std}" for column, std in zip(shown, spread)))
