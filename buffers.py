@@ -58,7 +58,7 @@ class ReplayBuffer:
     Args:
         num_tasks: number N of tasks.
         obs_dim, action_dim: sizes o and a of an observation and of an action.
-        capacity: transitions that fit in, all tasks together. Memory: 4 * (2o + a + 2) bytes each.
+        capacity: transitions that fit in, all tasks together. Memory: 4 * (2o + a + 2 + 2N) bytes each.
         device: where the tensors live.
     """
 
@@ -439,6 +439,9 @@ def restore(checkpoint, parts, generators):
     try:
         trained = enumerate(p for group in optimizer.param_groups for p in group["params"])
         moments = checkpoint["optimizer"]["state"]
+        for name, generator in generators.items():  # a GPU's generator has another state than a CPU's
+            if torch.is_tensor(checkpoint.get(name)) and checkpoint[name].shape != generator.get_state().shape:
+                raise InputError("it began on a GPU or on a CPU, and goes on only there; --eval-only works on both")
         like = {"step": 0, "env_steps": 0, "eval_csv": "", "agent": parts["agent"].state_dict()}
         like |= {name: generator.get_state() for name, generator in generators.items()}
         check("checkpoint", {name: checkpoint.get(name) for name in like}, like)

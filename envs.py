@@ -212,8 +212,8 @@ class RandomParams:
 
     def _initialize_simulation(self):
         model, data = super()._initialize_simulation()
-        # PAPER: cites rand_param_envs, whose step is .004 s x 4 = .016 s, as here. CODE: the authors' own copy of it
-        # falls back on Gym's .002 x 4 = .008.
+        # As in rand_param_envs, which the paper cites: .004 s x 4 = .016 s. The authors' own copy of it falls back on
+        # Gym's .002 x 4 = .008.
         model.opt.timestep = 0.004
         # The bindings give views: without a copy, the "nominal" values would become those of the task set last.
         self.params = [model.body_mass, model.body_inertia, model.dof_damping, model.geom_friction]
@@ -708,7 +708,8 @@ class SawyerManipulation(gym.Env):
 
     def observe(self, state):
         """What the agent sees of `measure`'s numbers."""
-        # Authors' code: metres, 0 for what is absent. There networks hardly see the centimetres that decide.
+        # PAPER: what is absent is at 0, and all in metres (authors' code). CODE: shifted and scaled, -3 for what is
+        # absent: in metres the networks hardly see the centimetres that decide.
         return np.where(state == 0, ABSENT, (state - OBS_CENTRE) / OBS_SCALE).astype(np.float32)
 
     def achieved(self, state):

@@ -345,10 +345,10 @@ def evaluate(agent, buffer, eval_envs, args):
     scored["train/offline"] = final_offline
 
     # Decoder against true rewards, on offline data and on this exploration: for us to read, never for training
-    data = buffer.sample(tasks, args.rl_batch, buffer_rng, "offline")
+    offline = buffer.sample(tasks, args.rl_batch, buffer_rng, "offline")
     explored_paths = [path for pair in exploration for path in pair]
     for name, batch, z in (
-        ("decoder_loss", {k: v.flatten(0, 1) for k, v in data.items()}, mu.repeat_interleave(args.rl_batch, 0)),
+        ("decoder_loss", {k: v.flatten(0, 1) for k, v in offline.items()}, mu.repeat_interleave(args.rl_batch, 0)),
         ("generated_reward_mse", concatenate(explored_paths, device), mu.repeat_interleave(lengths, 0)),
     ):
         error = agent.decoder(batch["obs"], batch["actions"], z) - batch["rewards"].squeeze(-1)

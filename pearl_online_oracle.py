@@ -103,7 +103,7 @@ class Args:
     posterior_steps: int = 600
     """new transitions a task with z from the posterior (PEARL)"""
     updates_per_iteration: int = 4_000
-    """gradient steps an iteration [Table 1: 4 for each new transition of one task]"""
+    """gradient steps an iteration [Table 1 asks for 4 per new transition]"""
     z_resample: Literal["step", "episode"] = "episode"
     """how often acting draws a new z (PEARL: each episode)"""
 
@@ -289,7 +289,7 @@ def update(agent, optimizer, batch, args):
 
 
 def sample_batch(buffer, args, generator):
-    """[Alg. 1, l. 3 and 10] Buffers D_i ~ D, two histories h, h' of each, and all the noise of one update."""
+    """Buffers D_i ~ D, two histories h, h' of each (lines 3, 10 of SMAC's Alg. 1), and all the noise of one update."""
     num_tasks, device = len(buffer.sizes["rl"]), buffer.sizes["rl"].device
     tasks = torch.randint(num_tasks, (args.meta_batch,), generator=generator, device=device)
     batch = buffer.sample(tasks, args.rl_batch, generator)
@@ -382,17 +382,19 @@ def evaluate(agent, eval_envs, args):
         rows (split, context, task numbers, returns, exploration returns: (E,) each), scalars to log, arrays to draw: KL
         values (E,) and, of the Direction families, paths over ground (., L+1, 2) on the training tasks.
     """
-    rng, rows, arrays = torch.Generator().manual_seed(args.seed), [], {}
+    rng, rows, scalars, arrays = torch.Generator().manual_seed(args.seed), [], {}, {}
     for split, pairs in eval_envs.items():  # "train" comes last, and is drawn
         numbers, env_list = zip(*pairs)
         final, exploration, arrays[f"kl_{split}_online_context"] = adapt(env_list, agent, args, rng)
         explored = np.mean([sum_rewards(paths) for paths in zip(*exploration)], axis=0)  # (E,)
         rows.append((split, "online", numbers, sum_rewards(final), explored))
+        if args.env_id in envs.SPARSE:
+            scalars[f"eval/{split}/online_context_success"] = np.mean([path["rewards"][-1] == 0 for path in final])
     if args.env_id in envs.GROUND_VELOCITY:
         explored_paths = [path for pair in exploration for path in pair]
         for name, paths in (("exploration", explored_paths), ("online context", final)):
             arrays[name] = envs.ground_paths(args.env_id, paths)
-    return rows, {}, arrays
+    return rows, scalars, arrays
 
 
 # ===== The run
@@ -591,7 +593,8 @@ def main(args):
     with tqdm(total=total_steps, initial=step, desc="PEARL", unit="step") as progress:
         while step < total_steps:
             if step % args.updates_per_iteration == 0:
-                # PAPER: 4 gradient steps per new transition. CODE: 0.8, as five tasks collect, not one.
+                # PAPER: 1000 new transitions an iteration, 4 gradient steps for each. CODE: 1000 on each of five tasks,
+                # 0.8 gradient steps for each, after 2000 on every task before training.
                 drawn = torch.randint(len(train_tasks), (args.tasks_per_iteration,), generator=act_rng)
                 for task in drawn.tolist():
                     buffer.clear_context(task)  # h is what the present policy explores

@@ -106,7 +106,7 @@ class Args:
     posterior_steps: int = 600
     """new transitions a task with z from the posterior"""
     updates_per_iteration: int = 4_000
-    """gradient steps an iteration [Table 1: 4 for each new transition of one task]"""
+    """gradient steps an iteration (the authors' code; Table 1 asks for 4 per new transition)"""
     z_resample: Literal["step", "episode"] = "step"
     """how often acting draws a new z [Algorithm 1, line 7: z_t ~ p(z)]"""
     encoder_buffer: Literal["prior", "all", "frozen"] = "prior"
@@ -118,7 +118,7 @@ class Args:
     explore_tasks: Literal["train", "test"] = "train"
     """tasks in which the second phase collects data [Figure 9 compares both]"""
     actor_ablation: bool = False
-    """PEARL's actor loss in place of Eq. 2, in both phases [Figure 5, "SMAC (actor ablation)"]"""
+    """PEARL's actor loss, weight 1, in place of Eq. 2, in both phases [Figure 5, "SMAC (actor ablation)"]"""
     encoder_loss: Literal["reward", "reward_then_q", "q"] = "reward"
     """what trains the encoder, beside the KL: Eq. 3; Eq. 3 and Q-loss offline, then Q-loss; Q-loss only [Figure 7]"""
 
@@ -468,10 +468,10 @@ def evaluate(agent, buffer, eval_envs, args):
     scored["train/offline"] = final_offline
 
     # Decoder against true rewards, on offline data and on this exploration: for us to read, never for training
-    data = buffer.sample(tasks, args.rl_batch, buffer_rng, "offline")
+    offline = buffer.sample(tasks, args.rl_batch, buffer_rng, "offline")
     explored_paths = [path for pair in exploration for path in pair]
     for name, batch, z in (
-        ("decoder_loss", {k: v.flatten(0, 1) for k, v in data.items()}, mu.repeat_interleave(args.rl_batch, 0)),
+        ("decoder_loss", {k: v.flatten(0, 1) for k, v in offline.items()}, mu.repeat_interleave(args.rl_batch, 0)),
         ("generated_reward_mse", concatenate(explored_paths, device), mu.repeat_interleave(lengths, 0)),
     ):
         error = agent.decoder(batch["obs"], batch["actions"], z) - batch["rewards"].squeeze(-1)
@@ -613,7 +613,7 @@ def main(args):
                 i = len(train_tasks) + task if args.oracle_rewards else int(drawn)
             index = torch.tensor([i], device=device)
             if not explore:
-                # PAPER: z ~ p(z) only. CODE: z ~ q(z | h) in 600 of 1000 transitions, which enter the RL buffer only.
+                # PAPER: z ~ p(z) only. CODE: z ~ q(z | h) in 600 of 1000 transitions, for the RL buffer (Sawyer: both).
                 with torch.no_grad():
                     history = buffer.sample(index, args.context_batch, rng, "context")
                     mu, sigma = agent.encoder(make_context(history, args))

@@ -1,4 +1,4 @@
-"""Make the Sawyer dataset (C.2): python datasets/make_sawyer.py [SawyerManipulation8]
+"""Make the Sawyer dataset (Section 6): python datasets/make_sawyer.py [SawyerManipulation8]
 
 A script that does not know the rewarded behaviour acts in each of 50 training tasks, for 50 trajectories of 75 steps.
 Two processes share the tasks; what they write does not depend on that.
