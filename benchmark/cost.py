@@ -1,6 +1,6 @@
 """What it costs never to lose a run: python benchmark/cost.py
 
-SMAC on HopperParam at the paper's sizes, but with few gradient steps: 50 self-supervised iterations of 1000
+SMAC on HopperParam at the paper's sizes, but with few gradient steps: 50 self-supervised iterations of 5 x 1000
 transitions, a checkpoint after each, the last ones with the buffer as full as it gets. Writes cost.md: memory, open
 files and threads over the iterations; the time of a checkpoint against that of the gradient steps between two. Linux.
 """
