@@ -441,7 +441,7 @@ def restore(checkpoint, parts, generators):
         moments = checkpoint["optimizer"]["state"]
         for name, generator in generators.items():  # a GPU's generator has another state than a CPU's
             if torch.is_tensor(checkpoint.get(name)) and checkpoint[name].shape != generator.get_state().shape:
-                raise InputError("it began on a GPU or on a CPU, and goes on only there; --eval-only works on both")
+                raise InputError("it is of the other kind of device, GPU or CPU; here only --eval-only works")
         like = {"step": 0, "env_steps": 0, "eval_csv": "", "agent": parts["agent"].state_dict()}
         like |= {name: generator.get_state() for name, generator in generators.items()}
         check("checkpoint", {name: checkpoint.get(name) for name in like}, like)

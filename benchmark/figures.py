@@ -54,7 +54,7 @@ def main(args):
                 draw_paths(axis, ground)
                 axis.set_title(title)
     figure.tight_layout()
-    figure.savefig(args.out, dpi=100)
+    figure.savefig(args.out, dpi=100, bbox_inches="tight")  # without the room for what is not drawn
 
 
 if __name__ == "__main__":

@@ -223,18 +223,12 @@ def test_an_evaluation_reads_two_episodes_of_each_tasks_own_data(quick, monkeypa
         assert arrays["kl_train_offline_context"][task] == pytest.approx(kl, rel=1e-3)
 
 
-def test_success_is_the_behaviour_achieved_in_the_last_step():
-    """A drawer that starts open stays open for a policy that hardly moves; one that starts closed stays closed."""
-    scene = dict.fromkeys(envs.TASK_COLUMNS, 0) | dict(side=1, bottom_drawer=1, button=1, object=-1)
-    scene["behaviour"] = envs.BEHAVIOURS.index("open_bottom_drawer")
-    eval_envs = {"test": [(0, envs.make("SawyerManipulation"))], "train": [(0, envs.make("SawyerManipulation"))]}
-    eval_envs["test"][0][1].unwrapped.set_task(list(scene.values()))
-    eval_envs["train"][0][1].unwrapped.set_task(list((scene | {"bottom_open": 1}).values()))
+def test_success_is_the_behaviour_achieved_in_the_last_step(drawers):
     path = {"obs": np.zeros((4, 13), np.float32), "actions": np.zeros((3, 4), np.float32)}
     path |= {"rewards": -np.ones(3, np.float32), "terminals": np.zeros(3, np.float32)}
     args = borel.Args(env_id="SawyerManipulation", policy_hidden=(8,), q_hidden=(8,), latent_dim=DZ)
     torch.manual_seed(0)
-    _, scalars, _ = borel.evaluate(borel.Agent(13, 4, args), [[[path, path]]], eval_envs, args)
+    _, scalars, _ = borel.evaluate(borel.Agent(13, 4, args), [[[path, path]]], drawers, args)
     assert {name: value for name, value in scalars.items() if name.endswith("success")} == {
         "eval/test/online_context_success": 0, "eval/train/online_context_success": 1,
         "eval/train/offline_context_success": 1,

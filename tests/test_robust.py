@@ -329,7 +329,7 @@ HEADER = ",".join(buffers.CSV_COLUMNS)
 @pytest.mark.parametrize("change, words", [
     (lambda state: state.update(step=-1), "checkpoint.step is -1, expected 0 or more"),
     (lambda state: state.update(step=10**30), "checkpoint.step is 1000000000000"),
-    (lambda state: state.update(rng=torch.zeros(16, dtype=torch.uint8)), "it began on a GPU or on a CPU"),
+    (lambda state: state.update(rng=torch.zeros(16, dtype=torch.uint8)), "it is of the other kind of device"),
     (lambda state: state.update(eval_csv="x"), "checkpoint.eval_csv is no table"),
     (lambda state: state.update(eval_csv=HEADER + "\n1,2\n"), "checkpoint.eval_csv is no table"),
     (lambda state: state.update(eval_csv=HEADER + "\n1,2,test,online,3,4,much\n"), "could not convert string to float"),
