@@ -6,123 +6,70 @@ https://github.com/Rondorf/BOReL. Two stages, both on the dataset alone; a meta-
    a decoder predicts from z the rewards of the whole meta-trajectory, past and future.
 2. The encoder is frozen, and SAC learns on hyper-states: a state and the belief at that step.
 Such a policy is Bayes-adaptive: it explores as far as knowing more pays, without anyone telling it to.
-A departure from the published algorithm says `PAPER: ... CODE: ...` at its line; README.md lists them all.
+A departure from the published algorithm says `PAPER: ... CODE: ...` at its line; PAPER.md lists them all.
 
-Run: python borel.py --env-id HopperParam
+Run: python borel.py --env-id HopperParam [--preset matched]
 """
 
-import ctypes
 import dataclasses
 import math
-import signal
-import sys
-import time
-from pathlib import Path
 from typing import Literal, Optional
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-import tyro
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
+import buffers
 import envs
-from buffers import InputError, ReplayBuffer, load_dataset  # D and its file
-from buffers import check_flags, claim, load_checkpoint, log_evaluation, print_csv, print_rows  # files of a run
-from buffers import restore, save_checkpoint, writing_to
 
 
 @dataclasses.dataclass
 class Args:
     # --- Run
-    env_id: str = "HopperParam"
-    """a key of envs.SPECS; its row in PRESETS replaces the defaults below"""
-    seed: int = 1
-    """seed of the networks, of exploration and of sampling"""
-    dataset: Optional[str] = None
-    """offline dataset; default datasets/{env_id}.npz beside this file"""
-    vae_steps: int = 5_000
-    """gradient steps of stage 1; on 1200 transitions a task the 100 epochs of the authors' code would be about 2,500"""
-    offline_steps: int = 25_000
-    """gradient steps of stage 2; of 16 x 256 transitions, in all twice as many as in SMAC's offline phase"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """where networks and buffers live"""
-    run_dir: str = "runs"
-    """results go to RUN_DIR/{env_id}__{script}__{seed}/"""
-    resume: Optional[str] = None
-    """folder of a run: continue it from its checkpoint, with its flags"""
-    eval_every: int = 4_000
-    """gradient steps between two evaluations of stage 2"""
-    checkpoint_every: int = 4_000
-    """gradient steps between two checkpoints"""
-    eval_only: bool = False
-    """with --resume: evaluate the checkpoint, print the return on each task, write nothing else"""
-    capture_video: bool = False
-    """at the end (or with --eval-only) film the three episodes on the first test task: RUN/video.gif"""
-    compile: bool = False
-    """torch.compile the gradient step; needs a C++ compiler"""
-    cuda_graph: bool = True
-    """on a GPU, record the gradient step once and replay it"""
+    env_id: str = "HopperParam"  # a key of envs.SPECS, or module:key of one's own; its PRESETS replace what follows
+    seed: int = 1  # seed of the networks, of exploration and of sampling
+    dataset: Optional[str] = None  # offline dataset; default datasets/{env_id}.npz beside this file
+    vae_steps: int = 5_000  # gradient steps of stage 1 (authors: 100 epochs, about 2,500 on 1200 transitions a task)
+    offline_steps: int = 25_000  # gradient steps of stage 2; 102 million transitions, SMAC's offline phase has 51
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # where networks and buffers live
+    run_dir: str = "runs"  # results go to RUN_DIR/{env_id}__{script}__{seed}/
+    resume: Optional[str] = None  # folder of a run: continue it from its checkpoint, with its flags
+    eval_every: int = 4_000  # gradient steps between two evaluations, each with a checkpoint of stage 2
+    compile: bool = False  # torch.compile the gradient step; needs a C++ compiler
+    cuda_graph: bool = True  # on a GPU, record the gradient step once and replay it
 
     # --- Stage 1. Values without a source: the authors' code, for its MuJoCo tasks
-    latent_dim: int = 5
-    """size of z"""
-    vae_tasks: int = 4
-    """tasks a gradient step"""
-    vae_trajectories: int = 4
-    """meta-trajectories a task (the authors' code has 8 and more data)"""
-    elbo_terms: int = 64
-    """beliefs, and rewards, drawn of each meta-trajectory to estimate the reconstruction term"""
-    kl_coef: float = 0.05
-    """weight of the KL term"""
-    vae_lr: float = 3e-4
-    """Adam's learning rate, encoder and decoder"""
+    latent_dim: int = 5  # size of z
+    vae_tasks: int = 4  # tasks a gradient step
+    vae_trajectories: int = 4  # meta-trajectories a task (the authors' code has 8 and more data)
+    elbo_terms: int = 64  # beliefs, and rewards, drawn of each meta-trajectory to estimate the reconstruction term
+    kl_coef: float = 0.05  # weight of the KL term
+    vae_lr: float = 3e-4  # Adam's learning rate, encoder and decoder
 
-    # --- Stage 2
-    hyperparameters: Literal["original", "smac"] = "original"
-    """whose values the next five flags take where they are not given, BOReL's or SMAC's: see HYPERPARAMETERS"""
-    q_hidden: Optional[tuple[int, ...]] = None
-    """hidden sizes of the Q-functions"""
-    policy_hidden: Optional[tuple[int, ...]] = None
-    """hidden sizes of the policy"""
-    lr: Optional[float] = None
-    """Adam's learning rate, policy and Q-functions"""
-    meta_batch: Optional[int] = None
-    """tasks a gradient step"""
-    rl_batch: Optional[int] = None
-    """transitions a task"""
-    gamma: float = 0.99
-    """discount"""
-    tau: float = 0.005
-    """soft target update"""
-    alpha: float = 0.2
-    """weight of the policy's entropy"""
+    # --- Stage 2. SMAC's paper ran BOReL with its own values and with SMAC's, and reports the better one (Section 6)
+    preset: Literal["original", "matched"] = "original"  # its own values, or SMAC's sizes
+    q_hidden: tuple[int, ...] = (256, 256)  # hidden sizes of the Q-functions
+    policy_hidden: tuple[int, ...] = (256, 256)  # hidden sizes of the policy
+    lr: float = 3e-4  # Adam's learning rate, policy and Q-functions
+    meta_batch: int = 16  # tasks a gradient step
+    rl_batch: int = 256  # transitions a task
+    gamma: float = 0.99  # discount
+    tau: float = 0.005  # soft target update
+    alpha: float = 0.2  # weight of the policy's entropy
 
 
 # What differs from the defaults above. PointDirection is not in the paper: small networks, short stages, and the
 # entropy weight of the authors' point robot, which fits rewards of about .1 to .5.
 PRESETS = {
-    "HopperParam": {}, "WalkerParam": {}, "CheetahVelocity": {}, "AntDirection": {}, "HumanoidDirection": {},
-    "SawyerManipulation": {}, "SawyerManipulation8": {},
     "PointDirection": dict(
         q_hidden=(128, 128), policy_hidden=(128, 128), rl_batch=128, lr=1e-3, alpha=0.01, vae_trajectories=2,
-        vae_lr=3e-3, vae_steps=1_000, offline_steps=2_000, eval_every=500, checkpoint_every=1_000,
+        vae_lr=3e-3, vae_steps=1_000, offline_steps=2_000, eval_every=500,
     ),
+    "matched": dict(preset="matched", q_hidden=(300, 300, 300), policy_hidden=(300, 300, 300), meta_batch=4),
+    "PointDirection matched": dict(q_hidden=(128, 128), policy_hidden=(128, 128)),
 }  # fmt: skip
-# SMAC's paper ran BOReL with both and reports the better one (Section 6).
-HYPERPARAMETERS = {
-    "original": dict(q_hidden=(256, 256), policy_hidden=(256, 256), lr=3e-4, meta_batch=16, rl_batch=256),
-    "smac": dict(q_hidden=(300, 300, 300), policy_hidden=(300, 300, 300), lr=3e-4, meta_batch=4, rl_batch=256),
-}
-MAY_BE_ZERO = "seed offline_steps kl_coef alpha".split()
-FREE = "resume device eval_only capture_video compile cuda_graph".split()  # of --resume
-AT_MOST = {"gamma": 1, "tau": 1, "seed": 2**32}
-AT_MOST |= {name: 10_000 for name in vars(Args()) if name.endswith(("_batch", "_hidden", "_dim"))}  # sizes, for memory
-EVAL_REPEATS, TRAIN_EVAL_TASKS = 4, 10  # meta-episodes a task in an evaluation; training tasks in it
-LOG_EVERY = 200  # gradient steps averaged into one point of the loss curves
 EPISODES = 3  # in a meta-trajectory: T of Section 3
 
 
@@ -300,29 +247,29 @@ def stack(trajectories, device):
         steps: obs, next_obs (M, L, o), actions (M, L, a), rewards (M, L, 1), with zeros after the end;
         their lengths (M,); the first row of each task, and M (tasks + 1,).
     """
-    rows = [concatenate(episodes, device) for of_task in trajectories for episodes in of_task]
+    rows = [buffers.join(episodes, device) for of_task in trajectories for episodes in of_task]
     steps = {name: pad_sequence([row[name] for row in rows], batch_first=True) for name in rows[0]}
     lengths = torch.tensor([len(row["obs"]) for row in rows], device=device)
     return steps, lengths, torch.tensor([0] + [len(of_task) for of_task in trajectories], device=device).cumsum(0)
 
 
-def sample_vae_batch(stacked, args, generator):
+def sample_vae_batch(stacked, args, rng):
     """Meta-trajectories of some tasks, and all that is drawn for the estimate of the ELBO: arguments of `vae_loss`."""
     # PAPER: other tasks' episodes join, with rewards from this task's reward function (reward relabelling). CODE: none,
     # as in SMAC's paper: the reward functions are not part of the dataset.
     steps, lengths, first_rows = stacked
-    tasks = torch.randint(len(first_rows) - 1, (args.vae_tasks,), generator=generator, device=lengths.device)
+    tasks = torch.randint(len(first_rows) - 1, (args.vae_tasks,), generator=rng, device=lengths.device)
     tasks = tasks.repeat_interleave(args.vae_trajectories)  # (N,)
 
     def draw(limits, num):
         """Whole numbers from 0 to limit - 1: limits (N,) -> (N, num)."""
-        uniform = torch.rand(len(limits), num, generator=generator, device=limits.device)
+        uniform = torch.rand(len(limits), num, generator=rng, device=limits.device)
         return (uniform * limits[:, None]).long()
 
     rows = first_rows[tasks] + draw(first_rows[tasks + 1] - first_rows[tasks], 1)[:, 0]  # (N,)
     steps, lengths = {name: x[rows] for name, x in steps.items()}, lengths[rows]
     t, k = draw(lengths + 1, args.elbo_terms), draw(lengths, args.elbo_terms)  # (N, Z), (N, K)
-    noise = torch.randn(*t.shape, args.latent_dim, generator=generator, device=t.device)
+    noise = torch.randn(*t.shape, args.latent_dim, generator=rng, device=t.device)
     return {"steps": steps, "lengths": lengths, "t": t, "k": k, "noise": noise}
 
 
@@ -334,12 +281,12 @@ def make_hyper_buffer(agent, trajectories, obs_dim, action_dim):
     """The dataset as a replay buffer of hyper-states (s, mu, log_var), dimension o + 2 dz."""
     device, belief_dim = next(agent.parameters()).device, agent.encoder.belief.out_features
     capacity = sum(len(path["actions"]) for of_task in trajectories for episodes in of_task for path in episodes)
-    buffer = ReplayBuffer(len(trajectories), obs_dim + belief_dim, action_dim, capacity, device)
+    buffer = buffers.ReplayBuffer(len(trajectories), obs_dim + belief_dim, action_dim, capacity, device)
     for task, of_task in enumerate(trajectories):
         for episodes in of_task:
             # PAPER: a terminal state clears the GRU. CODE: a fall does not end the task, the belief runs on. (The
             # critic's return does end there, so that falling stays bad.)
-            steps = {name: x[None] for name, x in concatenate(episodes, device).items()}
+            steps = {name: x[None] for name, x in buffers.join(episodes, device).items()}
             memory = agent.encoder(steps, blank_memory(1, device))[0]  # (steps + 1, 128)
             belief, t = agent.encoder.belief(memory).cpu().numpy(), 0  # (steps + 1, 2 dz)
             for path, following in zip(episodes, [*episodes[1:], None]):
@@ -348,7 +295,7 @@ def make_hyper_buffer(agent, trajectories, obs_dim, action_dim):
                 # its own first state, and that is where the last step of the one before leads. No flag.
                 if following:
                     obs[-1] = following["obs"][0]
-                buffer.add(task, path | {"obs": np.concatenate([obs, belief[t : t + length + 1]], axis=1)})
+                buffer.add(task, path | {"obs": np.buffers.join([obs, belief[t : t + length + 1]], axis=1)})
                 t += length
     return buffer
 
@@ -408,13 +355,12 @@ def update(agent, optimizer, batch, args):
         return {name: value.detach() for name, value in info.items()}
 
 
-def sample_batch(buffer, args, generator):
+def sample_batch(buffer, args, rng):
     """Transitions of some tasks, and the noise of one update."""
-    num_tasks, device = len(buffer.sizes["rl"]), buffer.sizes["rl"].device
-    tasks = torch.randint(num_tasks, (args.meta_batch,), generator=generator, device=device)
-    batch = buffer.sample(tasks, args.rl_batch, generator)
+    tasks = torch.randint(len(buffer.sizes["rl"]), (args.meta_batch,), generator=rng, device=rng.device)
+    batch = buffer.sample(tasks, args.rl_batch, rng)
     for name in ("noise_a", "noise_next_a"):
-        batch[name] = torch.randn(batch["actions"].flatten(0, 1).shape, generator=generator, device=device)
+        batch[name] = torch.randn(batch["actions"].flatten(0, 1).shape, generator=rng, device=rng.device)
     return batch
 
 
@@ -422,8 +368,8 @@ def sample_batch(buffer, args, generator):
 
 
 @torch.no_grad()
-def rollout_belief(env_list, agent, memory, generator, deterministic=False):
-    """One episode in each environment, in lockstep; after every step its true reward enters the belief.
+def rollout_belief(env_list, agent, memory, rng, deterministic=False):
+    """One episode in each of E environments, side by side; after every step its true reward enters the belief.
 
     Args:
         memory: (E, 128), what the encoder has kept of the episodes before.
@@ -431,41 +377,19 @@ def rollout_belief(env_list, agent, memory, generator, deterministic=False):
     Returns:
         E trajectories, obs (L+1, o), actions (L, a), rewards (L,), terminals (L,), and the memory afterwards (E, 128).
     """
-    seeds = torch.randint(2**31 - 1, (len(env_list),), generator=generator).tolist()
-    paths = [{"obs": [env.reset(seed=seed)[0]]} for env, seed in zip(env_list, seeds)]
-    paths = [path | {"actions": [], "rewards": [], "terminals": []} for path in paths]
-    live, memory, device = list(range(len(env_list))), memory.clone(), memory.device
-
-    def newest(name):
-        """The last entry of each live trajectory, (live, .)."""
-        values = np.array([paths[i][name][-1] for i in live], np.float32)
-        return torch.as_tensor(values).reshape(len(live), -1).to(device)
-
-    while live:
-        mean, log_std = agent.policy(newest("obs"), agent.encoder.belief(memory[live]))
-        noise = torch.zeros(mean.shape) if deterministic else torch.randn(mean.shape, generator=generator)
-        actions = torch.tanh(mean + log_std.exp() * noise.to(device)).cpu().numpy()
-        running = []
-        for i, action in zip(live, actions):
-            next_obs, reward, terminated, truncated, _ = env_list[i].step(action)
-            for name, value in (("obs", next_obs), ("actions", action), ("rewards", reward), ("terminals", terminated)):
-                paths[i][name].append(value)
-            if not (terminated or truncated):
-                running.append(i)
-        step = {"actions": newest("actions"), "next_obs": newest("obs"), "rewards": newest("rewards")}
-        memory[live] = agent.encoder({name: x[:, None] for name, x in step.items()}, memory[live])[:, -1]
-        live = running
-    return [{name: np.array(values, np.float32) for name, values in path.items()} for path in paths], memory
+    episodes, memory, device = envs.Episodes(env_list, rng), memory.clone(), memory.device
+    while live := episodes.live:
+        mean, log_std = agent.policy(episodes.obs().to(device), agent.encoder.belief(memory[live]))
+        noise = torch.zeros(mean.shape) if deterministic else torch.randn(mean.shape, generator=rng)
+        episodes.step(torch.tanh(mean + log_std.exp() * noise.to(device)))
+        last = {name: episodes.last(name, live).to(device) for name in ("actions", "obs", "rewards")}  # (live, .)
+        steps = {"actions": last["actions"], "next_obs": last["obs"], "rewards": last["rewards"]}
+        memory[live] = agent.encoder({name: x[:, None] for name, x in steps.items()}, memory[live])[:, -1]
+    return episodes.paths(), memory
 
 
-def concatenate(paths, device):
-    """All transitions of some trajectories, as `ReplayBuffer.sample` gives them: obs (L, o), ..., rewards (L, 1)."""
-    columns = {"obs": [p["obs"][:-1] for p in paths], "next_obs": [p["obs"][1:] for p in paths]}
-    columns |= {"actions": [p["actions"] for p in paths], "rewards": [p["rewards"][:, None] for p in paths]}
-    return {name: torch.as_tensor(np.concatenate(parts)).to(device) for name, parts in columns.items()}
-
-
-def adapt_belief(env_list, agent, generator):
+@torch.no_grad()
+def adapt_belief(env_list, agent, rng):
     """The meta-episode of Section 3, T = 3: one policy plays all three episodes, and the belief runs on through them.
 
     Nothing marks the first two as exploration: the policy explores while its belief is vague.
@@ -476,256 +400,96 @@ def adapt_belief(env_list, agent, generator):
     memory, exploration = blank_memory(len(env_list), next(agent.parameters()).device), []
     for _ in range(EPISODES - 1):
         # PAPER: the policy's mean at test time. CODE: samples in the first two episodes, as in the other scripts.
-        paths, memory = rollout_belief(env_list, agent, memory, generator)
+        paths, memory = rollout_belief(env_list, agent, memory, rng)
         exploration.append(paths)
-    final, _ = rollout_belief(env_list, agent, memory, generator, deterministic=True)
+    final, _ = rollout_belief(env_list, agent, memory, rng, deterministic=True)
     return final, list(zip(*exploration)), memory
-
-
-def sum_rewards(paths):
-    """Undiscounted returns of E trajectories: (E,)."""
-    return np.array([path["rewards"].sum() for path in paths])
 
 
 @torch.no_grad()
 def evaluate(agent, trajectories, eval_envs, args):
-    """Post-adaptation returns and diagnostics, with a generator of its own: evaluating changes nothing in training.
+    """Post-adaptation episodes and diagnostics, with a generator of its own: evaluating changes nothing in training.
 
     Args:
         trajectories: for each training task its meta-trajectories in the dataset.
-        eval_envs: {"test": pairs, "train": pairs}, a pair being (task number, environment), E of them.
     Returns:
-        rows (split, context, task numbers, returns, exploration returns: (E,) each), scalars to log, arrays to draw: KL
-        values (E,) for Figure 2 and, of the Direction families, paths over ground (., L+1, 2) for Figures 6 and 8.
+        what Run.write takes: {(split, context): task numbers, third trajectories, exploration, KL}, each of E
+        environments; scalars to log; trajectories of the dataset to draw.
     """
     device, rng = next(agent.parameters()).device, torch.Generator().manual_seed(args.seed)
-    rows, scalars, arrays, scored = [], {}, {}, {}
-    memories = {}  # (E, 128): the encoder's, after two episodes
-    for split, pairs in eval_envs.items():  # "train" comes last, and is used below
-        numbers, env_list = zip(*pairs)
-        final, exploration, memories[f"{split}_online"] = adapt_belief(env_list, agent, rng)
-        explored = np.mean([sum_rewards(paths) for paths in zip(*exploration)], axis=0)  # (E,)
-        rows.append((split, "online", numbers, sum_rewards(final), explored))
-        scored[f"{split}/online"] = final
+
+    def belief_of(memory):
+        """mu (E, dz) of the belief, and its KL to the prior (E,)."""
+        mu, log_var = agent.encoder.belief(memory).chunk(2, dim=-1)
+        return mu, kl_to_prior(mu, (0.5 * log_var).exp())
+
+    results = {}
+    for split, (tasks, env_list) in eval_envs.items():  # "train" comes last, and is used below
+        final, exploration, memory = adapt_belief(env_list, agent, rng)
+        mu_online, kl = belief_of(memory)
+        results[split, "online"] = (tasks, final, exploration, kl)
 
     # The same training tasks, after at most two episodes of the dataset in place of the policy's own
-    offline = [trajectories[task][i % len(trajectories[task])][: EPISODES - 1] for i, task in enumerate(numbers)]
+    offline = [trajectories[task][i % len(trajectories[task])][: EPISODES - 1] for i, task in enumerate(tasks)]
     steps, lengths, _ = stack([offline], device)
     memory = agent.encoder(steps, blank_memory(len(offline), device))  # (E, L+1, 128)
-    memories["train_offline"] = memory[torch.arange(len(offline), device=device), lengths]
-    final_offline, _ = rollout_belief(env_list, agent, memories["train_offline"], rng, deterministic=True)
-    rows.append(("train", "offline", numbers, sum_rewards(final_offline), explored))
-    scored["train/offline"] = final_offline
-
-    beliefs = {name: agent.encoder.belief(x).chunk(2, dim=-1) for name, x in memories.items()}  # mu, log_var (E, dz)
-    for name, (mu, log_var) in beliefs.items():
-        arrays[f"kl_{name}_context"] = kl_to_prior(mu, (0.5 * log_var).exp()).cpu().numpy()
+    memory = memory[torch.arange(len(offline), device=device), lengths]
+    mu_offline, kl = belief_of(memory)
+    final, _ = rollout_belief(env_list, agent, memory, rng, deterministic=True)
+    results["train", "offline"] = (tasks, final, exploration, kl)
 
     # Decoder against true rewards, on the two episodes that the belief comes from: the dataset's, and the policy's own
-    for key, name, episodes in (
-        ("decoder_loss", "train_offline", offline),
-        ("generated_reward_mse", "train_online", exploration),
-    ):
+    scalars = {}
+    for name, mu, episodes in (("decoder_loss", mu_offline, offline), ("generated_reward_mse", mu_online, exploration)):
         steps, lengths, _ = stack([episodes], device)
         real = torch.arange(steps["rewards"].shape[1], device=device) < lengths[:, None]  # (E, L)
-        rewards, predicted = steps["rewards"].squeeze(-1), agent.decoder(beliefs[name][0][:, None], steps).squeeze(1)
+        rewards, predicted = steps["rewards"].squeeze(-1), agent.decoder(mu[:, None], steps).squeeze(1)
         error = (predicted - rewards)[real].square().mean()
-        scalars[f"eval/{key}"] = error.item()
-        scalars[f"eval/{key}_over_reward_variance"] = (error / rewards[real].var()).item()
-
-    if args.env_id in envs.SPARSE:
-        for name, paths in scored.items():
-            scalars[f"eval/{name}_context_success"] = np.mean([path["rewards"][-1] == 0 for path in paths])
-    if args.env_id in envs.GROUND_VELOCITY:
-        data = [path for task in set(numbers) for episodes in trajectories[task] for path in episodes]
-        explored_paths = [path for pair in exploration for path in pair]
-        groups = {"offline data": data, "exploration": explored_paths, "offline context": final_offline}
-        for name, paths in (groups | {"online context": final}).items():
-            arrays[name] = envs.ground_paths(args.env_id, paths)
-    return rows, scalars, arrays
+        scalars[f"eval/{name}"] = error
+        scalars[f"eval/{name}_over_reward_variance"] = error / rewards[real].var()
+    return results, scalars, [path for task in set(tasks) for episodes in trajectories[task] for path in episodes]
 
 
-# ===== The run
-
-
-def parse_args(argv=None):
-    """The flags, over the environment's PRESETS row or over the flags of the run to resume. Raises InputError."""
-    known, _ = tyro.cli(Args, args=argv, return_unknown_args=True, add_help=False)
-    defaults = Args(**{"env_id": known.env_id} | PRESETS.get(known.env_id, {}))
-    if known.resume:
-        defaults = load_checkpoint(known.resume, Args)["args"]
-    args = tyro.cli(Args, args=argv, default=defaults, description=__doc__)
-    check_flags(args, defaults, PRESETS, MAY_BE_ZERO, AT_MOST, FREE)
-    return args
-
-
-def speed_up(device):
-    """Make gradient steps on a CPU faster; returns the precision to set for their matrix products, as exact as fp32."""
-    # "medium" has faster kernels, on most CPUs true fp32 as well; not where they are less exact.
-    torch.set_float32_matmul_precision("medium")
-    x = torch.randn(256, 256, generator=torch.Generator().manual_seed(0)).to(device)
-    exact = x.double() @ x.double()
-    error = ((x @ x - exact).norm() / exact.norm()).item()
-    torch.set_float32_matmul_precision("highest")
-    # glibc gives large freed blocks back to the system: thousands of page faults in a step. Let it keep them.
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:
-        # M_MMAP_THRESHOLD, M_TOP_PAD, M_TRIM_THRESHOLD
-        for option, size in ((-3, 1 << 25), (-2, 1 << 26), (-1, (1 << 31) - 1)):
-            mallopt(option, size)
-    return "medium" if error < 1e-5 else "highest"
-
-
-def cuda_graph(take_step, generator):
-    """`take_step` recorded on its fourth call and replayed from then on: one launch in place of hundreds.
-
-    Its tensors must keep their shapes and places, and so do those it returns: each call overwrites them.
-    """
-    graph, stream, info, calls = torch.cuda.CUDAGraph(), torch.cuda.Stream(), {}, 0
-
-    def replay():
-        nonlocal calls, info
-        calls += 1
-        if calls <= 3:  # as they are, on a stream of their own, so that libraries allocate what they need
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                info = take_step()
-            torch.cuda.current_stream().wait_stream(stream)
-            return info
-        if calls == 4:
-            graph.register_generator_state(generator)
-            with torch.cuda.graph(graph):  # records, computes nothing
-                info = take_step()
-        graph.replay()
-        return info
-
-    return replay
+# ===== The two stages
 
 
 def main(args):
     """Train. Returns the trained agent. Raises InputError."""
-    chosen = {k: v for k, v in HYPERPARAMETERS[args.hyperparameters].items() if getattr(args, k) is None}
-    args = dataclasses.replace(args, **chosen)
-    spec = envs.SPECS[args.env_id]
-    gpu = args.device == "cuda" or args.device == "auto" and torch.cuda.is_available()
-    device = torch.device("cuda" if gpu else "cpu")
-    precision = speed_up(device)
-    run = Path(args.resume or Path(args.run_dir) / f"{args.env_id}__{Path(__file__).stem}__{args.seed}")
+    spec, device = envs.lookup(args.env_id), buffers.choose_device(args)
+    rng = torch.Generator(device).manual_seed(args.seed)
+    torch.manual_seed(args.seed)
 
-    # --- Dataset, networks, environments
-    default_file = Path(__file__).parent / "datasets" / f"{args.env_id}.npz"
-    env = envs.make(args.env_id)
-    dataset = load_dataset(args.dataset or default_file, args.env_id, spec, env.unwrapped.set_task)
-    train_tasks, test_tasks = dataset["train_tasks"], dataset["test_tasks"]
-    # An encoder part, which SMAC's encoder and decoder learn from (Cheetah), is not used.
-    paths_of_tasks = [[path for i, path in dataset["rl"] if i == task] for task in range(len(train_tasks))]
+    # An encoder part of the dataset, which SMAC's encoder and decoder learn from (Cheetah), is not used.
+    dataset = buffers.load_dataset(args.env_id, args.dataset)
+    paths_of_tasks = [[] for _ in dataset["train_tasks"]]
+    for task, path in dataset["rl"]:
+        paths_of_tasks[task].append(path)
     # Meta-trajectories: three episodes in a row; the last ones of a task may have fewer
     trajectories = [[paths[i : i + EPISODES] for i in range(0, len(paths), EPISODES)] for paths in paths_of_tasks]
-    torch.manual_seed(args.seed)
     agent = Agent(spec.obs_dim, spec.action_dim, args).to(device)
     vae = {"params": [*agent.encoder.parameters(), *agent.decoder.parameters()], "lr": args.vae_lr}
     sac = {"params": [*agent.policy.parameters(), *agent.q.parameters()], "lr": args.lr}
-    optimizer = torch.optim.Adam([vae, sac], fused=True, capturable=gpu)
-    eval_envs = envs.make_evaluation(args.env_id, train_tasks, test_tasks, TRAIN_EVAL_TASKS, EVAL_REPEATS)
+    optimizer = torch.optim.Adam([vae, sac], fused=True, capturable=device.type == "cuda")
 
-    # --- State of the run: everything that a checkpoint holds
-    rng = torch.Generator(device).manual_seed(args.seed)
-    parts, generators, step = {"agent": agent, "optimizer": optimizer}, {"rng": rng}, 0
-    lock = None if args.eval_only else claim(run, args)
-    if args.resume:
-        step, _ = restore(load_checkpoint(run, Args), parts, {} if args.eval_only else generators)
+    eval_envs = envs.make_evaluation(args.env_id, dataset["train_tasks"], dataset["test_tasks"])
+    with buffers.Run(args, __file__, dataset["sha256"], agent=agent, optimizer=optimizer, rng=rng) as run:
+        # Stage 1: the VAE
+        stacked = stack(trajectories, device)
+        sample, learn = run.fast(sample_vae_batch), run.fast(update_vae, args.compile)
+        for step in run.steps(args.vae_steps, "VAE"):
+            run.log(learn(agent, optimizer, sample(stacked, args, rng), args))
+            if step + 1 == args.vae_steps:
+                run.write(*evaluate(agent, trajectories, eval_envs, args))
 
-    def film():
-        """The meta-episode on the first test task, as a GIF. Raises OSError if this machine can not render."""
-        film_rng = torch.Generator().manual_seed(args.seed)
-        envs.film(args.env_id, test_tasks[0], lambda env: adapt_belief([env], agent, film_rng), run / "video.gif")
-
-    total_steps = args.vae_steps + args.offline_steps
-
-    if args.eval_only:
-        print_rows(evaluate(agent, trajectories, eval_envs, args)[0])
-        if args.capture_video:
-            film()
-        return agent
-
-    writer = SummaryWriter(str(run), purge_step=step + 1)
-    stop_signals = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: stop_signals.append(number))
-    totals, count, since = {}, 0, time.time()
-
-    def make_step(update, draw):
-        """One gradient step as a function without arguments, the draw of its batch included."""
-        fn = torch.compile(update) if args.compile else update
-
-        def take_step():
-            # Only here: the faster products keep memory for every shape they meet, and trajectories are of any length.
-            torch.set_float32_matmul_precision(precision)
-            info = fn(agent, optimizer, draw(), args)
-            torch.set_float32_matmul_precision("highest")
-            return info
-
-        return cuda_graph(take_step, rng) if gpu and args.cuda_graph else take_step
-
-    @writing_to(run)
-    def after_update(info, progress):
-        """Count a gradient step; log, evaluate and save what is due after it."""
-        nonlocal step, totals, count, since
-        step, count, stopping = step + 1, count + 1, bool(stop_signals)
-        totals = {name: totals.get(name, 0) + value for name, value in info.items()}
-        progress.update()
-        stage_ends = step in (args.vae_steps, total_steps)
-        eval_due = stage_ends or step > args.vae_steps and step % args.eval_every == 0
-        save_due = stage_ends or step % args.checkpoint_every == 0 or stopping
-        if step % LOG_EVERY == 0 or eval_due or save_due:
-            means = {name: value.item() / count for name, value in totals.items()}
-            broken = ", ".join(name for name, value in means.items() if not math.isfinite(value))
-            if broken:
-                last = f"the last good checkpoint is {run}/checkpoint.pt, if there is one"
-                raise InputError(f"{broken} became NaN or infinite before step {step}; {last}")
-            for name, value in (means | {"charts/SPS": count / (time.time() - since)}).items():
-                writer.add_scalar(name, value, step)
-            totals, count = {}, 0
-        if eval_due:
-            rows, scalars, arrays = evaluate(agent, trajectories, eval_envs, args)
-            returns = log_evaluation(run, writer, step, 0, rows, scalars, arrays)
-            tqdm.write(f"step {step} | return: {returns}")
-            if step == total_steps:
-                np.savez_compressed(run / f"figures_{step}.npz", **arrays)  # for benchmark/figures.py
-        if save_due:
-            writer.flush()
-            save_checkpoint(run, args, step, 0, parts, generators)
-        if stopping:
-            progress.close()
-            raise SystemExit(f"stopped after step {step}; continue with: python {Path(__file__).name} --resume {run}")
-        if count == 0:
-            since = time.time()  # charts/SPS leaves out evaluations and checkpoints
-
-    # ===== Stage 1: the VAE
-    stacked = stack(trajectories, device)
-    take_step = make_step(update_vae, lambda: sample_vae_batch(stacked, args, rng))
-    with tqdm(total=args.vae_steps, initial=min(step, args.vae_steps), desc="VAE", unit="step") as progress:
-        while step < args.vae_steps:
-            after_update(take_step(), progress)
-
-    # ===== Stage 2: SAC on hyper-states
-    buffer = make_hyper_buffer(agent, trajectories, spec.obs_dim, spec.action_dim)  # a resumed run makes the same again
-    take_step = make_step(update, lambda: sample_batch(buffer, args, rng))
-    with tqdm(total=args.offline_steps, initial=step - args.vae_steps, desc="SAC", unit="step") as progress:
-        while step < total_steps:
-            after_update(take_step(), progress)
-
-    for opened in (writer, lock, env, *(env for _, env in eval_envs["test"] + eval_envs["train"])):
-        opened.close()
-    print_csv(run / "eval.csv")
-    if args.capture_video:
-        film()
+        # Stage 2: SAC on hyper-states; a resumed run makes the same ones again
+        buffer = make_hyper_buffer(agent, trajectories, spec.obs_dim, spec.action_dim)
+        sample, learn = run.fast(sample_batch), run.fast(update, args.compile)
+        for _ in run.steps(args.vae_steps + args.offline_steps, "SAC"):
+            run.log(learn(agent, optimizer, sample(buffer, args, rng), args))
+            if run.evaluation_due:
+                run.write(*evaluate(agent, trajectories, eval_envs, args))
     return agent
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_args())
-    except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    buffers.launch(main, Args, PRESETS)

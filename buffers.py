@@ -1,105 +1,117 @@
-"""Multi-task replay buffer, offline dataset file and the files of a run, shared by every algorithm script.
+"""Multi-task replay buffer; .npz files of datasets and checkpoints; the run: folder, log, checkpoint, command line.
 
 The buffer is the paper's D = {D_i} (Section 3), one D_i for each task. All transitions lie in one preallocated tensor a
-field; for each task two index tables say which of them belong to the RL buffer (for critic and actor) and which to the
-encoder buffer (the histories h that become z, Appendix C.2). A transition that belongs to both is stored once.
+field; for each task two lists of indices say which of them belong to the RL buffer (for critic and actor) and which to
+the encoder buffer (the histories h that become z, Appendix C.2). A transition that belongs to both is stored once.
+
+The three parts can be read one by one; the first needs nothing of the others.
 """
 
 import contextlib
 import csv
-import difflib
+import ctypes
+import dataclasses
+import functools
+import hashlib
 import importlib.metadata
 import json
 import math
 import os
-import pickletools
-import re
+import platform
+import shlex
 import shutil
+import signal
+import sys
 import threading
+import time
 import typing
-import warnings
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
+import tyro
 from matplotlib.figure import Figure
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
 
-FORMAT_VERSION = 1
-PATH_FIELDS = {"obs": np.float32, "actions": np.float32, "rewards": np.float32, "terminals": np.bool_}
-MAX_BYTES, MAX_RATIO = 8 << 30, 20  # a dataset file that declares more, or more times its own size, is refused
-
-
-class InputError(Exception):
-    """A flag or a file that can not be used. Scripts print its one sentence and exit with code 2."""
-
-    def __init__(self, sentence):
-        super().__init__(" ".join(str(sentence)[:500].split()))  # what it quotes from a file may be long or have lines
-
-
-def check(name, found, like):
-    """Raise an InputError unless dicts, arrays and numbers have the keys, types, shapes of `like` and are finite."""
-    kinds = [f"{x.dtype} {tuple(x.shape)}" if hasattr(x, "dtype") else type(x).__name__ for x in (found, like)]
-    if kinds[0] != kinds[1]:
-        raise InputError(f"{name} is {kinds[0]}, expected {kinds[1]}".replace("NoneType", "missing"))
-    if isinstance(like, dict):
-        for key in like | found:
-            check(f"{name}.{key}", found.get(key), like.get(key))
-    elif hasattr(found, "dtype") and not (abs(found) < float("inf")).all():
-        raise InputError(f"{name} is NaN or infinite, expected finite numbers")
-
+import envs
+from envs import InputError
 
 # ===== Replay buffer
 
 
+def join(paths: list, device="cpu") -> dict:
+    """All transitions of some trajectories, as `ReplayBuffer.sample` gives them: obs (L, o), ..., rewards (L, 1)."""
+    rows = {"obs": ("obs", slice(-1)), "next_obs": ("obs", slice(1, None))}
+    rows |= {name: (name, slice(None)) for name in ("actions", "rewards", "terminals") if name in paths[0]}
+    columns = {name: torch.cat([torch.as_tensor(p[key][part]) for p in paths]) for name, (key, part) in rows.items()}
+    return {name: column.reshape(len(column), -1).to(device, torch.float32) for name, column in columns.items()}
+
+
 class ReplayBuffer:
-    """Transitions of all tasks, with an "rl" and a "context" index table for each task.
+    """Transitions of all tasks, with an "rl" and a "context" list of indices for each task.
 
     Args:
         num_tasks: number N of tasks.
         obs_dim, action_dim: sizes o and a of an observation and of an action.
-        capacity: transitions that fit in, all tasks together. Memory: 4 * (2o + a + 2 + 2N) bytes each.
+        capacity: transitions that fit in, all tasks together. Memory: 4 * (2o + a + 2) bytes each, and 32 for indices.
         device: where the tensors live.
     """
 
     def __init__(self, num_tasks: int, obs_dim: int, action_dim: int, capacity: int, device="cpu"):
         dims = {"obs": obs_dim, "actions": action_dim, "rewards": 1, "next_obs": obs_dim, "terminals": 1}
+        lists = ("rl", "context")
         try:
             self.fields = {name: torch.empty(capacity, dim, device=device) for name, dim in dims.items()}
-            self.tables = {
-                name: torch.zeros(num_tasks, capacity, dtype=torch.int32, device=device) for name in ("rl", "context")
-            }
+            # A task's indices stand in a row, from `starts` on. When its room is full they move to the end, where they
+            # have twice as much: all rooms together are less than 4 times the transitions, however many tasks there are.
+            self.index = {name: torch.empty(4 * capacity, dtype=torch.int32, device=device) for name in lists}
         except (RuntimeError, TypeError):  # can't allocate memory; a number of more than 64 bits
             raise InputError(f"a replay buffer for {capacity} transitions does not fit into memory") from None
-        self.sizes = {
-            name: torch.zeros(num_tasks, dtype=torch.int64, device=device) for name in ("rl", "context", "offline")
-        }
-        self.used, self.capacity = 0, capacity
+        self.starts = {name: torch.zeros(num_tasks, dtype=torch.int64, device=device) for name in lists}
+        self.sizes = {name: torch.zeros(num_tasks, dtype=torch.int64, device=device) for name in (*lists, "offline")}
+        self.rooms, self.ends = {name: [0] * num_tasks for name in lists}, dict.fromkeys(lists, 0)
+        self.used, self.capacity, self.device = 0, capacity, torch.device(device)
 
     def add(self, task: int, path: dict, rl: bool = True, context: bool = True) -> None:
         """Append one trajectory to D_task.
 
         Args:
             path: obs (T+1, o), actions (T, a), rewards (T,), terminals (T,).
-            rl, context: which of the two index tables the transitions enter.
+            rl, context: which of the two lists the transitions enter.
         Raises:
             IndexError: the buffer is full.
         """
-        length, start = len(path["actions"]), self.used
-        if start + length > self.capacity:
+        self.extend([(task, path)], rl, context)
+
+    def extend(self, entries: list, rl: bool = True, context: bool = True) -> None:
+        """`add` for a list of (task, path)."""
+        columns, start = join([path for _, path in entries], self.device), self.used
+        self.used += len(columns["obs"])
+        if self.used > self.capacity:
+            self.used = start
             raise IndexError(f"the replay buffer holds {self.capacity} transitions and is full")
-        obs = torch.as_tensor(path["obs"])
-        values = {"obs": obs[:-1], "next_obs": obs[1:]} | {
-            k: torch.as_tensor(path[k]) for k in ("actions", "rewards", "terminals")
-        }
-        for name, field in self.fields.items():
-            field[start : start + length] = values[name].reshape(length, -1)
-        for name, wanted in (("rl", rl), ("context", context)):
-            if wanted:
-                size = int(self.sizes[name][task])
-                self.tables[name][task, size : size + length] = torch.arange(start, start + length)
-                self.sizes[name][task] += length
-        self.used += length
+        for name, column in columns.items():
+            self.fields[name][start : self.used] = column
+        tasks = np.repeat([task for task, _ in entries], [len(path["actions"]) for _, path in entries])
+        order = np.argsort(tasks, kind="stable")
+        found, firsts = np.unique(tasks[order], return_index=True)
+        for task, index in zip(found.tolist(), np.split(start + order, firsts[1:])):
+            for name in ["rl"] * rl + ["context"] * context:
+                self.append_index(name, task, torch.from_numpy(index))
+
+    def append_index(self, name, task, index):
+        """Append to the list of indices `name` of one task."""
+        size, first = int(self.sizes[name][task]), int(self.starts[name][task])
+        if size + len(index) > self.rooms[name][task]:
+            self.rooms[name][task] = max(2 * self.rooms[name][task], size + len(index))
+            old, first = first, self.ends[name]
+            self.index[name][first : first + size] = self.index[name][old : old + size]
+            self.starts[name][task] = first
+            self.ends[name] += self.rooms[name][task]
+        self.index[name][first + size : first + size + len(index)] = index
+        self.sizes[name][task] += len(index)
 
     def mark_offline(self) -> None:
         """Remember that what the encoder buffers hold now is h_offline, the reward-labelled data of Eq. 4."""
@@ -109,7 +121,7 @@ class ReplayBuffer:
         """Empty the encoder buffer of one task; the RL buffer keeps its transitions."""
         self.sizes["context"][task] = 0
 
-    def sample(self, tasks: torch.Tensor, n: int, generator: torch.Generator, source: str = "rl") -> dict:
+    def sample(self, tasks, n: int, generator: torch.Generator, source: str = "rl") -> dict:
         """Draw n transitions for each task, uniformly with replacement.
 
         Args:
@@ -118,15 +130,17 @@ class ReplayBuffer:
         Returns:
             obs (T, n, o), actions (T, n, a), rewards (T, n, 1), next_obs (T, n, o), terminals (T, n, 1).
         """
-        sizes, table = self.sizes[source], self.tables["rl" if source == "rl" else "context"]
-        uniform = torch.rand(len(tasks), n, generator=generator, device=sizes.device)
-        index = table[tasks[:, None], (uniform * sizes[tasks][:, None]).long()]  # (T, n)
+        name, sizes = "rl" if source == "rl" else "context", self.sizes[source]
+        uniform = torch.rand(len(tasks), n, generator=generator, device=self.device)
+        place = self.starts[name][tasks][:, None] + (uniform * sizes[tasks][:, None]).long()  # (T, n)
+        index = self.index[name][place]
         return {name: field[index] for name, field in self.fields.items()}
 
     def paths(self, task: int, where: str, n: int, source: str = "rl") -> list:
         """The "first" or "last" n transitions of one task in time order, as trajectories (what `add` takes)."""
-        index = self.tables[source][task, : int(self.sizes[source][task])]
-        index = index[:n] if where == "first" else index[max(0, len(index) - n) :]
+        start, size = int(self.starts[source][task]), int(self.sizes[source][task])
+        index = self.index[source][start : start + size]
+        index = index[:n] if where == "first" else index[max(0, size - n) :]
         data = {name: field[index].cpu().numpy() for name, field in self.fields.items()}
         # A trajectory goes on while one transition starts where the one before it ended.
         breaks = np.flatnonzero((data["obs"][1:] != data["next_obs"][:-1]).any(1)) + 1
@@ -146,37 +160,117 @@ class ReplayBuffer:
         return self.paths(task, "first", int(self.sizes["offline"][task]), "context")
 
     def state_dict(self) -> dict:
-        """Everything, cut to what is used; made of tensors and integers only."""
-        width = {name: int(self.sizes[name].max()) for name in self.tables}
-        return {
-            "fields": {name: field[: self.used].clone() for name, field in self.fields.items()},
-            "tables": {name: table[:, : width[name]].clone() for name, table in self.tables.items()},
-            "sizes": {name: size.clone() for name, size in self.sizes.items()},
-        }
+        """Everything, cut to what is used; made of tensors only."""
+        index = {}
+        for name, starts in self.starts.items():
+            spans = zip(starts.tolist(), self.sizes[name].tolist())
+            index[name] = torch.cat([self.index[name][start : start + size] for start, size in spans])
+        fields = {name: field[: self.used] for name, field in self.fields.items()}
+        return {"fields": fields, "index": index, "sizes": dict(self.sizes)}
 
     def load_state_dict(self, state: dict) -> None:
-        """Inverse of `state_dict`, of a buffer that began with what this one holds now. Raises InputError."""
-        used, tables = len(state["fields"]["obs"]), state["tables"]
-        like = {"fields": {name: field[:used] for name, field in self.fields.items()}, "sizes": self.sizes}
-        like["tables"] = {name: table[:, : tables[name].shape[1]] for name, table in self.tables.items()}
-        check("checkpoint.buffer", state, like)
+        """Inverse of `state_dict`, for tensors of the right types and sizes. Raises InputError."""
+        used = {len(field) for field in state["fields"].values()}
+        if len(used) != 1 or max(used) > self.capacity:
+            raise InputError(f"its replay buffer has {sorted(used)} transitions, expected at most {self.capacity}")
         for name, size in state["sizes"].items():
-            table = tables["rl" if name == "rl" else "context"]
-            if ((size < 0) | (size > table.shape[1])).any() or ((table < 0) | (table >= used)).any():
-                raise InputError(f"checkpoint.buffer.sizes.{name}, or its table, points outside of {used} transitions")
-        for name, field in self.fields.items():
-            if not torch.equal(field[: self.used].cpu(), state["fields"][name][: self.used]):
-                raise InputError(f"checkpoint.buffer.fields.{name} begins with other transitions than the dataset")
-        self.used = used
+            listed = state["index"]["rl" if name == "rl" else "context"]
+            fits = size.sum() <= len(listed) if name == "offline" else size.sum() == len(listed)
+            if not fits or (size < 0).any() or ((listed < 0) | (listed >= max(used))).any():
+                raise InputError(
+                    f"its replay buffer's sizes.{name}, or its index, points outside of {used} transitions"
+                )
+        self.used = max(used)
         for name, field in self.fields.items():
             field[: self.used] = state["fields"][name]
-        for name, table in self.tables.items():
-            table[:, : state["tables"][name].shape[1]] = state["tables"][name]
         for name, size in self.sizes.items():
             size.copy_(state["sizes"][name])
+        for name, listed in state["index"].items():
+            self.rooms[name], self.ends[name] = self.sizes[name].tolist(), len(listed)
+            self.index[name][: len(listed)] = listed
+            self.starts[name].copy_(self.sizes[name].cumsum(0) - self.sizes[name])
 
 
-# ===== Offline dataset: one .npz file for each environment
+# ===== Files: .npz without pickle
+
+
+MAX_UNPACKED = 1 << 29  # bytes that all compressed arrays of a file may have together; what is stored plain is no more
+MAX_DIRECTORY = 1 << 20  # bytes of the table of contents
+KINDS = "<f4 <f8 <i4 <i8 |u1 |b1".split()
+
+
+def read_npz(path, accept) -> dict:
+    """Some arrays of an .npz file, in one pass; it can not run code, nor take much more memory than its own size.
+
+    Args:
+        accept: accept(name, dtype, shape) says whether to read an array, before it is read. It may raise InputError.
+    Returns:
+        {name: array}, strings as str.
+    Raises:
+        InputError: there is no such file, or it is damaged, or holds anything but plain arrays.
+    """
+    if not Path(path).is_file():
+        raise InputError(f"there is no file {path}")
+    arrays, unpacked, seen = {}, 0, set()
+    try:
+        with open(path, "rb") as file:
+            # The table of contents must end where the file ends, so that there is only one, and be small.
+            file.seek(-min(98, os.path.getsize(path)), os.SEEK_END)
+            end = file.read().rjust(98, b"\0")
+            size = end[-58:-50] if end[-42:-38] == b"PK\6\7" else end[-10:-6]
+            if end[-22:-18] != b"PK\5\6" or end[-2:] != b"\0\0" or int.from_bytes(size, "little") > MAX_DIRECTORY:
+                raise ValueError("it is no .npz file, or damaged")
+            with zipfile.ZipFile(file) as archive:
+                for member in archive.infolist():
+                    name = member.filename.removesuffix(".npy")
+                    stored = member.compress_type == zipfile.ZIP_STORED
+                    unpacked += 0 if stored else member.file_size
+                    fits = member.file_size == member.compress_size if stored else member.compress_type == 8
+                    if name in seen or not fits or unpacked > MAX_UNPACKED:
+                        raise ValueError(f"{name} is there twice, packed in a strange way or too large")
+                    seen.add(name)
+                    with archive.open(member) as stream:
+                        version = np.lib.format.read_magic(stream)
+                        read = getattr(np.lib.format, f"read_array_header_{version[0]}_{version[1]}")
+                        shape, by_columns, dtype = read(stream)
+                        size, text = (
+                            math.prod(shape) * dtype.itemsize,
+                            dtype.kind == "U" and shape == () and dtype.itemsize,
+                        )
+                        if not (text or dtype.str in KINDS) or by_columns or len(shape) > 4:
+                            raise ValueError(f"{name} is no plain array")
+                        if stream.tell() + size != member.file_size:
+                            raise ValueError(f"{name} has another size than it says")
+                        if accept(name, dtype, shape):
+                            array = np.frombuffer(bytearray(stream.read(size)), dtype).reshape(shape)
+                            if stream.read(1) or array.nbytes != size:
+                                raise ValueError(f"{name} has another size than it says")
+                            arrays[name] = str(array[()]) if text else array
+                            text and arrays[name].encode()  # raises a ValueError if that is no text
+    except InputError:
+        raise
+    except Exception as error:  # whatever a damaged or hostile file makes zipfile and numpy raise
+        reason = error if isinstance(error, (ValueError, OSError, zipfile.BadZipFile)) else type(error).__name__
+        raise InputError(f"{path} can not be read: {reason}") from None
+    return arrays
+
+
+def write_file(path, write) -> None:
+    """Write a file whole or not at all: `write(file)` to another one first, which is then renamed. Raises OSError."""
+    temporary = Path(f"{path}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())  # or a power failure could leave an empty file under the new name
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+# ----- Offline dataset: one .npz file for each environment
 #
 #   format_version ()              env_id ()                   command ()  the command that made it
 #   train_tasks (N, k)             test_tasks (M, k)           k numbers describe one task
@@ -187,6 +281,22 @@ class ReplayBuffer:
 # With no encoder trajectories (P = 0) the RL trajectories serve as both buffers.
 
 
+FORMAT_VERSION, MAX_TASKS, MAX_PATHS = 1, 10_000, 1_000_000
+PATH_FIELDS = {"obs": np.float32, "actions": np.float32, "rewards": np.float32, "terminals": np.bool_}
+
+
+def dataset_rules(spec):
+    """{array of a dataset: its type, shape, and how long it may be where the shape is open (None)}."""
+    rules = dict.fromkeys(("env_id", "command"), ("U", (), 0)) | {"format_version": ("i8", (), 0)}
+    rules |= {name: ("f8", (None, spec.task_dim), MAX_TASKS) for name in ("train_tasks", "test_tasks")}
+    for part in ("rl", "encoder"):
+        rules |= {f"{part}_{name}": ("i4", (None,), MAX_PATHS) for name in ("tasks", "lengths")}
+        rules[f"{part}_obs"] = "f4", (None, spec.obs_dim), math.inf
+        rules[f"{part}_actions"] = "f4", (None, spec.action_dim), math.inf
+        rules |= {f"{part}_rewards": ("f4", (None,), math.inf), f"{part}_terminals": ("b1", (None,), math.inf)}
+    return rules
+
+
 def save_dataset(path, env_id: str, train_tasks, test_tasks, rl: list, encoder: list, command: str) -> None:
     """Write an offline dataset.
 
@@ -194,10 +304,12 @@ def save_dataset(path, env_id: str, train_tasks, test_tasks, rl: list, encoder: 
         train_tasks, test_tasks: (N, k) and (M, k) task descriptions, from `envs.sample_tasks`.
         rl, encoder: lists of (task number, trajectory), a trajectory as in `ReplayBuffer.add`.
         command: the command line that made the data, kept in the file.
+    Raises:
+        InputError: `load_dataset` would not take it.
     """
     arrays = {
         "format_version": np.array(FORMAT_VERSION),
-        "env_id": np.array(env_id),
+        "env_id": np.array(envs.short_name(env_id)),
         "command": np.array(command),
         "train_tasks": np.asarray(train_tasks, np.float64),
         "test_tasks": np.asarray(test_tasks, np.float64),
@@ -206,298 +318,683 @@ def save_dataset(path, env_id: str, train_tasks, test_tasks, rl: list, encoder: 
         arrays[f"{part}_tasks"] = np.array([task for task, _ in entries], np.int32)
         arrays[f"{part}_lengths"] = np.array([len(p["actions"]) for _, p in entries], np.int32)
         for name, dtype in PATH_FIELDS.items():
-            like = rl[0][1][name]  # gives an empty encoder part its number of columns
+            like = np.asarray(rl[0][1][name])  # gives an empty encoder part its number of columns
             arrays[f"{part}_{name}"] = np.concatenate([p[name] for _, p in entries] or [like[:0]]).astype(dtype)
-    temporary = Path(path).with_suffix(".tmp.npz")
-    np.savez_compressed(temporary, **arrays)
-    temporary.replace(path)
+    check_dataset(path, env_id, arrays | {name: str(arrays[name]) for name in ("env_id", "command")})
+    write_file(path, lambda file: np.savez_compressed(file, allow_pickle=False, **arrays))
 
 
-def load_dataset(path, env_id: str, spec, set_task=None) -> dict:
+def load_dataset(env_id: str, path=None) -> dict:
     """Read an offline dataset and check all of it.
 
     Args:
-        env_id, spec: the environment the data must belong to, and its `envs.SPECS` entry.
-        set_task: an environment's, to try every task on: it raises ValueError if there is no such task.
+        env_id: the family the data must belong to.
+        path: by default datasets/{env_id}.npz beside this file.
     Returns:
-        train_tasks (N, k), test_tasks (M, k), command, and rl, encoder: lists of (task number, trajectory).
+        train_tasks (N, k), test_tasks (M, k), command; rl, encoder: lists of (task number, trajectory); sha256 of it all.
     Raises:
         InputError: one sentence that names the file, the field, what was found and what was expected.
     """
-    if not Path(path).is_file():
+    path = Path(path or Path(__file__).parent / "datasets" / f"{envs.short_name(env_id)}.npz").expanduser()
+    if not path.is_file():
         raise InputError(f"there is no dataset at {path}: pass --dataset, or make one (see datasets/README.md)")
-    try:
-        with zipfile.ZipFile(path) as archive:  # look at the declared sizes before unpacking anything
-            declared = sum(member.file_size for member in archive.infolist())
-        allowed = min(MAX_BYTES, MAX_RATIO * os.path.getsize(path))
-        if declared > allowed:
-            raise ValueError(f"it declares {declared} bytes, more than the {allowed} allowed")
-        with np.load(path, allow_pickle=False) as file:  # allow_pickle=False: a data file can not run code
-            data = {name: np.asarray(array) for name, array in file.items()}
-    except Exception as error:  # whatever a damaged or hostile file makes the two readers raise
-        raise InputError(f"{path} can not be read as a dataset: {str(error) or type(error).__name__}") from None
+    rules = dataset_rules(envs.lookup(env_id))
+    data = read_npz(path, lambda name, *found: name in rules and check_array(f"{path}: {name}", *found, *rules[name]))
+    check_dataset(path, env_id, data)
+    digest, result = hashlib.sha256(), {name: data[name] for name in ("train_tasks", "test_tasks", "command")}
+    for name in sorted(rules):
+        array = np.array(data[name])
+        digest.update(f"{name} {array.dtype} {array.shape}".encode() + array.tobytes())
+    for part in ("rl", "encoder"):
+        tasks, lengths = data[f"{part}_tasks"].tolist(), data[f"{part}_lengths"].astype(np.int64)
+        cuts, obs_cuts = np.cumsum(lengths)[:-1], np.cumsum(lengths + 1)[:-1]
+        columns = {name: np.split(data[f"{part}_{name}"], obs_cuts if name == "obs" else cuts) for name in PATH_FIELDS}
+        result[part] = [(task, {name: columns[name][i] for name in PATH_FIELDS}) for i, task in enumerate(tasks)]
+    return result | {"sha256": digest.hexdigest()}
 
-    def compare(like):
-        check(f"{path}: dataset", {name: data.get(name) for name in like}, like)
 
-    def array(dtype, *shape):
-        return np.broadcast_to(np.zeros((), dtype), shape)  # takes no memory
+def check_array(what, dtype, shape, kind, wanted, longest=math.inf) -> bool:
+    """Raise an InputError unless an array has this kind and shape (None: any length up to `longest`). Returns True."""
+    fits = dtype.kind == kind if kind == "U" else dtype.str[1:] == kind
+    if not fits or len(shape) != len(wanted) or any(n != w for n, w in zip(shape, wanted) if w is not None):
+        expected = f"{'text' if kind == 'U' else np.dtype(kind)} {wanted}".replace("None", "any number")
+        raise InputError(f"{what} is {dtype} {shape}, expected {expected}")
+    if None in wanted and shape[0] > longest:
+        raise InputError(f"{what} has {shape[0]} entries, expected at most {longest}")
+    return True
 
-    for name, wanted in (("format_version", FORMAT_VERSION), ("env_id", env_id)):
-        found = data[name].tolist() if name in data else "missing"
-        if found != wanted:
-            raise InputError(f"{path}: {name} is {found}, expected {wanted}")
+
+def check_dataset(path, env_id, data) -> None:
+    """Raise an InputError for the first thing that is wrong with the arrays of a dataset."""
+    spec = envs.lookup(env_id)
+    for name, (kind, wanted, longest) in dataset_rules(spec).items():
+        if name not in data:
+            raise InputError(f"{path}: {name} is missing")
+        if not isinstance(data[name], str):
+            check_array(f"{path}: {name}", data[name].dtype, data[name].shape, kind, wanted, longest)
+            if np.size(data[name]) and not np.isfinite(data[name]).all():
+                raise InputError(f"{path}: {name} is NaN or infinite, expected finite numbers")
+    for name, wanted in (("format_version", FORMAT_VERSION), ("env_id", envs.short_name(env_id))):
+        if data[name] != wanted:
+            raise InputError(f"{path}: {name} is {data[name]}, expected {wanted}")
+    unpacked, env = sum(np.asarray(array).nbytes for array in data.values()), envs.make(env_id)
+    if unpacked > MAX_UNPACKED:
+        raise InputError(f"{path}: a dataset of {unpacked} bytes, expected at most {MAX_UNPACKED}")
     for name in ("train_tasks", "test_tasks"):
-        compare({name: array(np.float64, max(1, len(np.atleast_1d(data.get(name)))), spec.task_dim)})
-        if data[name].min() < spec.task_range[0] or data[name].max() > spec.task_range[1]:
-            raise InputError(f"{path}: {name} must lie in {list(spec.task_range)}")
+        tasks, (low, high) = data[name], spec.task_range
+        if not len(tasks) or tasks.min() < low or tasks.max() > high:
+            raise InputError(f"{path}: {name} must hold a task at least, and numbers in {[low, high]}")
         try:
-            for task in data[name] if set_task else ():
-                set_task(task)
+            for task in tasks:
+                env.unwrapped.set_task(task)
         except ValueError as error:
             raise InputError(f"{path}: {name}: {error}") from None
-    num_tasks, result = len(data["train_tasks"]), {"train_tasks": data["train_tasks"], "test_tasks": data["test_tasks"]}
+    env.close()
     for part in ("rl", "encoder"):
-        tasks, lengths = data.get(f"{part}_tasks"), data.get(f"{part}_lengths")
-        compare({f"{part}_{name}": array(np.int32, np.size(lengths)) for name in ("tasks", "lengths")})
+        tasks, lengths, num_tasks = data[f"{part}_tasks"], data[f"{part}_lengths"], len(data["train_tasks"])
+        if lengths.size != tasks.size:
+            raise InputError(f"{path}: {part}_tasks has {tasks.size} entries, {part}_lengths has {lengths.size}")
         if lengths.size and (lengths.min() < 1 or tasks.min() < 0 or tasks.max() >= num_tasks):
             raise InputError(f"{path}: {part}_lengths must be at least 1 and {part}_tasks within 0..{num_tasks - 1}")
         total = int(lengths.sum(dtype=np.int64))
-        shapes = {"obs": (total + lengths.size, spec.obs_dim), "actions": (total, spec.action_dim)}
-        compare({f"{part}_{k}": array(dtype, *shapes.get(k, (total,))) for k, dtype in PATH_FIELDS.items()})
+        for name in PATH_FIELDS:
+            rows, found = total + lengths.size * (name == "obs"), len(data[f"{part}_{name}"])
+            if found != rows:
+                raise InputError(f"{path}: {part}_{name} has {found} rows, expected {rows} by {part}_lengths")
         if np.abs(data[f"{part}_actions"]).max(initial=0) > 1:
             raise InputError(f"{path}: {part}_actions must lie in [-1, 1]")
-        if part == "rl" or lengths.size:
-            missing = np.setdiff1d(np.arange(num_tasks), tasks)
-            if missing.size:
-                raise InputError(f"{path}: {part} has no transition of task {missing[0]}, and every one needs some")
-        cuts, obs_cuts = np.cumsum(lengths)[:-1], np.cumsum(lengths + 1)[:-1]
-        columns = {name: np.split(data[f"{part}_{name}"], obs_cuts if name == "obs" else cuts) for name in PATH_FIELDS}
-        result[part] = [(int(tasks[i]), {name: columns[name][i] for name in PATH_FIELDS}) for i in range(lengths.size)]
-    return result | {"command": str(data.get("command"))}
+        missing = np.setdiff1d(np.arange(num_tasks), tasks)
+        if missing.size and (part == "rl" or lengths.size):
+            raise InputError(f"{path}: {part} has no transition of task {missing[0]}, and every one needs some")
 
 
-def fill_from_dataset(buffer: ReplayBuffer, dataset: dict) -> None:
-    """Put a dataset into the RL and encoder buffers; without encoder trajectories the RL trajectories fill both."""
-    shared = not dataset["encoder"]
-    for task, path in dataset["rl"]:
-        buffer.add(task, path, rl=True, context=shared)
-    for task, path in dataset["encoder"]:
-        buffer.add(task, path, rl=False, context=True)
+def from_dataset(dataset: dict, env_id: str, device="cpu", more_tasks: int = 0, more: int = 0) -> ReplayBuffer:
+    """A replay buffer with a dataset in it, and room for more tasks and transitions; without encoder trajectories the RL
+    trajectories fill both buffers."""
+    spec, num_tasks = envs.lookup(env_id), len(dataset["train_tasks"]) + more_tasks
+    capacity = sum(len(path["actions"]) for _, path in dataset["rl"] + dataset["encoder"]) + more
+    buffer = ReplayBuffer(num_tasks, spec.obs_dim, spec.action_dim, capacity, device)
+    buffer.extend(dataset["rl"], rl=True, context=not dataset["encoder"])
+    if dataset["encoder"]:
+        buffer.extend(dataset["encoder"], rl=False, context=True)
     buffer.mark_offline()
+    return buffer
 
 
-# ===== Files of a run: checkpoint.pt and eval.csv
+# ===== The run. Flags of all scripts: what they may be, and which may change when a run is resumed
 
 
+MAY_BE_ZERO = set(
+    "seed task_seed offline_steps online_iterations lambda_pearl kl_coef posterior_steps policy_reg alpha".split()
+)
+AT_LEAST = {"rl_batch": 2, "context_batch": 2}  # a mean and a deviation are taken over them
+AT_MOST = {"gamma": 1, "tau": 1, "seed": 2**32, "task_seed": 2**32 - 1}  # and see `bounds`
+PRODUCTS = {"meta_batch rl_batch": 2**20, "vae_tasks vae_trajectories elbo_terms elbo_terms": 2**22}  # for memory
+PATHS = ("dataset", "save_dataset", "run_dir", "resume")  # of the command line alone, never from a file
+FREE = (*PATHS, "device", "online_iterations", "compile", "cuda_graph")
 CSV_COLUMNS = ["gradient_step", "env_steps", "split", "context", "task", "return", "exploration_return"]
-# All that a checkpoint's pickle may name: weights_only=True alone allows types that take any amount of memory.
-PICKLED = r"collections OrderedDict|torch\._utils _rebuild_tensor_v2|torch (Byte|Float|Int|Long)Storage"
+LOG_EVERY = 200  # gradient steps averaged into one point of the loss curves
 
 
-def check_flags(args, defaults, env_ids, may_be_zero, at_most, free) -> None:
-    """Raise an InputError for the first flag that can not be used.
+def bounds(name):
+    """The least and the most that the numbers of a flag may be."""
+    most = 2048 if name.endswith("_hidden") else 10_000 if name.endswith(("_batch", "_dim")) else 2**53
+    return AT_LEAST.get(name, 0 if name in MAY_BE_ZERO else math.ulp(0)), AT_MOST.get(name, most)
 
-    Args:
-        args, defaults: all flags, and what they are if not given; with --resume those of the run.
-        may_be_zero, at_most: flags with other bounds than "above 0".
-        free: flags that may change when a run is resumed.
-    """
-    if args.env_id not in env_ids:
-        near = difflib.get_close_matches(args.env_id, env_ids, n=3, cutoff=0)
-        raise InputError(f"--env-id {args.env_id}: there is no such environment, the nearest are {', '.join(near)}")
-    for name, value in vars(args).items():
-        flag, old = "--" + name.replace("_", "-"), getattr(defaults, name)
-        if args.resume and value != old and name not in free:
-            raise InputError(f"{flag} is {old} in the run to resume and can not become {value}")
-        values = (*value, sum(value) or 1) if isinstance(value, tuple) else (value,)
-        low, high = "at least" if name in may_be_zero else "above", at_most.get(name, math.inf)
-        for n in (n for n in values if type(n) in (int, float)):
-            if not ((0 < n or n == 0 and name in may_be_zero) and n <= high and math.isfinite(n)):
-                bound = f" and at most {high}{' in all' * isinstance(value, tuple)}" if name in at_most else ""
-                raise InputError(f"{flag} is {value}, it must be {low} 0{bound}")
-    if args.eval_only and not args.resume:
-        raise InputError("--eval-only looks at a run: name its folder with --resume")
+
+def check_flags(args, before=None) -> None:
+    """Raise an InputError for the first flag that can not be used, or that can not change; before: those of the run."""
+    values = vars(args)
+    for name, kind in typing.get_type_hints(type(args)).items():
+        value, flag, (low, high) = values[name], "--" + name.replace("_", "-"), bounds(name)
+        if not is_a(value, kind):
+            raise InputError(f"{flag} is {value!r}, which is not of its type")
+        if before and name not in FREE and value != getattr(before, name):
+            raise InputError(f"{flag} is {getattr(before, name)} in the run to resume and can not become {value}")
+        numbers = value if isinstance(value, tuple) else (value,)
+        if any(not low <= n <= high for n in numbers if type(n) in (int, float)) or not 0 < len(numbers) <= 10:
+            least = "above 0" if low == math.ulp(0) else f"at least {low}"
+            raise InputError(f"{flag} is {value}, it must be {least} and at most {high}")
+    for names, most in PRODUCTS.items():
+        if all(name in values for name in names.split()) and math.prod(values[name] for name in names.split()) > most:
+            raise InputError(f"{' x '.join(names.split())} must be at most {most}, for memory")
+    file = Path(values.get("save_dataset") or "a").expanduser().absolute()
+    if file.is_dir() or not os.access(file.parent, os.W_OK):
+        raise InputError(
+            f"--save-dataset {file}: there is no such folder that can be written to, or it is a folder itself"
+        )
     if args.compile and not shutil.which("g++"):
         raise InputError("--compile needs a C++ compiler, and there is no g++ here")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: PyTorch finds no GPU here")
 
 
-def claim(run, args):
-    """Make the folder RUN with args.json and, for a new run, an eval.csv without rows. Raises InputError.
-
-    Returns args.json, open: until it is closed or the process ends, no other process can claim RUN.
-    """
-    if not args.resume and (run / "checkpoint.pt").exists():
-        raise InputError(f"{run} holds a run: continue it with --resume {run}, or choose another --run-dir or --seed")
-    run.mkdir(parents=True, exist_ok=True)
-    file = open(run / "args.json", "a")
-    if os.name == "posix":  # Windows has no such lock
-        import fcntl
-
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"another process writes to {run}") from None
-    file.truncate(0)
-    packages = ("torch", "numpy", "gymnasium", "mujoco", "pybullet")
-    versions = {name: importlib.metadata.version(name) for name in packages}
-    file.write(json.dumps(vars(args) | {"versions": versions}, indent=1))
-    file.flush()
-    if not args.resume:
-        (run / "eval.csv").write_bytes((",".join(CSV_COLUMNS) + "\r\n").encode())
-    # On a full disk TensorBoard's thread would print a traceback; the next call to the writer raises the same error.
-    threading.excepthook = lambda hook: None
-    return file
-
-
-@contextlib.contextmanager
-def writing_to(run):
-    """Turn a full disk, or a folder that can not be written any more, into one sentence."""
-    try:
-        yield
-    except OSError as error:
-        saved = f"continue with --resume {run}" if (run / "checkpoint.pt").exists() else "there is no checkpoint yet"
-        raise InputError(f"can not write to {error.filename or run}: {error.strerror or error}; {saved}") from None
-
-
-def save_checkpoint(run, args, step, env_steps, parts, generators):
-    """Write RUN/checkpoint.pt whole or not at all: to another file first, which is then renamed.
-
-    Raises InputError (a number is NaN or infinite) or OSError (it can not be written); the checkpoint before stays.
-    """
-    # eval.csv goes in too: on disk it may end in half a line, or in lines of later steps.
-    state = {"step": step, "env_steps": env_steps, "eval_csv": (run / "eval.csv").read_bytes().decode()}
-    state |= {name: part.state_dict() for name, part in parts.items()}
-    state |= {name: generator.get_state() for name, generator in generators.items()}
-    check(f"no checkpoint after step {step}, the one before stays in {run}: checkpoint", state, state)
-    temporary = run / "checkpoint.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(state | {"args": vars(args) | {"resume": None}}, file)
-            file.flush()
-            os.fsync(file.fileno())  # or a power failure could leave an empty file under the new name
-        os.replace(temporary, run / "checkpoint.pt")
-    except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
-        raise error if isinstance(error, OSError) else error.__context__ or error  # torch hides the OSError
-
-
-def is_flag(value, kind):
+def is_a(value, kind) -> bool:
     """Whether a value is of a flag's type: plain, Optional, Literal or tuple[int, ...]."""
     if typing.get_origin(kind) is tuple:
         return type(value) is tuple and {type(n) for n in value} <= {int}
     if typing.get_origin(kind) is typing.Union:
-        return any(is_flag(value, one) for one in typing.get_args(kind))
-    kinds = (float, int) if kind is float else (kind, *typing.get_args(kind))
-    return type(value) in kinds or type(value) in (str, int) and value in kinds
+        return any(is_a(value, one) for one in typing.get_args(kind))
+    if typing.get_origin(kind) is typing.Literal:
+        return type(value) in (str, int) and value in typing.get_args(kind)
+    return type(value) in ((float, int) if kind is float else (kind,))
 
 
-def load_checkpoint(run, args_class):
-    """Read RUN/checkpoint.pt, its "args" as an args_class; it can not run code.
+def preset(args_class, presets, env_id, variant=""):
+    """The flags of an environment: defaults, its row in `presets`, its row's own presets, and those of a variant."""
+    name, script = envs.short_name(env_id), Path(sys.modules[args_class.__module__].__file__).stem
+    row = presets.get(name, {}) | envs.lookup(env_id).presets.get(script, {})
+    row |= presets.get(variant, {}) | presets.get(f"{name} {variant}", {})
+    unknown = sorted(set(row) - set(vars(args_class())))
+    if unknown:
+        raise InputError(f"a preset of {env_id} names {unknown[0]}, and {script} has no such flag")
+    return dataclasses.replace(args_class(), **{"env_id": env_id} | row)
 
-    Raises:
-        InputError: it is missing or damaged, or another script wrote it.
-    """
-    path = Path(run) / "checkpoint.pt"
-    if not path.is_file():
-        raise InputError(f"there is no checkpoint at {path}")
+
+def read_flags(args_class, presets, path):
+    """The flags in a checkpoint or an agent file; one that it does not have takes its default. Raises InputError."""
+    text = read_npz(path, lambda name, *_: name == "flags").get("flags", "")
     try:
-        with zipfile.ZipFile(path) as archive, warnings.catch_warnings():
-            # torch.load verifies no checksum, and takes all the memory that a file asks for: look first.
-            members = archive.infolist()
-            stored = [m.file_size for m in members if m.compress_type == zipfile.ZIP_STORED]
-            too_large = len(stored) < len(members) or sum(stored) > path.stat().st_size
-            if too_large or members[0].header_offset or archive.testzip():
-                raise ValueError("a size or a checksum in it is wrong")
-            (pickled,) = (m for m in members if m.filename.lower().endswith("data.pkl"))
-            for opcode, name, _ in pickletools.genops(archive.read(pickled)):
-                if opcode.name == "GLOBAL" and not re.fullmatch(PICKLED, name):
-                    raise ValueError(f"it holds {name}")
-            warnings.simplefilter("ignore")
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        flags, kinds = checkpoint["args"], typing.get_type_hints(args_class)
-        for name in flags | kinds:
-            if name not in flags or not is_flag(flags[name], kinds.get(name)):
-                raise ValueError(f"flag {name} is missing, unknown or not of its type")
-        return checkpoint | {"args": args_class(**flags), "path": path}
-    except Exception as error:  # whatever a damaged or hostile file makes the readers raise
-        reason = error if isinstance(error, (ValueError, zipfile.BadZipFile)) else type(error).__name__
-        raise InputError(f"{path} can not be read as a checkpoint of this script: {reason}") from None
+        flags = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(text).items()}
+        known = preset(args_class, presets, flags["env_id"]) if ":" not in flags["env_id"] else args_class()
+        args = dataclasses.replace(known, **flags)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise InputError(f"{path} does not fit this script: {error}") from None
+    check_flags(args)
+    return args
 
 
-def restore(checkpoint, parts, generators):
-    """Put a checkpoint into networks, optimizer, buffer, generators and eval.csv; returns step, env_steps.
+def command_line(args, script, presets) -> str:
+    """The command that starts a run with these flags, from the flags themselves: sys.argv has none of a resumed run."""
+    default, words = (
+        vars(preset(type(args), presets, args.env_id)),
+        ["python", Path(script).name, "--env-id", args.env_id],
+    )
+    for name, value in vars(args).items():
+        if value != default[name] and name != "resume":
+            said = () if isinstance(value, bool) else value if isinstance(value, tuple) else (value,)
+            words += [f"--{'no-' if value is False else ''}{name.replace('_', '-')}", *map(str, said)]
+    return shlex.join(words)
 
-    Without generators, to look at a run and not go on with it, eval.csv stays as it is.
 
-    Raises:
-        InputError: one sentence that names the file, the field, what was found and what was expected.
-    """
-    path, optimizer = checkpoint["path"], parts["optimizer"]
+def parse_args(args_class, presets, argv=None, description=None):
+    """Flags over the presets of the environment, or over those of the run to resume. Raises InputError."""
+    known, _ = tyro.cli(args_class, args=argv, return_unknown_args=True, add_help=False)
+    before = None
+    if known.resume:
+        before = read_flags(args_class, presets, Path(known.resume).expanduser() / "checkpoint.npz")
+        # A file must not run code: a module is imported if the command line names it.
+        if ":" in before.env_id and known.env_id != before.env_id:
+            raise InputError(f"the run's environment is of a module: give --env-id {before.env_id} as well")
+        envs.lookup(before.env_id)
+    default = before or preset(args_class, presets, known.env_id, getattr(known, "preset", ""))
+    args = tyro.cli(args_class, args=argv, default=default, description=description)
+    check_flags(args, before)
+    return args
+
+
+def launch(main, args_class, presets):
+    """What a script does when it is started: an input that can not be used gives one sentence and exit code 2."""
     try:
-        trained = enumerate(p for group in optimizer.param_groups for p in group["params"])
-        moments = checkpoint["optimizer"]["state"]
-        for name, generator in generators.items():  # a GPU's generator has another state than a CPU's
-            if torch.is_tensor(checkpoint.get(name)) and checkpoint[name].shape != generator.get_state().shape:
-                raise InputError("it is of the other kind of device, GPU or CPU; here only --eval-only works")
-        like = {"step": 0, "env_steps": 0, "eval_csv": "", "agent": parts["agent"].state_dict()}
-        like |= {name: generator.get_state() for name, generator in generators.items()}
-        check("checkpoint", {name: checkpoint.get(name) for name in like}, like)
-        # The optimizer holds nothing of a network that was never trained.
-        like = {i: {"step": torch.zeros(()), "exp_avg": p, "exp_avg_sq": p} for i, p in trained if i in moments}
-        check("checkpoint.optimizer.state", moments, like)
-        if not 0 <= checkpoint["step"] < 1 << 60:
-            raise InputError(f"checkpoint.step is {checkpoint['step']}, expected 0 or more")
-        header, *rows = csv.reader(checkpoint["eval_csv"].splitlines())
-        if header != CSV_COLUMNS or any(len([float(n) for n in row[:2] + row[4:]]) != 5 for row in rows):
-            raise InputError("checkpoint.eval_csv is no table of evaluations")
-        if "buffer" in parts:
-            parts["buffer"].load_state_dict(checkpoint["buffer"])
-        parts["agent"].load_state_dict(checkpoint["agent"])
-        moments = {i: {name: value.detach().clone() for name, value in state.items()} for i, state in moments.items()}
-        optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
-        for name, generator in generators.items():
-            generator.set_state(checkpoint[name])
-    except Exception as error:  # whatever missing and strange fields make the lines above raise
-        reason = f"{error} is missing" if isinstance(error, KeyError) else error
-        raise InputError(f"{path} does not fit this run: {reason}") from None
-    if generators:
-        (path.parent / "eval.csv").write_bytes(checkpoint["eval_csv"].encode())
-    return checkpoint["step"], checkpoint["env_steps"]
+        main(parse_args(args_class, presets, description=sys.modules[main.__module__].__doc__))
+    except (InputError, OSError) as error:
+        sys.exit(say(f"error: {InputError(error)}", "stderr") or 2)
+    except KeyboardInterrupt:
+        sys.exit(say("stopped at once; what the last checkpoint does not have is lost", "stderr") or 130)
+    finally:
+        try:
+            sys.stdout.flush()
+        except OSError:  # whoever read it has gone
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
-def task_means(rows):
-    """Of the rows that `evaluate` returns, a line for each task: split, context, task, mean of each column."""
-    for split, context, tasks, *columns in rows:
-        for task in dict.fromkeys(tasks):  # in order
-            yield [split, context, task, *(column[np.equal(tasks, task)].mean().round(4) for column in columns)]
+def train(script, env_id="HopperParam", **flags):
+    """From Python: run a script with its presets and checks, `train(smac_offline_online, env_id="PointDirection")`.
+
+    Returns what its `main` returns, the agent. Signals, hooks, threads and precision are then as they were.
+    """
+    default = preset(script.Args, script.PRESETS, env_id, flags.get("preset", ""))
+    unknown = sorted(set(flags) - set(vars(default)))
+    if unknown:
+        raise InputError(f"{script.__name__} has no flag {unknown[0]}")
+    args = dataclasses.replace(default, **flags)
+    check_flags(args)
+    return script.main(args)
 
 
-def log_evaluation(run, writer, step, env_steps, rows, scalars, arrays) -> str:
-    """Write what `evaluate` returns to eval.csv and TensorBoard; returns the mean returns in words.
+def say(text, stream="stdout"):
+    """Print a line; a closed terminal or pipe, or a word that it can not show, does not stop a run."""
+    with contextlib.suppress(OSError, ValueError):
+        print(text, file=getattr(sys, stream), flush=True)
+
+
+class Screen:
+    """sys.stderr for progress bars: as `say`."""
+
+    def write(self, text):
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.write(text)
+
+    def flush(self):
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.flush()
+
+
+def choose_device(args) -> torch.device:
+    """The device of --device, tried. Raises InputError."""
+    if args.device == "cpu" or args.device == "auto" and not torch.cuda.is_available():
+        return torch.device("cpu")
+    try:
+        return torch.ones(1, device="cuda").add(1).device
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {args.device}: the GPU can not be used ({error}); --device cpu works") from None
+
+
+def versions() -> dict:
+    """What a result may depend on beside its flags."""
+    found = {"python": platform.python_version(), "cpu": platform.processor() or platform.machine()}
+    with contextlib.suppress(OSError, StopIteration):
+        found["cpu"] = (
+            next(line for line in open("/proc/cpuinfo") if line.startswith("model name")).split(":")[1].strip()
+        )
+    for name in ("torch", "numpy", "gymnasium", "mujoco", "pybullet"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def flatten(tree, prefix=""):
+    """Nested dicts -> {"a/b/c": value}; not an optimizer's flags, which are those of the command line."""
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}/")
+        elif key != "param_groups":
+            flat[f"{prefix}{key}"] = torch.as_tensor(value).detach().cpu().numpy()
+    return flat
+
+
+class Run:
+    """One run: folder, lock, progress, log, checkpoints; stops at SIGINT, SIGTERM, SIGHUP. On leaving it gives all back.
+
+        with Run(args, __file__, dataset["sha256"], agent=agent, optimizer=optimizer, rng=rng) as run:
+            for step in run.steps(1000, "offline"):
+                run.log(learn(...))
+                if run.evaluation_due:
+                    run.write(*evaluate(...))
 
     Args:
-        rows: (split, context, task numbers, returns, exploration returns), each of the last three (E,).
-        arrays: KL values "kl_..." (E,) and, if any, paths over ground to draw (., L+1, 2).
+        sha256: of the dataset; a run is resumed with the same data only, wherever the file is.
+        parts: everything that a checkpoint must hold: modules, optimizer, buffer, generators. With --resume they get
+            the state of the checkpoint.
     """
-    with open(run / "eval.csv", "a", newline="") as file:
-        csv.writer(file).writerows([step, env_steps, *line] for line in task_means(rows))
-    for split, context, _, returns, explored in rows:
-        writer.add_scalar(f"eval/{split}/{context}_context_return", returns.mean(), step)
-        if context == "online":
-            writer.add_scalar(f"eval/{split}/exploration_return", explored.mean(), step)
-    for name, value in scalars.items():
-        writer.add_scalar(name, value, step)
-    for name in (name for name in arrays if name.startswith("kl_")):
-        writer.add_scalar(f"eval/{name}", arrays[name].mean(), step)
-        writer.add_histogram(f"eval/{name}", arrays[name], step)
-    if "exploration" in arrays:
-        figure = Figure()
-        draw_paths(figure.subplots(), arrays)
-        writer.add_figure("eval/paths", figure, step)
-    return ", ".join(f"{split} ({context} context) {returns.mean():.1f}" for split, context, _, returns, _ in rows)
+
+    def __init__(self, args, script, sha256="", **parts):
+        name = f"{envs.short_name(args.env_id)}__{Path(script).stem}__{args.seed}"
+        self.folder = Path(args.resume).expanduser() if args.resume else Path(args.run_dir).expanduser() / name
+        self.args, self.script, self.sha256, self.parts = args, Path(script).resolve(), sha256, parts
+        self.checkpoint, self.device = self.folder / "checkpoint.npz", choose_device(args)
+        self.step, self.env_steps, self.totals, self.count, self.end = 0, 0, {}, 0, 0
+        self.stopping, self.evaluation_due, self.sentence = False, False, ""
+        check_flags(args)
+        if not args.resume and self.checkpoint.exists():
+            raise InputError(
+                f"{self.folder} holds a run: continue it with --resume, or choose another --run-dir or --seed"
+            )
+        eval_csv = self.restore() if args.resume else ",".join(CSV_COLUMNS) + "\r\n"  # nothing is written before this
+        if not args.resume:
+            self.precision = matmul_precision(self.device, args.meta_batch * args.rl_batch, args.policy_hidden[0])
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock()
+        self.file.write(json.dumps(vars(args) | {"precision": self.precision, "versions": versions()}, indent=1))
+        self.file.flush()
+        write_file(self.folder / "eval.csv", lambda file: file.write(eval_csv.encode()))
+
+    def lock(self):
+        """Open args.json, empty, so that no other process writes to this run until it is closed."""
+        try:
+            self.file = open(
+                os.open(self.folder / "args.json", os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)), "w+"
+            )
+            if os.name == "posix":  # Windows has no such lock
+                import fcntl
+
+                fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"another process writes to {self.folder}") from None
+        except OSError as error:
+            if error.errno not in (37, 38, 95):  # ENOLCK, ENOSYS, EOPNOTSUPP: a file system without locks
+                raise
+            say(f"warning: {self.folder} can not be locked: start no second process with it", "stderr")
+
+    def __enter__(self):
+        self.writer = SummaryWriter(str(self.folder), purge_step=self.step + 1)
+        if not self.args.resume:
+            flags = "\n".join(f"| {name} | {value} |" for name, value in vars(self.args).items())
+            self.writer.add_text("flags", f"| flag | value |\n|---|---|\n{flags}")
+        # On a full disk TensorBoard's thread would print a traceback; the next call to the writer raises the same error.
+        self.hook, self.handlers, self.monitor = threading.excepthook, {}, tqdm.monitor_interval
+        threading.excepthook = lambda hook: None if issubclass(hook.exc_type, OSError) else self.hook(hook)
+        tqdm.monitor_interval = 0  # no thread
+        if threading.current_thread() is threading.main_thread():
+            for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+                number = getattr(signal, name, None)
+                if number and signal.getsignal(number) is not signal.SIG_IGN:  # as nohup wants it
+                    self.handlers[number] = signal.signal(number, self.stop)
+        return self
+
+    def stop(self, number, frame):
+        """At the first signal stop after this gradient step, at the second at once."""
+        if self.stopping:
+            raise KeyboardInterrupt
+        self.stopping = True
+
+    def __exit__(self, kind, error, traceback):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        with self.writing() if kind is None else contextlib.suppress(OSError):
+            self.writer.close()
+        threading.excepthook, tqdm.monitor_interval = self.hook, self.monitor
+        self.file.close()
+        if kind is None:
+            with self.writing():
+                figure = draw_summary(self.folder)
+                write_file(self.folder / "summary.png", lambda file: figure.savefig(file, format="png", dpi=100))
+            say(table(self.folder / "eval.csv"))
+            say(f"\n{self.folder / 'summary.png'}")
+
+    @contextlib.contextmanager
+    def writing(self):
+        """Turn a full disk, or a folder that can not be written any more, into one sentence."""
+        try:
+            yield
+        except OSError as error:
+            reason = f"can not write to {error.filename or self.folder}: {error.strerror or error}"
+            raise InputError(f"{reason}; {self.saved()}") from None
+
+    def saved(self):
+        """What is left of the run, in words."""
+        return f"continue with: {self.command()}" if self.checkpoint.exists() else "there is no checkpoint yet"
+
+    def command(self):
+        """The command line that continues the run, from any folder."""
+        words = [sys.executable and "python", self.script, "--resume", self.folder.resolve()]
+        words += ["--env-id", self.args.env_id] * (":" in self.args.env_id)
+        for name in ("dataset", "save_dataset"):
+            if getattr(self.args, name, None):
+                words += ["--" + name.replace("_", "-"), Path(getattr(self.args, name)).expanduser().resolve()]
+        return shlex.join(map(str, words))
+
+    def steps(self, end, name):
+        """Gradient steps up to number `end`: yields the number of steps made so far, then counts, saves and stops."""
+        self.end, shown = end, time.time()
+        self.since, terminal = shown, sys.stderr is not None and sys.stderr.isatty()
+        with tqdm(total=end, initial=min(self.step, end), desc=name, file=Screen(), disable=not terminal) as self.bar:
+            while self.step < end:
+                if self.stopping:
+                    raise SystemExit(f"stopped before step {self.step + 1}; {self.saved()}")
+                self.evaluation_due = self.step + 1 == end or (self.step + 1) % self.args.eval_every == 0
+                yield self.step
+                self.step += 1
+                self.bar.update()
+                if self.evaluation_due or self.stopping:
+                    self.save()
+                if self.sentence:
+                    self.bar.clear()
+                    say(self.sentence)
+                    self.sentence = ""
+                if not terminal and time.time() - shown > 30:  # a line now and then where no bar can move
+                    shown = time.time()
+                    say(f"{name}: step {self.step} of {end}", "stderr")
+                if self.stopping:
+                    raise SystemExit(f"stopped after step {self.step}; {self.saved()}")
+
+    def count(self, name, number):
+        """Numbers 0, 1, ... of something that comes before the first gradient step, with a bar; stops as `steps`."""
+        terminal = sys.stderr is not None and sys.stderr.isatty()
+        for i in tqdm(range(number), desc=name, file=Screen(), disable=not terminal):
+            if self.stopping:
+                raise SystemExit(f"stopped before the first gradient step; {self.saved()}")
+            yield i
+
+    def log(self, info):
+        """Add up the scalars of a gradient step, and write their means every LOG_EVERY steps. Raises InputError."""
+        self.totals, self.count = (
+            {name: self.totals.get(name, 0) + value for name, value in info.items()},
+            self.count + 1,
+        )
+        if (self.step + 1) % LOG_EVERY == 0 or self.evaluation_due:
+            means = {name: value.item() / self.count for name, value in self.totals.items()}
+            self.check({name: value for name, value in means.items()}, "before")
+            with self.writing():
+                self.scalars(means | {"charts/SPS": self.count / (time.time() - self.since)})
+            self.totals, self.count, self.since = {}, 0, time.time()
+
+    def check(self, numbers, when):
+        """Raise an InputError if one of the named numbers is NaN or infinite."""
+        broken = ", ".join(name for name, value in numbers.items() if not np.isfinite(value).all())
+        if broken:
+            raise InputError(
+                f"{broken} became NaN or infinite {when} step {self.step + 1} of {self.folder}; {self.saved()}"
+            )
+
+    def scalars(self, values):
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, self.step + 1)
+
+    def write(self, results, scalars, data=()):
+        """Write an evaluation to eval.csv and TensorBoard; at the end of a phase also figures_ and agent_{step}.npz.
+
+        Args:
+            results: {(split, context): (task numbers (E,), E third trajectories, E pairs of exploration, KL (E,) or
+                None)}; "train" comes last.
+            scalars: diagnostics to log.
+            data: trajectories of the dataset in the training tasks, to be drawn.
+        Raises InputError: a return or KL is NaN or infinite.
+        """
+        arrays, lines, words, curves = {}, [], [], dict(scalars)
+        sparse = getattr(envs.lookup(self.args.env_id).env_class, "sparse", False)
+        for (split, context), (tasks, final, exploration, kl) in results.items():
+            returns = np.array([path["rewards"].sum() for path in final])  # (E,)
+            explored = np.array([[path["rewards"].sum() for path in pair] for pair in exploration]).mean(1)
+            self.check({f"the {split} return": returns, "the exploration return": explored}, "at the evaluation after")
+            for task in dict.fromkeys(tasks):
+                of = np.equal(tasks, task)
+                means = returns[of].mean().round(4), explored[of].mean().round(4)
+                lines.append([self.step + 1, self.env_steps, split, context, task, *means])
+            curves[f"eval/{split}/{context}_context_return"] = returns.mean()
+            curves[f"eval/{split}/exploration_return"] = explored.mean()
+            if sparse:
+                curves[f"eval/{split}/{context}_context_success"] = np.mean(
+                    [path["rewards"][-1] == 0 for path in final]
+                )
+            if kl is not None:
+                arrays[f"kl_{split}_{context}_context"] = kl = kl.cpu().numpy()
+                self.check({f"the KL of the {split} {context} context": kl}, "at the evaluation after")
+                curves[f"eval/kl_{split}_{context}_context"] = kl.mean()
+            words.append(f"{split} ({context} context) {returns.mean():.1f}")
+        if hasattr(envs.lookup(self.args.env_id).env_class, "ground_velocity"):
+            groups = {"offline data": data, "exploration": [path for pair in exploration for path in pair]}
+            groups |= {f"{context} context": results["train", context][1] for _, context in results if _ == "train"}
+            arrays |= {name: envs.ground_paths(self.args.env_id, paths) for name, paths in groups.items() if paths}
+        with self.writing():
+            self.scalars(curves)
+            for name in (name for name in arrays if name.startswith("kl_")):
+                self.writer.add_histogram(f"eval/{name}", arrays[name], self.step + 1)
+            if "exploration" in arrays:
+                figure = Figure()
+                draw_paths(figure.subplots(), arrays)
+                self.writer.add_figure("eval/paths", figure, self.step + 1)
+            with open(self.folder / "eval.csv", "a", newline="") as file:
+                csv.writer(file).writerows(lines)
+            if self.step + 1 == self.end:
+                self.save_npz(f"figures_{self.end}.npz", arrays)
+                flags = {"flags": self.flags(), "returns": json.dumps(words), "script": self.script.stem}
+                self.save_npz(f"agent_{self.end}.npz", flatten(self.parts["agent"].state_dict()) | flags)
+        transitions = f", {self.env_steps} new transitions" * (self.env_steps > 0)
+        self.sentence, self.since = f"step {self.step + 1}{transitions} | return: {', '.join(words)}", time.time()
+
+    def save_npz(self, name, arrays):
+        write_file(self.folder / name, lambda file: np.savez(file, allow_pickle=False, **arrays))
+
+    def flags(self):
+        """The flags as JSON, but those that name files."""
+        return json.dumps({name: value for name, value in vars(self.args).items() if name not in PATHS})
+
+    def state(self):
+        """Everything that a checkpoint holds, as {name: array}."""
+        states = {
+            name: part.get_state() if isinstance(part, torch.Generator) else part.state_dict()
+            for name, part in self.parts.items()
+        }
+        return flatten(
+            {"step": self.step, "env_steps": self.env_steps, "count": self.count, "totals": self.totals} | states
+        )
+
+    def save(self):
+        """Write checkpoint.npz. eval.csv goes in too: on disk it may end in half a line, or in lines of later steps."""
+        state, words = self.state(), {"flags": self.flags(), "sha256": self.sha256, "precision": self.precision}
+        for name, array in state.items():
+            if np.isnan(array).any():
+                raise InputError(f"no checkpoint after step {self.step}, {name} holds NaN; {self.saved()}")
+        with self.writing():
+            self.writer.flush()
+            words["eval_csv"] = (self.folder / "eval.csv").read_bytes().decode()
+            self.save_npz("checkpoint.npz", state | words)
+
+    def restore(self):
+        """Put the checkpoint into the parts, step, env_steps and averages; returns eval.csv. Raises InputError."""
+        words, like, path = {"flags": "", "sha256": "", "precision": "", "eval_csv": ""}, self.state(), self.checkpoint
+        rules = {name: (array.dtype.str[1:], array.shape) for name, array in like.items()}
+        optimizer, moments = self.parts["optimizer"], {}
+        for i, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+            moments[f"optimizer/state/{i}/step"] = "f4", ()
+            moments |= {
+                f"optimizer/state/{i}/{name}": ("f4", tuple(parameter.shape)) for name in ("exp_avg", "exp_avg_sq")
+            }
+
+        def accept(name, dtype, shape):
+            kind, wanted = (rules | moments).get(name, ("U", ()) if name in words else ("f4", ()))
+            if name not in rules | moments | words and not name.startswith("totals/"):
+                raise InputError(f"{path} does not fit this run: {name} is unknown")
+            if name.startswith(("buffer/fields", "buffer/index")):
+                wanted = (None, *wanted[1:])
+            if isinstance(self.parts.get(name), torch.Generator) and shape != wanted:
+                raise InputError(f"{path} is of the other kind of device, GPU or CPU; its agent can be watched")
+            return check_array(f"{path}: {name}", dtype, shape, kind, wanted)
+
+        found = read_npz(path, accept)
+        for name in (*rules, *words):
+            if name not in found:
+                raise InputError(f"{path} does not fit this run: {name} is missing")
+        if found["sha256"] != self.sha256:
+            raise InputError(f"the data of {self.folder} are others than in this dataset: name theirs with --dataset")
+        header, *rows = csv.reader(found["eval_csv"].splitlines())
+        if header != CSV_COLUMNS or found["precision"] not in ("highest", "medium") or found["step"] < 0:
+            raise InputError(f"{path} does not fit this run: its step, table of evaluations or precision is none")
+        tree = {}
+        for name, array in found.items():
+            *nodes, last = name.split("/")
+            node = tree
+            for part in nodes:
+                node = node.setdefault(part, {})
+            node[last] = array if isinstance(array, str) else torch.from_numpy(array)
+        try:
+            for name, part in self.parts.items():
+                if isinstance(part, torch.Generator):
+                    part.set_state(tree[name])
+                elif part is optimizer:
+                    state = {int(i): moment for i, moment in tree.get(name, {}).get("state", {}).items()}
+                    part.load_state_dict(part.state_dict() | {"state": state})
+                else:
+                    part.load_state_dict(tree[name])
+        except (RuntimeError, KeyError, InputError) as error:
+            raise InputError(f"{path} does not fit this run: {error}") from None
+        self.step, self.env_steps, self.count = (int(tree[name]) for name in ("step", "env_steps", "count"))
+        self.totals = {
+            "/".join(name.split("/")[1:]): torch.tensor(found[name]) for name in found if name[:7] == "totals/"
+        }
+        self.precision = found["precision"]
+        return found["eval_csv"]
+
+    def fast(self, function, compiled=False):
+        """`function`, in this run's precision; on a GPU recorded and replayed, see `record`."""
+        function = torch.compile(function) if compiled else function
+
+        def call(*arguments, **flags):
+            # Only here: the faster products keep memory for every shape they meet, and trajectories are of any length.
+            before = torch.get_float32_matmul_precision()
+            torch.set_float32_matmul_precision(self.precision)
+            try:
+                return function(*arguments, **flags)
+            finally:
+                torch.set_float32_matmul_precision(before)
+
+        return record(call) if self.device.type == "cuda" and self.args.cuda_graph else call
+
+
+# ===== Speed
+
+
+@functools.cache
+def matmul_precision(device, rows, width):
+    """ "medium" where it is as exact as "highest" and faster, on products of a gradient step's shape, else "highest"."""
+    # glibc gives large freed blocks back to the system: thousands of page faults in a step. Let it keep them.
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    for option, size in ((-3, 1 << 25), (-2, 1 << 26), (-1, (1 << 31) - 1)) if mallopt else ():
+        mallopt(option, size)  # M_MMAP_THRESHOLD, M_TOP_PAD, M_TRIM_THRESHOLD
+    generator, before, times = torch.Generator().manual_seed(0), torch.get_float32_matmul_precision(), {}
+    x, w = (torch.randn(n, width, generator=generator).to(device) for n in (min(rows, 4096), width))
+    exact = x.double() @ w.double()
+    try:
+        for precision in 8 * ["highest", "medium"]:
+            torch.set_float32_matmul_precision(precision)
+            start = time.perf_counter()
+            error = ((x @ w - exact).norm() / exact.norm()).item()
+            times[precision] = min(time.perf_counter() - start, times.get(precision, math.inf))
+            if error > 1e-5:
+                return "highest"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    return min(times, key=times.get)
+
+
+def record(function):
+    """On a GPU: `function` recorded on its fourth call and replayed, one launch in place of hundreds; a record for each
+    set of keyword arguments. If recording fails it says so and goes on as it was.
+
+    What is recorded keeps the places of its tensors: arguments must be the same objects in every call, or what another
+    recorded function returned; every call overwrites what the one before returned.
+    """
+    stream, calls, records = torch.cuda.Stream(), {}, {}
+
+    def call(*arguments, **flags):
+        key = tuple(flags.items())
+        calls[key] = calls.get(key, 0) + 1
+        if calls[key] <= 3:  # as it is, on a stream of its own, so that libraries allocate what they need
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                result = function(*arguments, **flags)
+            torch.cuda.current_stream().wait_stream(stream)
+            return result
+        if key not in records:
+            graph = torch.cuda.CUDAGraph()
+            try:
+                for argument in arguments:
+                    if isinstance(argument, torch.Generator):
+                        graph.register_generator_state(argument)
+                with torch.cuda.graph(graph):  # records, computes nothing
+                    records[key] = graph, function(*arguments, **flags)
+            except RuntimeError as error:
+                say(f"warning: no CUDA graph, plain steps instead: {InputError(error)}", "stderr")
+                records[key] = None
+        if records[key] is None:
+            return function(*arguments, **flags)
+        records[key][0].replay()
+        return records[key][1]
+
+    return call
+
+
+# ===== Pictures and tables of a run
 
 
 def draw_paths(axes, ground: dict) -> None:
@@ -510,21 +1007,65 @@ def draw_paths(axes, ground: dict) -> None:
     axes.legend(fontsize=7)
 
 
-def print_rows(rows) -> None:
-    """The return on each task, of the rows that `evaluate` returns."""
-    print(f"{'split':>8}{'context':>10}{'task':>6}{'return':>12}{'exploration':>14}")
-    for split, context, task, mean, explored in task_means(rows):
-        print(f"{split:>8}{context:>10}{task:>6}{mean:>12.1f}{explored:>14.1f}")
+def draw_kls(axes, arrays: dict) -> None:
+    """Figure 2: how far the posterior is from the prior on the training tasks, {kl_train_{context}_context: (E,)}."""
+    kls = {context: arrays.get(f"kl_train_{context}_context") for context in ("offline", "online")}
+    kls = {context: kl for context, kl in kls.items() if kl is not None}
+    axes.set_visible(bool(kls))  # MACAW has no posterior
+    bins = np.linspace(0, max((kl.max() for kl in kls.values()), default=1), 25)
+    for (context, kl), colour in zip(kls.items(), ("tab:blue", "tab:orange")):
+        axes.hist(kl, bins=bins, color=colour, alpha=0.6, label=f"{context} context, mean {kl.mean():.1f}")
+    axes.set_xlabel("KL of the posterior to the prior")
+    if kls:
+        axes.legend(fontsize=7)
 
 
-def print_csv(path):
-    """The table at the end of a run: every evaluation, mean over tasks."""
+def read_csv(path) -> dict:
+    """eval.csv -> {(split, context): {(gradient step, new transitions): mean return over tasks}}."""
+    cells = {}
     with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
-    groups = list(dict.fromkeys((row["split"], row["context"]) for row in rows))
-    print("\nPost-adaptation return, mean over tasks")
-    print(f"{'gradient step':>14}{'transitions':>13}" + "".join(f"{f'{s}, {c} context':>24}" for s, c in groups))
-    for at in dict.fromkeys((row["gradient_step"], row["env_steps"]) for row in rows):
-        here = [row for row in rows if (row["gradient_step"], row["env_steps"]) == at]
-        values = [[float(row["return"]) for row in here if (row["split"], row["context"]) == g] for g in groups]
-        print(f"{at[0]:>14}{at[1]:>13}" + "".join(f"{np.mean(v):>24.1f}" for v in values))
+        for row in csv.DictReader(file):
+            steps = cells.setdefault((row["split"], row["context"]), {})
+            steps.setdefault((int(row["gradient_step"]), int(row["env_steps"])), []).append(float(row["return"]))
+    return {group: {at: float(np.mean(values)) for at, values in steps.items()} for group, steps in cells.items()}
+
+
+def table(path) -> str:
+    """Every evaluation of an eval.csv, mean over tasks."""
+    groups = read_csv(path)
+    lines = ["", "Post-adaptation return, mean over tasks"]
+    lines += [f"{'gradient step':>14}{'transitions':>13}" + "".join(f"{f'{s}, {c} context':>24}" for s, c in groups)]
+    for at in dict.fromkeys(at for steps in groups.values() for at in steps):
+        values = "".join(f"{steps[at]:>24.1f}" if at in steps else " " * 24 for steps in groups.values())
+        lines.append(f"{at[0]:>14}{at[1]:>13}{values}")
+    return "\n".join(lines)
+
+
+def draw_summary(folder) -> Figure:
+    """The picture of a run: its returns, and for each phase the KLs of Figure 2 and the paths of Figures 6 and 8."""
+    groups = read_csv(Path(folder) / "eval.csv")
+    last = max((step for steps in groups.values() for step, _ in steps), default=0)
+    files = sorted(Path(folder).glob("figures_*.npz"), key=lambda file: int(file.stem.split("_")[1]))
+    files = [file for file in files if int(file.stem.split("_")[1]) <= last]
+    figure = Figure(figsize=(13, 3.6 * max(1, len(files))), layout="constrained")
+    grid = figure.subplots(max(1, len(files)), 3, squeeze=False)
+    colours = {("test", "online"): "tab:red", ("train", "online"): "tab:orange", ("train", "offline"): "tab:blue"}
+    for (split, context), steps in groups.items():
+        points = np.array([[step, value] for (step, _), value in steps.items()])
+        grid[0, 0].plot(*points.T, color=colours[split, context], label=f"{split} tasks, {context} context")
+    offline = [step for steps in groups.values() for step, transitions in steps if not transitions]
+    if offline and max(offline) < last:
+        grid[0, 0].axvline(max(offline), color="silver", linestyle="--", label="the self-supervised phase begins")
+    grid[0, 0].set(title=Path(folder).resolve().name, xlabel="gradient step", ylabel="post-adaptation return")
+    grid[0, 0].legend(fontsize=7)
+    for row, file in zip(grid, files):
+        arrays = read_npz(file, lambda *_: True)
+        ground = {name: array for name, array in arrays.items() if not name.startswith("kl_")}
+        draw_kls(row[1], arrays)
+        row[1].set_title(f"after {file.stem.split('_')[1]} gradient steps")
+        row[2].set_visible(bool(ground))
+        if ground:
+            draw_paths(row[2], ground)
+    for row in grid[1:]:
+        row[0].set_visible(False)
+    return figure

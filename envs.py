@@ -1,6 +1,6 @@
 """Task families of SMAC (Pong et al., "Offline Meta-Reinforcement Learning with Online Self-Supervision", ICML 2022,
 https://arxiv.org/abs/2107.03974), Appendix C.2: Gymnasium's MuJoCo robots, a robot arm in PyBullet, and a point mass
-for teaching and tests.
+for teaching and tests. A family is a class and a row of sizes, see `Spec` and the rows at the end of this file.
 
     env = envs.make("HopperParam")                          # actions in [-1, 1], float32 observations, 200 steps
     tasks = envs.sample_tasks("HopperParam", num_tasks=55)  # (55, 41)
@@ -16,162 +16,228 @@ Where this file and the paper's text differ, a comment says `PAPER: ... CODE: ..
 
 import difflib
 import functools
+import importlib
 import os
+import sys
 import weakref
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import gymnasium as gym
-import imageio
 import mujoco
 import numpy as np
+import torch
 from gymnasium.envs.mujoco.ant_v5 import AntEnv
 from gymnasium.envs.mujoco.half_cheetah_v5 import HalfCheetahEnv
 from gymnasium.envs.mujoco.hopper_v5 import HopperEnv
 from gymnasium.envs.mujoco.humanoid_v5 import HumanoidEnv
 from gymnasium.envs.mujoco.walker2d_v5 import Walker2dEnv
 from gymnasium.utils import EzPickle
-from gymnasium.wrappers import RenderCollection
+
+
+class InputError(ValueError):
+    """A flag, a file or an environment that can not be used. Scripts print its one sentence and exit with code 2."""
+
+    def __init__(self, sentence):
+        words = " ".join(str(sentence)[:500].split())  # what it quotes from a file may be long, or have lines,
+        super().__init__("".join(c if c.isprintable() else "?" for c in words))  # or commands for the terminal
 
 
 @dataclass(frozen=True)
 class Spec:
-    """Sizes of one task family (Table 2 and Appendix C.2). Training tasks are the first rows of
-    `sample_tasks(env_id, num_train_tasks + num_test_tasks)`, test tasks the last."""
+    """The row of a task family: its class, its sizes, and what the scripts shall change for it.
 
+    The class is a Gymnasium environment whose constructor needs no argument. It has `set_task(task)`, which raises
+    ValueError if there is no such task, and `sample_tasks(rng, num_tasks)` -> (num_tasks, task_dim), a static method
+    that gets a numpy RandomState. It may have `sparse = True` (reward 0 in a step that achieves the goal, else less:
+    an episode succeeds if its last reward is 0) and `ground_velocity = (column, seconds)`: the first of the two
+    columns of an observation that hold the velocity over ground, and the seconds of a step.
+    """
+
+    env_class: type
     obs_dim: int
     action_dim: int
-    task_dim: int
-    """length of one task, the array that `set_task` takes"""
-    horizon: int
-    """environment steps after which an episode is truncated"""
-    num_train_tasks: int
-    num_test_tasks: int
-    task_range: tuple[float, float] = (-100.0, 100.0)
-    """numbers outside of it are no task: a guard against damaged files, wider than what `sample_tasks` draws from"""
+    task_dim: int  # length of one task, the array that `set_task` takes
+    horizon: int  # environment steps after which an episode is truncated
+    num_train_tasks: int  # the first rows of sample_tasks(env_id, num_train_tasks + num_test_tasks)
+    num_test_tasks: int  # the last rows
+    task_range: tuple[float, float] = (-100.0, 100.0)  # other numbers are no task: a guard against damaged files
+    presets: Mapping = field(default_factory=dict, hash=False)  # {script: {flag: value}}, of one's own family
+
+    def __post_init__(self):
+        missing = [name for name in ("reset", "step", "set_task", "sample_tasks") if not hasattr(self.env_class, name)]
+        if missing:
+            raise InputError(f"{self.env_class} is no task family: it has no {', '.join(missing)}")
+        for name in ("obs_dim", "action_dim", "task_dim", "horizon", "num_train_tasks", "num_test_tasks"):
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
+                raise InputError(f"{name} of a task family is {getattr(self, name)}, expected a whole number above 0")
 
 
-SPECS: dict[str, Spec] = {
-    "HopperParam": Spec(11, 3, 41, 200, 50, 5, (0.01, 100.0)),
-    "WalkerParam": Spec(17, 6, 65, 200, 50, 5, (0.01, 100.0)),
-    "CheetahVelocity": Spec(20, 6, 1, 200, 100, 30),
-    # PAPER: R^20, orientation and the joints' angles and velocities. CODE: 27, with height and torso velocities: the
-    # reward is linear in the torso's velocity, which cannot be told from the 20.
-    "AntDirection": Spec(27, 8, 1, 200, 100, 20),
-    "HumanoidDirection": Spec(376, 17, 1, 200, 50, 5),
-    "SawyerManipulation": Spec(13, 4, 9, 50, 50, 10),
-    "SawyerManipulation8": Spec(13, 4, 9, 50, 50, 10),  # Figure 9
-    "PointDirection": Spec(4, 2, 1, 50, 50, 20),  # not in the paper
-}
+SPECS: dict[str, Spec] = {}  # filled by `register`; the paper's families are at the end of this file
 
-# Numbers of bodies (the world is one), degrees of freedom and geoms; a Param task multiplies their mass (nbody),
-# inertia (nbody, 3), damping (nv) and friction (ngeom, 3), and is the concatenation of the four, flattened.
-PARAM_SIZES = {"HopperParam": (5, 6, 5), "WalkerParam": (8, 9, 8)}
 
-# Reward 0 in a step with the behaviour achieved, else -1: the last step of an episode tells whether it succeeded
-SPARSE = ("SawyerManipulation", "SawyerManipulation8")
+def register(env_id: str, spec: Spec) -> None:
+    """Add a task family: from then on `--env-id {env_id}` works in every script, or `--env-id module:{env_id}` if the
+    call stands in a module of one's own."""
+    if not env_id.isidentifier():
+        raise InputError(f"{env_id!r} can not be the name of a task family: it must be a Python name")
+    SPECS[env_id] = spec
+    gym.registry.pop(f"smac/{env_id}-v0", None)
+    gym.register(
+        f"smac/{env_id}-v0",
+        entry_point=spec.env_class,
+        max_episode_steps=spec.horizon,
+        disable_env_checker=True,  # it would check every step
+    )
 
-# First of the two columns of an observation that hold the velocity over ground, and the seconds of a step
-GROUND_VELOCITY = {"AntDirection": (13, 0.05), "HumanoidDirection": (22, 0.015), "PointDirection": (2, 0.1)}
+
+def short_name(env_id: str) -> str:
+    """The key of SPECS in `env_id`, which is one or "module:key"."""
+    return env_id.rpartition(":")[2]
+
+
+def lookup(env_id: str) -> Spec:
+    """The row of a family; "module:key" imports the module, also from the working directory, where it is registered.
+
+    Raises InputError: there is no such module or key.
+    """
+    module, _, name = str(env_id).rpartition(":")
+    if module and name not in SPECS:
+        sys.path.append(os.getcwd())
+        try:
+            importlib.import_module(module)
+        except Exception as error:  # whatever a module of somebody else raises
+            raise InputError(f"{env_id}: importing {module} failed, {type(error).__name__}: {error}") from error
+        finally:
+            sys.path.pop()
+    if name not in SPECS:
+        nearest = ", ".join(difflib.get_close_matches(name, SPECS, n=3, cutoff=0.0))
+        raise InputError(f"there is no environment {env_id}, the nearest are {nearest}; one's own is module:Name")
+    return SPECS[name]
 
 
 def make(env_id: str, render_mode: str | None = None) -> gym.Env:
-    """Build one environment of the family `env_id`, set to a nominal task.
+    """Build one environment of the family `env_id`, truncated at its horizon.
 
-    Args:
-        env_id: a key of SPECS.
-        render_mode: None or "rgb_array".
-
-    Returns an env with actions in [-1, 1] (clipped), float32 observations (obs_dim,) and truncation at the horizon.
-    Choose the task with `env.unwrapped.set_task(task)`, then reset.
-    Raises ValueError if `env_id` is unknown.
+    Choose the task with `env.unwrapped.set_task(task)`, then reset; the families of this file begin with a nominal one.
+    Raises InputError: there is no such family, or its environment does not fit its row.
     """
-    lookup(env_id)
-    return gym.make(f"smac/{env_id}-v0", render_mode=render_mode)
+    check_family(lookup(env_id))
+    return gym.make(f"smac/{short_name(env_id)}-v0", **({"render_mode": render_mode} if render_mode else {}))
+
+
+@functools.cache
+def check_family(spec: Spec) -> None:
+    """Compare tasks, one reset and one step with the row, so that a mistake costs a second. Raises InputError."""
+    name = spec.env_class.__name__
+    try:
+        tasks = np.asarray(spec.env_class.sample_tasks(np.random.RandomState(0), 2))
+        env = spec.env_class()
+        env.set_task(tasks[0])
+        (obs, _), shapes = env.reset(seed=0), {"task_dim": (tasks.shape[1:], (spec.task_dim,))}
+        shapes |= {"obs_dim": (np.shape(obs), (spec.obs_dim,))}
+        shapes |= {"action_dim": (env.action_space.shape, (spec.action_dim,))}
+        if all(found == wanted for found, wanted in shapes.values()):
+            next_obs, reward, terminated, *_ = env.step(np.zeros(spec.action_dim, np.float32))
+            shapes["obs_dim of a step"] = (np.shape(next_obs), (spec.obs_dim,))
+            numbers = [*np.ravel(obs), *np.ravel(next_obs), *np.ravel(reward)]
+        env.close()
+    except InputError:
+        raise
+    except Exception as error:  # whatever an environment of somebody else raises
+        raise InputError(f"{name} can not be used: {type(error).__name__}: {error}") from error
+    for size, (found, wanted) in shapes.items():
+        if found != wanted:
+            raise InputError(f"{name}: {size} is {wanted} in its row, but its environment has {found}")
+    if np.size(reward) != 1 or np.size(terminated) != 1:
+        raise InputError(f"{name}: a step pays a reward of shape {np.shape(reward)}, expected one number")
+    if not np.isfinite(np.array(numbers, np.float64)).all():
+        raise InputError(f"{name}: an observation or reward is NaN or infinite")
 
 
 def sample_tasks(env_id: str, num_tasks: int, seed: int = 1337) -> np.ndarray:
-    """Draw tasks; the first n rows do not depend on how many more are drawn, nor on any global random state.
+    """Draw tasks, independent of any global random state.
 
     Args:
         env_id: a key of SPECS.
-        num_tasks: rows to draw.
+        num_tasks: rows to draw; in the families of this file the first n do not depend on how many more are drawn.
         seed: the default makes CheetahVelocity (130 tasks) and AntDirection (120) the lists of the authors' release.
 
     Returns float64 (num_tasks, task_dim): target velocity in m/s, direction in rad, a Param family's multipliers, or a
     Sawyer scene and behaviour.
-    Raises ValueError if `env_id` is unknown. Source: Appendix C.2.
+    Raises InputError if `env_id` is unknown. Source: Appendix C.2.
     """
-    task_dim = lookup(env_id).task_dim
     rng = np.random.RandomState(seed)  # the legacy generator: its stream is frozen, and made the released lists
-    if env_id == "CheetahVelocity":
-        return rng.uniform(0, 3, num_tasks)[:, None]
-    if env_id == "AntDirection":
-        return np.deg2rad(rng.uniform(0, 360, num_tasks))[:, None]
-    if env_id in PARAM_SIZES:
-        nbody, nv, ngeom = PARAM_SIZES[env_id]
-        # PAPER: log-uniform on [1.5^-3, 1.5^3] for all four. CODE: base 1.3 for damping (also in the repository cited).
-        base = np.repeat([1.5, 1.5, 1.3, 1.5], [nbody, 3 * nbody, nv, 3 * ngeom])  # mass, inertia, damping, friction
-        return base ** rng.uniform(-3, 3, (num_tasks, task_dim))
-    if env_id.startswith("Sawyer"):
-        tasks = [[] for _ in range(num_tasks)]
-        for task, row in zip(tasks, rng.uniform(size=(num_tasks, task_dim))):
-            for uniform in row:
-                choices = task_choices(env_id, task)
-                task.append(choices[int(uniform * len(choices))])
-        return np.array(tasks, np.float64)
-    return rng.uniform(0, 2 * np.pi, num_tasks)[:, None]
+    return np.asarray(lookup(env_id).env_class.sample_tasks(rng, num_tasks), np.float64)
 
 
-def lookup(env_id: str) -> Spec:
-    """SPECS[env_id], or a ValueError that names the nearest known ids."""
-    if env_id not in SPECS:
-        nearest = difflib.get_close_matches(str(env_id), SPECS, n=3, cutoff=0.0)
-        raise ValueError(f"Unknown environment {env_id!r}: the nearest known names are {', '.join(nearest)}.")
-    return SPECS[env_id]
+# ----- Evaluation: episodes side by side, and where they lead
 
 
-# ----- Evaluation, and looking at it
+def make_evaluation(env_id: str, train_tasks, test_tasks, num_train: int = 10, num_test: int = 100, repeats: int = 4):
+    """The tasks of an evaluation: all test tasks (at most num_test) and num_train training tasks, `repeats` times each.
 
-
-def make_evaluation(env_id: str, train_tasks, test_tasks, num_train: int, repeats: int) -> dict:
-    """{"test": all test tasks, "train": num_train training tasks}, each task `repeats` times.
-
-    Returns for both splits a list of pairs (row of the task, environment set to it).
+    Returns {"test": (row of each task, environments set to them), "train": ...}, E of each.
     """
-    # Evenly spaced in the first number of a task: ten directions drawn at random would favour policies that ignore it.
-    middles = (np.arange(num_train) + 0.5) / num_train * len(train_tasks)
-    spaced = np.unique(np.argsort(train_tasks[:, 0])[middles.astype(int)])
-    pairs = {"test": [], "train": []}
-    for split, tasks, numbers in (("test", test_tasks, range(len(test_tasks))), ("train", train_tasks, spaced)):
-        for number in np.repeat(numbers, repeats).tolist():
-            pairs[split].append((number, make(env_id)))
-            pairs[split][-1][1].unwrapped.set_task(tasks[number])
+    pairs = {}
+    for split, tasks, num in (("test", test_tasks, min(num_test, len(test_tasks))), ("train", train_tasks, num_train)):
+        # Evenly spaced in the first number of a task: tasks drawn at random would favour policies that ignore it.
+        middles = (np.arange(num) + 0.5) / num * len(tasks)
+        spaced = np.unique(np.argsort(tasks[:, 0])[middles.astype(int)])
+        numbers = np.repeat(range(num) if num == len(tasks) else spaced, repeats).tolist()
+        pairs[split] = numbers, [make(env_id) for _ in numbers]
+        for number, env in zip(*pairs[split]):
+            env.unwrapped.set_task(tasks[number])
     return pairs
 
 
-def film(env_id: str, task, play, file) -> None:
-    """Write a GIF of what `play(env)` does in an environment set to `task`.
+class Episodes:
+    """One episode in each of E environments, side by side: what the agent saw, did and got.
 
-    Raises OSError if this machine can not render.
+    Args:
+        rng: gives the seeds of the resets.
+        read_rewards: if False the environments' rewards are dropped unread, and the trajectories have none.
     """
-    try:
-        env = RenderCollection(make(env_id, render_mode="rgb_array"), reset_clean=False)
-        env.unwrapped.set_task(task)
-        play(env)
-        frames = [frame[::2, ::2] for frame in env.render()[::2]]  # every second one, at half the size
-        imageio.mimsave(file, frames, duration=40, loop=0)  # 40 ms each
-        env.close()
-    except Exception as error:  # each graphics library raises its own
-        hint = "without a display, MuJoCo needs MUJOCO_GL=egl or MUJOCO_GL=osmesa and that library"
-        raise OSError(f"{env_id} can not be rendered here ({str(error) or type(error).__name__}); {hint}") from None
+
+    def __init__(self, env_list, rng, read_rewards=True):
+        self.env_list, self.live = env_list, list(range(len(env_list)))
+        seeds = torch.randint(2**31 - 1, (len(env_list),), generator=rng).tolist()
+        names = ["obs", "actions", "terminals"] + ["rewards"] * read_rewards
+        self.records = [{name: [] for name in names} for _ in env_list]
+        for record, env, seed in zip(self.records, env_list, seeds):
+            record["obs"].append(np.asarray(env.reset(seed=seed)[0], np.float32))
+
+    def last(self, name, numbers) -> torch.Tensor:
+        """The last entry of some episodes' obs, actions, rewards or terminals: (len(numbers), .)."""
+        values = np.array([self.records[i][name][-1] for i in numbers], np.float32)
+        return torch.from_numpy(values.reshape(len(numbers), -1))
+
+    def obs(self) -> torch.Tensor:
+        """What the live episodes see now: (live, o)."""
+        return self.last("obs", self.live)
+
+    def step(self, actions: torch.Tensor) -> None:
+        """Act in the live episodes: actions (live, a)."""
+        running = []
+        for i, action in zip(self.live, actions.cpu().numpy()):
+            obs, reward, terminated, truncated, _ = self.env_list[i].step(action)
+            got = {"obs": np.asarray(obs, np.float32), "actions": action, "terminals": terminated, "rewards": reward}
+            for name, values in self.records[i].items():
+                values.append(got[name])
+            if not (terminated or truncated):
+                running.append(i)
+        self.live = running
+
+    def paths(self) -> list:
+        """E trajectories: obs (L+1, o), actions (L, a), terminals (L,) and, if they were read, rewards (L,)."""
+        paths = [{k: np.array(values, np.float32) for k, values in record.items()} for record in self.records]
+        return [path | {k: path[k].reshape(-1) for k in ("terminals", "rewards") if k in path} for path in paths]
 
 
 def ground_paths(env_id: str, paths: list) -> np.ndarray:
-    """Where E trajectories of a Direction family lead, in metres from the start: (E, L+1, 2), NaN after their end.
-
-    The robots do not observe where they are, so this is the sum of the velocities in the observations.
-    """
-    first, seconds = GROUND_VELOCITY[env_id]
+    """Where E trajectories of a family with `ground_velocity` lead, in metres from the start: (E, L+1, 2), NaN after
+    their end. The robots do not observe where they are, so this is the sum of the velocities in the observations."""
+    first, seconds = lookup(env_id).env_class.ground_velocity
     ground = np.full((len(paths), max(len(path["obs"]) for path in paths), 2), np.nan, np.float32)
     for row, path in zip(ground, paths):
         row[: len(path["obs"])] = np.cumsum(path["obs"][:, first : first + 2] * seconds, axis=0)
@@ -181,9 +247,10 @@ def ground_paths(env_id: str, paths: list) -> np.ndarray:
 # ----- What the classes share
 
 
-def set_up(env: gym.Env, env_id: str, task) -> None:
+def set_up(env: gym.Env, task) -> None:
     """Give `env` the float32 spaces of its family, unbounded observations and actions in [-1, 1], and a first task."""
-    env.env_id, spec = env_id, SPECS[env_id]
+    env.env_id = type(env).__name__
+    spec = SPECS[env.env_id]
     env.observation_space = gym.spaces.Box(-np.inf, np.inf, (spec.obs_dim,), np.float32)
     env.action_space = gym.spaces.Box(-1.0, 1.0, (spec.action_dim,), np.float32)
     env.set_task(task)
@@ -209,6 +276,13 @@ def clip(action) -> np.ndarray:
 
 class RandomParams:
     """What both Param families add to Gymnasium's robot: reward dx/dt + 1 - 1e-3 |a|^2, and tasks that are physics."""
+
+    @classmethod
+    def sample_tasks(cls, rng, num_tasks):
+        # PAPER: log-uniform on [1.5^-3, 1.5^3] for all four. CODE: base 1.3 for damping (also in the repository cited).
+        nbody, nv, ngeom = cls.sizes
+        base = np.repeat([1.5, 1.5, 1.3, 1.5], [nbody, 3 * nbody, nv, 3 * ngeom])  # mass, inertia, damping, friction
+        return base ** rng.uniform(-3, 3, (num_tasks, len(base)))
 
     def _initialize_simulation(self):
         model, data = super()._initialize_simulation()
@@ -248,21 +322,25 @@ class HopperParam(RandomParams, HopperEnv):
     """Observation (11,): z, angles of torso and 3 joints, all 6 velocities clipped to +-10. Task (41,): multipliers.
     The episode ends when the hopper falls (z <= .7, torso tilt >= .2 rad, or a state component >= 100)."""
 
+    sizes = 5, 6, 5  # bodies (the world is one), degrees of freedom, geoms
+
     def __init__(self, **kwargs):
         super().__init__(healthy_reward=0.0, **kwargs)
         EzPickle.__init__(self, **kwargs)  # over the parent's positional arguments, which this class does not take
-        set_up(self, "HopperParam", np.ones(SPECS["HopperParam"].task_dim))
+        set_up(self, np.ones(SPECS["HopperParam"].task_dim))
 
 
 class WalkerParam(RandomParams, Walker2dEnv):
     """Observation (17,): z, angles of torso and 6 joints, all 9 velocities clipped to +-10. Task (65,): multipliers.
     The episode ends when the walker falls (z outside (.8, 2), or torso tilt >= 1 rad)."""
 
+    sizes = 8, 9, 8
+
     def __init__(self, **kwargs):
         # The v5 default XML changes the friction of one foot; this one is the robot of the original.
         super().__init__(xml_file="walker2d.xml", healthy_reward=0.0, **kwargs)
         EzPickle.__init__(self, **kwargs)
-        set_up(self, "WalkerParam", np.ones(SPECS["WalkerParam"].task_dim))
+        set_up(self, np.ones(SPECS["WalkerParam"].task_dim))
 
 
 # ----- Cheetah Velocity
@@ -272,10 +350,14 @@ class CheetahVelocity(HalfCheetahEnv):
     """Observation (20,): z, torso and joint angles (8), all velocities (9), torso position x, y, z (3). Task (1,):
     target velocity in m/s. One step is .05 s. Never terminates."""
 
+    @staticmethod
+    def sample_tasks(rng, num_tasks):
+        return rng.uniform(0, 3, num_tasks)[:, None]
+
     def __init__(self, **kwargs):
         super().__init__(forward_reward_weight=0.0, ctrl_cost_weight=0.05, **kwargs)
         EzPickle.__init__(self, **kwargs)
-        set_up(self, "CheetahVelocity", [1.5])
+        set_up(self, [1.5])
 
     def _initialize_simulation(self):
         # half_cheetah.xml sets the total mass with an attribute that MuJoCo has deprecated: loading it prints a warning
@@ -310,6 +392,10 @@ class CheetahVelocity(HalfCheetahEnv):
 class Direction:
     """The task of the Direction families, (1,): an angle in rad."""
 
+    @staticmethod
+    def sample_tasks(rng, num_tasks):
+        return rng.uniform(0, 2 * np.pi, num_tasks)[:, None]
+
     def set_task(self, task) -> None:
         """Head for angle task[0] in rad; task is (1,). Raises ValueError on a wrong shape or a value not finite."""
         self.task = check_task(self.env_id, task)
@@ -320,11 +406,17 @@ class AntDirection(Direction, AntEnv):
     """Observation (27,): qpos[2:] (13: z, quaternion, 8 joints) and qvel (14). One step is .05 s. The episode ends when
     the torso's height leaves [.2, 1]."""
 
+    ground_velocity = 13, 0.05
+
+    @staticmethod
+    def sample_tasks(rng, num_tasks):
+        return np.deg2rad(rng.uniform(0, 360, num_tasks))[:, None]
+
     def __init__(self, **kwargs):
         off = dict(forward_reward_weight=0.0, healthy_reward=0.0, include_cfrc_ext_in_observation=False)
         super().__init__(**off, **kwargs)
         EzPickle.__init__(self, **kwargs)
-        set_up(self, "AntDirection", [0.0])
+        set_up(self, [0.0])
 
     def _get_obs(self):
         return super()._get_obs().astype(np.float32)
@@ -342,13 +434,15 @@ class HumanoidDirection(Direction, HumanoidEnv):
     """Observation (376,): qpos[2:] (22), qvel (23), cinert (14, 10), cvel (14, 6), qfrc_actuator (23), 84 zeros. One
     step is .015 s. The episode ends when the torso's height leaves (1, 2)."""
 
+    ground_velocity = 22, 0.015
+
     def __init__(self, **kwargs):
         # PAPER: the standard reward, with a cost on contact forces. CODE: no such cost, as if they were 0, which is
         # what mujoco-py reports with MuJoCo 2.0 and later (the authors' version is not on record).
         off = dict(forward_reward_weight=0.0, healthy_reward=0.0, contact_cost_weight=0.0)
         super().__init__(**off, **kwargs)
         EzPickle.__init__(self, **kwargs)
-        set_up(self, "HumanoidDirection", [0.0])
+        set_up(self, [0.0])
 
     def _get_obs(self):
         data = self.data
@@ -371,12 +465,13 @@ class HumanoidDirection(Direction, HumanoidEnv):
 class PointDirection(Direction, gym.Env):
     """A point mass on a plane. Observation (4,): x, y, vx, vy. Reward: velocity . direction. Never terminates."""
 
+    ground_velocity = 2, 0.1
     metadata = {"render_modes": ["rgb_array"]}
 
     def __init__(self, render_mode=None):
         self.render_mode = render_mode
         self.state = np.zeros(4)
-        set_up(self, "PointDirection", [0.0])
+        set_up(self, [0.0])
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -495,7 +590,7 @@ BODIES = {  # (red, green, blue), links
 BRAKES = {"bottom_drawer": 1, "top_drawer": 120, "button": 120}
 
 
-def task_choices(env_id, task):
+def task_choices(num_behaviours, task):
     """What the next number of a Sawyer task can be after the numbers `task`: a list, each entry equally likely."""
     known, column = dict(zip(TASK_COLUMNS, task)), TASK_COLUMNS[len(task)]
     bottom, top, button = (known.get(name) for name in ("bottom_drawer", "top_drawer", "button"))
@@ -506,7 +601,7 @@ def task_choices(env_id, task):
     if column == "bottom_open":
         return [0, 1] if bottom else [0]
     if column == "top_open":  # not above the other drawer: there its handle would be where the hand starts
-        return [0, 1] if env_id == "SawyerManipulation8" and top and not bottom else [0]
+        return [0, 1] if num_behaviours == 8 and top and not bottom else [0]
     if column in ("tray", "object"):
         places = [0, 2] if bottom else [2, 3] if top else [0, 2, 3] if button else [0, 1, 2, 3]
         if column == "object" and (bottom or top):
@@ -514,7 +609,7 @@ def task_choices(env_id, task):
         return [-1] * len(places) + 3 * places
     both, thing, tray = bottom and button, known["object"] >= 0, known["tray"] >= 0
     possible = (True, top, both, top, both, button, thing, thing and tray)
-    return [i for i in range(8 if env_id == "SawyerManipulation8" else 3) if possible[i]]
+    return [i for i in range(num_behaviours) if possible[i]]
 
 
 class Bullet:
@@ -526,13 +621,18 @@ class Bullet:
         os.dup2(null, 2)
         try:
             import pybullet
+        except ImportError:
+            raise InputError(
+                "the Sawyer environments need pybullet; `pip install pybullet==3.2.7` has it ready for Python 3.11 on "
+                "64-bit Intel/AMD Linux, and elsewhere builds it, which needs a C++ compiler and some minutes"
+            ) from None
         finally:
             os.dup2(stderr, 2)
             os.close(stderr)
             os.close(null)
         self.pybullet, self.client = pybullet, pybullet.connect(pybullet.DIRECT)
         if self.client < 0:
-            raise RuntimeError("PyBullet holds no more simulations in one process: close some environments.")
+            raise InputError("PyBullet holds no more simulations in one process: close some environments")
         self.close = weakref.finalize(self, pybullet.disconnect, self.client)  # at the latest with the object
 
     def __getattr__(self, name):
@@ -591,17 +691,27 @@ class SawyerManipulation(gym.Env):
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 24}
+    sparse, num_behaviours = True, 3
 
     def __init__(self, render_mode=None):
         self.render_mode, self.bullet = render_mode, Bullet()
-        set_up(self, type(self).__name__, [1, 1, 1, 1, 0, 0, 0, 2, 0])
+        set_up(self, [1, 1, 1, 1, 0, 0, 0, 2, 0])
+
+    @classmethod
+    def sample_tasks(cls, rng, num_tasks):
+        tasks = [[] for _ in range(num_tasks)]
+        for task, row in zip(tasks, rng.uniform(size=(num_tasks, len(TASK_COLUMNS)))):
+            for uniform in row:
+                choices = task_choices(cls.num_behaviours, task)
+                task.append(choices[int(uniform * len(choices))])
+        return tasks
 
     def set_task(self, task) -> None:
         """Choose scene and behaviour from the next reset on; task is (9,). Raises ValueError on a wrong shape, and
         names the first number that is not among `task_choices`."""
         task = check_task(self.env_id, task)
         for i, value in enumerate(task):
-            allowed = sorted(set(task_choices(self.env_id, task[:i])))
+            allowed = sorted(set(task_choices(self.num_behaviours, task[:i])))
             if value not in allowed:
                 raise ValueError(f"{TASK_COLUMNS[i]} of this {self.env_id} task is {value:g}, not one of {allowed}.")
         self.task = task
@@ -744,94 +854,19 @@ class SawyerManipulation(gym.Env):
 class SawyerManipulation8(SawyerManipulation):
     """The variant of Figure 9, with all eight BEHAVIOURS."""
 
-
-UP, LEVEL = np.array([0.0, 0.0, 1.0]), np.array([1.0, 1.0, 0.0])
-
-
-class SawyerPolicy:
-    """The script behind the offline data (C.2): one possible job after the other, in random order, without knowing the
-    behaviour that is rewarded; noise N(0, .1^2) on the actions. One object for one episode.
-
-    Args:
-        env: a Sawyer environment, just reset.
-        rng: np.random.Generator.
-    """
-
-    def __init__(self, env, rng):
-        self.env = env = env.unwrapped
-        self.rng = rng
-        self.scene, self.top_z, self.button_z, self.side = env.scene, env.top_z, env.button_z, env.scene["side"]
-        self.pull, self.grip = rng.uniform(0.09, 0.15), -1.0  # how far to pull the drawer out; the gripper's command
-        thing, tray = self.scene["object"] >= 0, self.scene["tray"] >= 0
-        to_tray = thing and tray and env.env_id == "SawyerManipulation8"
-        jobs = [  # is it possible in this scene, the job, its arguments
-            (True, self.move_hand),
-            (self.scene["top_drawer"], self.move_top_drawer),
-            (self.scene["button"], self.press_button),
-            (thing, self.carry, GOAL[:2]),
-            (to_tray, self.carry, PLACES[self.scene["tray"]] * [1, self.side]),
-        ]
-        self.jobs = [job for possible, *job in jobs if possible]
-        self.job = rng.integers(len(self.jobs))
-
-    def __call__(self):
-        """The action in the environment's present state: (4,), float32."""
-        act, *args = self.jobs[self.job]
-        motion, self.grip, done = act(self.env.measure(), *args)
-        if done:
-            del self.jobs[self.job]
-            self.job = self.rng.integers(len(self.jobs))
-        return np.clip([*motion, self.grip] + self.rng.normal(0, 0.1, 4), -1, 1).astype(np.float32)
-
-    # A job: state in metres -> motion (3,) in 5 cm, gripper, done. Most go up, then over something, then down to it.
-
-    def move_hand(self, state):
-        """To GOAL, and stay there: never done."""
-        return UP if state[2] < -0.2 else 3 * (GOAL - state[:3]), -1, False
-
-    def move_top_drawer(self, state):
-        """Lower the open fingers around the handle and drag it: one of them is in the gap behind it."""
-        way = np.array([0.6, state[11] + 0.0255 * self.side, self.top_z]) - state[:3]
-        ahead, pulled, close = self.side * way[1], -0.0125 - self.side * state[11], self.scene["top_open"]
-        aligned, lowered = abs(way[0]) < 0.035 and 0 < ahead < 0.065, abs(way[2]) < 0.01
-        done = pulled < 0.04 if close else pulled > self.pull
-        if not done and close and lowered and ahead > -0.02:
-            return (0, self.side, 0), -1, False
-        if done or not aligned and state[2] < -0.105:
-            return UP, -1, done
-        if not aligned or ahead < 0.017:
-            return (6 * way[0], -2 * self.side if ahead < 0.017 else 6 * way[1], 0), -1, done
-        if not lowered:
-            return 3 * (way - 0.03 * UP) * [1, 1, 2], -1, done
-        return (0, -self.side, 0), -1, done
-
-    def press_button(self, state):
-        """With a finger, from above."""
-        way, done = np.array([0.6, 0.125 * self.side, state[12]]) - state[:3], self.button_z - state[12] > IS_PRESSED
-        if np.hypot(*way[:2]) < 0.05:
-            return (way[0], way[1], -1), -1, done
-        return UP if state[2] < -0.101 else 9 * way * LEVEL, -1, done
-
-    def carry(self, state, goal):
-        """Grasp the object, carry it over `goal` (2,) and let go."""
-        thing = state[4:7] + [0, -0.011 * self.side, 0]
-        way, high, done = thing - state[:3], state[2] >= -0.125, np.hypot(*(thing[:2] - goal)) < 0.05
-        down = 3 * (way - 0.03 * UP)
-        if np.hypot(*way[:2]) > 0.055:
-            return 6 * way * LEVEL if high else UP, -1, done
-        if abs(way[2]) > 0.025:
-            return down * [1, 1, 1.5], -1, done
-        if self.grip < 1:
-            return down * [1, 1, 2], self.grip + 0.5, done
-        if not high:
-            return UP, 1, done
-        return ((0, 0, 0), -1, True) if done else (np.append(3 * (goal - state[:2]), 0), 1, False)
+    num_behaviours = 8
 
 
-for _env_id, _spec in SPECS.items():
-    gym.register(
-        f"smac/{_env_id}-v0",
-        entry_point=f"{__name__}:{_env_id}",
-        max_episode_steps=_spec.horizon,
-        disable_env_checker=True,  # it would check every step
-    )
+# ----- The families: class, sizes of observation, action and task, horizon, training and test tasks (Table 2)
+
+
+register("HopperParam", Spec(HopperParam, 11, 3, 41, 200, 50, 5, (0.01, 100.0)))
+register("WalkerParam", Spec(WalkerParam, 17, 6, 65, 200, 50, 5, (0.01, 100.0)))
+register("CheetahVelocity", Spec(CheetahVelocity, 20, 6, 1, 200, 100, 30))
+# PAPER: R^20, orientation and the joints' angles and velocities. CODE: 27, with height and torso velocities: the reward
+# is linear in the torso's velocity, which cannot be told from the 20.
+register("AntDirection", Spec(AntDirection, 27, 8, 1, 200, 100, 20))
+register("HumanoidDirection", Spec(HumanoidDirection, 376, 17, 1, 200, 50, 5))
+register("SawyerManipulation", Spec(SawyerManipulation, 13, 4, 9, 50, 50, 10))
+register("SawyerManipulation8", Spec(SawyerManipulation8, 13, 4, 9, 50, 50, 10))  # Figure 9
+register("PointDirection", Spec(PointDirection, 4, 2, 1, 50, 50, 20))  # not in the paper

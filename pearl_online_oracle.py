@@ -8,104 +8,54 @@ Run: python pearl_online_oracle.py --env-id HopperParam
 Its dataset: the same with --online-iterations 50 --save-dataset datasets/HopperParam.npz
 """
 
-import ctypes
 import dataclasses
 import math
-import signal
-import sys
-import time
-from pathlib import Path
 from typing import Literal, Optional
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-import tyro
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
+import buffers
 import envs
-from buffers import InputError, ReplayBuffer, save_dataset  # D and the file of offline data
-from buffers import check_flags, claim, load_checkpoint, log_evaluation, print_csv, print_rows  # files of a run
-from buffers import restore, save_checkpoint, writing_to
 
 
 @dataclasses.dataclass
 class Args:
     # --- Run
-    env_id: str = "HopperParam"
-    """a key of envs.SPECS; its row in PRESETS replaces the defaults below"""
-    seed: int = 1
-    """seed of the networks, of exploration and of sampling"""
-    task_seed: int = 1337
-    """seed of the task list; 1337 gives the published tasks of Cheetah and Ant"""
-    online_iterations: int = 100
-    """iterations of collecting data and training on them"""
-    save_dataset: Optional[str] = None
-    """write the offline dataset to this file after --dataset-iteration iterations"""
-    dataset_iteration: int = 40
-    """iteration at which the dataset is taken [C.2 and the authors' scripts]"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """where networks and buffers live"""
-    run_dir: str = "runs"
-    """results go to RUN_DIR/{env_id}__{script}__{seed}/"""
-    resume: Optional[str] = None
-    """folder of a run: continue it from its checkpoint, with its flags"""
-    eval_every: int = 4_000
-    """gradient steps between two evaluations"""
-    checkpoint_every: int = 4_000
-    """gradient steps between two checkpoints"""
-    eval_only: bool = False
-    """with --resume: evaluate the checkpoint, print the return on each task, write nothing else"""
-    capture_video: bool = False
-    """at the end (or with --eval-only) film the three episodes on the first test task: RUN/video.gif"""
-    compile: bool = False
-    """torch.compile the gradient step; needs a C++ compiler"""
-    cuda_graph: bool = True
-    """on a GPU, record the gradient step once and replay it"""
+    env_id: str = "HopperParam"  # a key of envs.SPECS, or module:key of one's own; its PRESETS replace what follows
+    seed: int = 1  # seed of the networks, of exploration and of sampling
+    task_seed: int = 1337  # seed of the task list; 1337 gives the published tasks of Cheetah and Ant
+    online_iterations: int = 100  # iterations of collecting data and training on them
+    save_dataset: Optional[str] = None  # write the offline dataset to this file after --dataset-iteration iterations
+    dataset_iteration: int = 40  # iteration at which the dataset is taken [C.2 and the authors' scripts]
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # where networks and buffers live
+    run_dir: str = "runs"  # results go to RUN_DIR/{env_id}__{script}__{seed}/
+    resume: Optional[str] = None  # folder of a run: continue it from its checkpoint, with its flags
+    eval_every: int = 4_000  # gradient steps between two evaluations, each with a checkpoint
+    compile: bool = False  # torch.compile the gradient step; needs a C++ compiler
+    cuda_graph: bool = True  # on a GPU, record the gradient step once and replay it
 
     # --- Algorithm
-    rl_batch: int = 256
-    """transitions a task for critic and actor [Table 1]"""
-    context_batch: int = 64
-    """transitions a task in a history h [Table 1, encoder batch size]"""
-    meta_batch: int = 4
-    """tasks a gradient step [Table 1]"""
-    q_hidden: tuple[int, ...] = (300, 300, 300)
-    """hidden sizes of the Q-functions [Table 1]"""
-    policy_hidden: tuple[int, ...] = (300, 300, 300)
-    """hidden sizes of the policy [Table 1]"""
-    encoder_hidden: tuple[int, ...] = (200, 200, 200)
-    """hidden sizes of the encoder [Table 1]"""
-    latent_dim: int = 5
-    """size of z [Table 1]"""
-    gamma: float = 0.99
-    """discount [Table 1]"""
-    tau: float = 0.005
-    """soft target update [Table 1, "eta"]"""
-    lr: float = 3e-4
-    """Adam's learning rate, all networks [Table 1]"""
-    reward_scale: float = 5.0
-    """factor on the reward in the Bellman target [Table 2]; the entropy has weight 1"""
-    kl_coef: float = 0.4
-    """weight of the KL term, a mean over tasks (PEARL: 0.1 on the sum over the meta batch, here 4 tasks)"""
-    policy_reg: float = 1e-3
-    """weight of the squares of the policy's mean and log standard deviation (PEARL's code)"""
-    next_obs_in_context: bool = False
-    """the encoder sees s' as well (PEARL: where the dynamics differ from task to task)"""
-    initial_steps: int = 2_000
-    """transitions of each task before training, z from the prior (PEARL)"""
-    tasks_per_iteration: int = 5
-    """tasks that collect data in one iteration, one after the other (PEARL)"""
-    prior_steps: int = 400
-    """new transitions a task with z from the prior (PEARL)"""
-    posterior_steps: int = 600
-    """new transitions a task with z from the posterior (PEARL)"""
-    updates_per_iteration: int = 4_000
-    """gradient steps an iteration [Table 1 asks for 4 per new transition]"""
-    z_resample: Literal["step", "episode"] = "episode"
-    """how often acting draws a new z (PEARL: each episode)"""
+    rl_batch: int = 256  # transitions a task for critic and actor [Table 1]
+    context_batch: int = 64  # transitions a task in a history h [Table 1, encoder batch size]
+    meta_batch: int = 4  # tasks a gradient step [Table 1]
+    q_hidden: tuple[int, ...] = (300, 300, 300)  # hidden sizes of the Q-functions [Table 1]
+    policy_hidden: tuple[int, ...] = (300, 300, 300)  # hidden sizes of the policy [Table 1]
+    encoder_hidden: tuple[int, ...] = (200, 200, 200)  # hidden sizes of the encoder [Table 1]
+    latent_dim: int = 5  # size of z [Table 1]
+    gamma: float = 0.99  # discount [Table 1]
+    tau: float = 0.005  # soft target update [Table 1, "eta"]
+    lr: float = 3e-4  # Adam's learning rate, all networks [Table 1]
+    reward_scale: float = 5.0  # factor on the reward in the Bellman target [Table 2]; the entropy has weight 1
+    kl_coef: float = 0.4  # weight of the KL term, a mean over tasks (PEARL: 0.1 on the sum over 4 tasks)
+    policy_reg: float = 1e-3  # weight of the squares of the policy's mean and log standard deviation (PEARL's code)
+    next_obs_in_context: bool = False  # the encoder sees s' as well (PEARL: where tasks differ in their dynamics)
+    initial_steps: int = 2_000  # transitions of each task before training, z from the prior (PEARL)
+    tasks_per_iteration: int = 5  # tasks that collect data in one iteration, one after the other (PEARL)
+    prior_steps: int = 400  # new transitions a task with z from the prior (PEARL)
+    posterior_steps: int = 600  # new transitions a task with z from the posterior (PEARL)
+    updates_per_iteration: int = 4_000  # gradient steps an iteration [Table 1 asks for 4 per new transition]
 
 
 # What differs from the defaults above. PointDirection is not in the paper: small networks and a short run.
@@ -117,7 +67,7 @@ PRESETS = {
     "PointDirection": dict(
         q_hidden=(128, 128), policy_hidden=(128, 128), encoder_hidden=(128, 128), rl_batch=128, lr=1e-3, kl_coef=0.002,
         online_iterations=24, tasks_per_iteration=5, initial_steps=300, prior_steps=150, posterior_steps=250,
-        updates_per_iteration=400, eval_every=1_200, checkpoint_every=1_200, dataset_iteration=10,
+        updates_per_iteration=400, eval_every=1_200, dataset_iteration=10,
     ),
 }  # fmt: skip
 PRESETS["SawyerManipulation8"] = PRESETS["SawyerManipulation"]
@@ -125,12 +75,6 @@ PRESETS["SawyerManipulation8"] = PRESETS["SawyerManipulation"]
 # PAPER: Ant has an encoder part of 400. CODE: one buffer. The paper does not say for Walker, Hopper, Humanoid.
 DATASET_SLICES = {"CheetahVelocity": (("first", 1200), ("last", 400))}
 DEFAULT_SLICES = (("last", 1200), None)
-MAY_BE_ZERO = "seed task_seed policy_reg kl_coef posterior_steps online_iterations".split()
-FREE = "resume device online_iterations eval_only capture_video compile cuda_graph".split()  # of --resume
-AT_MOST = {"gamma": 1, "tau": 1, "seed": 2**32, "task_seed": 2**32 - 1}
-AT_MOST |= {name: 10_000 for name in vars(Args()) if name.endswith(("_batch", "_hidden", "_dim"))}  # sizes, for memory
-EVAL_REPEATS, TRAIN_EVAL_TASKS = 4, 10  # meta-episodes a task in an evaluation; training tasks in it
-LOG_EVERY = 200  # gradient steps averaged into one point of the loss curves
 
 
 # ===== Networks: Table 1 and C.3
@@ -288,15 +232,14 @@ def update(agent, optimizer, batch, args):
         return {name: value.detach() for name, value in info.items()}
 
 
-def sample_batch(buffer, args, generator):
+def sample_batch(buffer, args, rng):
     """Buffers D_i ~ D, two histories h, h' of each (lines 3, 10 of SMAC's Alg. 1), and all the noise of one update."""
-    num_tasks, device = len(buffer.sizes["rl"]), buffer.sizes["rl"].device
-    tasks = torch.randint(num_tasks, (args.meta_batch,), generator=generator, device=device)
-    batch = buffer.sample(tasks, args.rl_batch, generator)
-    batch["context"] = make_context(buffer.sample(tasks, args.context_batch, generator, "context"), args)
-    batch["noise_z"] = torch.randn(args.meta_batch, args.latent_dim, generator=generator, device=device)
+    tasks = torch.randint(len(buffer.sizes["rl"]), (args.meta_batch,), generator=rng, device=rng.device)
+    batch = buffer.sample(tasks, args.rl_batch, rng)
+    batch["context"] = make_context(buffer.sample(tasks, args.context_batch, rng, "context"), args)
+    batch["noise_z"] = torch.randn(args.meta_batch, args.latent_dim, generator=rng, device=rng.device)
     for name in ("noise_a", "noise_next_a"):
-        batch[name] = torch.randn(batch["actions"].flatten(0, 1).shape, generator=generator, device=device)
+        batch[name] = torch.randn(batch["actions"].flatten(0, 1).shape, generator=rng, device=rng.device)
     return batch
 
 
@@ -304,45 +247,18 @@ def sample_batch(buffer, args, generator):
 
 
 @torch.no_grad()
-def rollout(env_list, agent, mu, sigma, args, generator, deterministic=False, read_rewards=True):
-    """One episode in each environment, in lockstep with one policy call a step.
+def rollout(env_list, agent, mu, sigma, rng, deterministic=False):
+    """One episode in each of E environments, side by side; z ~ N(mu, sigma^2), (E, dz), is drawn once (PEARL).
 
-    Args:
-        mu, sigma: (E, dz); z ~ N(mu, sigma^2) is drawn at every step or once (--z-resample).
-        deterministic: act with the policy's mean instead of a sample.
-        read_rewards: if False the environment's reward is dropped unread, and the trajectories have none.
-    Returns:
-        E trajectories: obs (L+1, o), actions (L, a), terminals (L,), rewards (L,).
+    Returns E trajectories: obs (L+1, o), actions (L, a), terminals (L,), rewards (L,).
     """
-    seeds = torch.randint(2**31 - 1, (len(env_list),), generator=generator).tolist()
-    paths = [{"obs": [env.reset(seed=seed)[0]], "actions": [], "terminals": []} for env, seed in zip(env_list, seeds)]
-    rewards, live, z, device = [[] for _ in env_list], list(range(len(env_list))), None, mu.device
-    while live:
-        if z is None or args.z_resample == "step":
-            z = mu + sigma * torch.randn(mu.shape, generator=generator).to(device)
-        obs = torch.as_tensor(np.stack([paths[i]["obs"][-1] for i in live])).to(device)
-        mean, log_std = agent.policy(obs, z[live])
-        noise = torch.zeros(mean.shape) if deterministic else torch.randn(mean.shape, generator=generator)
-        actions = torch.tanh(mean + log_std.exp() * noise.to(device)).cpu().numpy()
-        running = []
-        for i, action in zip(live, actions):
-            next_obs, reward, terminated, truncated, _ = env_list[i].step(action)
-            for name, value in (("obs", next_obs), ("actions", action), ("terminals", terminated)):
-                paths[i][name].append(value)
-            if read_rewards:
-                rewards[i].append(reward)
-            if not (terminated or truncated):
-                running.append(i)
-        live = running
-    paths = [{name: np.array(values, np.float32) for name, values in path.items()} for path in paths]
-    return [path | {"rewards": np.array(r, np.float32)} for path, r in zip(paths, rewards)] if read_rewards else paths
-
-
-def concatenate(paths, device):
-    """All transitions of some trajectories, as `ReplayBuffer.sample` gives them: obs (L, o), ..., rewards (L, 1)."""
-    columns = {"obs": [p["obs"][:-1] for p in paths], "next_obs": [p["obs"][1:] for p in paths]}
-    columns |= {"actions": [p["actions"] for p in paths], "rewards": [p["rewards"][:, None] for p in paths]}
-    return {name: torch.as_tensor(np.concatenate(parts)).to(device) for name, parts in columns.items()}
+    episodes = envs.Episodes(env_list, rng)
+    z = mu + sigma * torch.randn(mu.shape, generator=rng).to(mu.device)
+    while episodes.live:
+        mean, log_std = agent.policy(episodes.obs().to(mu.device), z[episodes.live])
+        noise = torch.zeros(mean.shape) if deterministic else torch.randn(mean.shape, generator=rng)
+        episodes.step(torch.tanh(mean + log_std.exp() * noise.to(mu.device)))
+    return episodes.paths()
 
 
 def prior(num, args, device):
@@ -350,269 +266,109 @@ def prior(num, args, device):
     return torch.zeros(num, args.latent_dim, device=device), torch.ones(num, args.latent_dim, device=device)
 
 
-@torch.no_grad()
-def adapt(env_list, agent, args, generator):
-    """The meta-episode of Section 3, T = 3: two exploration episodes with z ~ p(z), then one with z ~ q(z | both).
+def collect(env, task, num_steps, agent, buffer, args, act_rng, rng, explore):
+    """Add whole episodes of one training task, to which env is set: with z ~ p(z) to both buffers, or with z ~ q(z | h)
+    to the RL buffer. Returns how many transitions."""
+    collected = 0
+    while collected < num_steps:
+        mu, sigma = prior(1, args, rng.device)
+        if not explore:
+            with torch.no_grad():
+                h = buffer.sample([task], args.context_batch, rng, "context")
+                mu, sigma = agent.encoder(make_context(h, args))
+        (path,) = rollout([env], agent, mu, sigma, act_rng)
+        buffer.add(task, path, context=explore)
+        collected += len(path["actions"])
+    return collected
 
-    Returns:
-        for each of E environments the third trajectory, the two of exploration, and the KL of the posterior (E,).
+
+@torch.no_grad()
+def adapt(env_list, agent, args, rng):
+    """The meta-episode, T = 3: two exploration episodes with z ~ p(z), then one with z ~ q(z | both).
+
+    Returns for each of E environments the third trajectory and the two of exploration; mu, sigma (E, dz) of q.
     """
     # PAPER: adapts between all episodes. CODE: once, before the third, as the authors' code does.
     device = next(agent.parameters()).device
     mu, sigma = prior(len(env_list), args, device)
-    exploration = list(zip(*(rollout(env_list, agent, mu, sigma, args, generator) for _ in range(2))))
-    contexts = [make_context(concatenate(paths, device), args)[None] for paths in exploration]  # (1, L, in_dim) each
-    mu, sigma = (torch.cat(part) for part in zip(*(agent.encoder(context) for context in contexts)))  # (E, dz)
-    final = rollout(env_list, agent, mu, sigma, args, generator, deterministic=True)
-    return final, exploration, kl_to_prior(mu, sigma).cpu().numpy()
-
-
-def sum_rewards(paths):
-    """Undiscounted returns of E trajectories: (E,)."""
-    return np.array([path["rewards"].sum() for path in paths])
+    exploration = list(zip(*(rollout(env_list, agent, mu, sigma, rng) for _ in range(2))))
+    posteriors = [agent.encoder(make_context(buffers.join(paths, device), args)[None]) for paths in exploration]
+    mu, sigma = (torch.cat(parts) for parts in zip(*posteriors))  # (E, dz)
+    return rollout(env_list, agent, mu, sigma, rng, deterministic=True), exploration, mu, sigma
 
 
 @torch.no_grad()
 def evaluate(agent, eval_envs, args):
-    """Post-adaptation returns, with a generator of its own: evaluating changes nothing in training.
+    """Post-adaptation episodes, with a generator of its own: evaluating changes nothing in training.
 
-    Args:
-        eval_envs: {"test": pairs, "train": pairs}, a pair being (task number, environment), E of them.
-    Returns:
-        rows (split, context, task numbers, returns, exploration returns: (E,) each), scalars to log, arrays to draw: KL
-        values (E,) and, of the Direction families, paths over ground (., L+1, 2) on the training tasks.
+    Returns what Run.write takes: {(split, context): task numbers, third trajectories, exploration, KL}, each of E
+    environments; no scalars.
     """
-    rng, rows, scalars, arrays = torch.Generator().manual_seed(args.seed), [], {}, {}
-    for split, pairs in eval_envs.items():  # "train" comes last, and is drawn
-        numbers, env_list = zip(*pairs)
-        final, exploration, arrays[f"kl_{split}_online_context"] = adapt(env_list, agent, args, rng)
-        explored = np.mean([sum_rewards(paths) for paths in zip(*exploration)], axis=0)  # (E,)
-        rows.append((split, "online", numbers, sum_rewards(final), explored))
-        if args.env_id in envs.SPARSE:
-            scalars[f"eval/{split}/online_context_success"] = np.mean([path["rewards"][-1] == 0 for path in final])
-    if args.env_id in envs.GROUND_VELOCITY:
-        explored_paths = [path for pair in exploration for path in pair]
-        for name, paths in (("exploration", explored_paths), ("online context", final)):
-            arrays[name] = envs.ground_paths(args.env_id, paths)
-    return rows, scalars, arrays
-
-
-# ===== The run
-
-
-def parse_args(argv=None):
-    """The flags, over the environment's PRESETS row or over the flags of the run to resume. Raises InputError."""
-    known, _ = tyro.cli(Args, args=argv, return_unknown_args=True, add_help=False)
-    defaults = Args(**{"env_id": known.env_id} | PRESETS.get(known.env_id, {}))
-    if known.resume:
-        defaults = load_checkpoint(known.resume, Args)["args"]
-    args = tyro.cli(Args, args=argv, default=defaults, description=__doc__)
-    check_flags(args, defaults, PRESETS, MAY_BE_ZERO, AT_MOST, FREE)
-    return args
-
-
-def speed_up(device):
-    """Make gradient steps on a CPU faster; returns the precision to set for their matrix products, as exact as fp32."""
-    # "medium" has faster kernels, on most CPUs true fp32 as well; not where they are less exact.
-    torch.set_float32_matmul_precision("medium")
-    x = torch.randn(256, 256, generator=torch.Generator().manual_seed(0)).to(device)
-    exact = x.double() @ x.double()
-    error = ((x @ x - exact).norm() / exact.norm()).item()
-    torch.set_float32_matmul_precision("highest")
-    # glibc gives large freed blocks back to the system: thousands of page faults in a step. Let it keep them.
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:
-        # M_MMAP_THRESHOLD, M_TOP_PAD, M_TRIM_THRESHOLD
-        for option, size in ((-3, 1 << 25), (-2, 1 << 26), (-1, (1 << 31) - 1)):
-            mallopt(option, size)
-    return "medium" if error < 1e-5 else "highest"
+    rng, results = torch.Generator().manual_seed(args.seed), {}
+    for split, (tasks, env_list) in eval_envs.items():
+        final, exploration, mu, sigma = adapt(env_list, agent, args, rng)
+        results[split, "online"] = (tasks, final, exploration, kl_to_prior(mu, sigma))
+    return results, {}
 
 
 def write_dataset(buffer, train_tasks, test_tasks, args):
     """Write the offline dataset of C.2: of each task a few transitions, from early in the run."""
     parts = ([], [])  # trajectories for the RL buffer, for the encoder buffer
-    for part, source, piece in zip(parts, ("rl", "context"), DATASET_SLICES.get(args.env_id, DEFAULT_SLICES)):
+    slices = DATASET_SLICES.get(envs.short_name(args.env_id), DEFAULT_SLICES)
+    for part, source, piece in zip(parts, ("rl", "context"), slices):
         if piece:
             part += [(task, path) for task in range(len(train_tasks)) for path in buffer.paths(task, *piece, source)]
-    # The command, from the flags themselves: sys.argv has none of them if the run was resumed.
-    preset, command = vars(Args(**{"env_id": args.env_id} | PRESETS[args.env_id])), ["python", Path(__file__).name]
-    for name, value in vars(args).items():
-        if value != preset[name] and name != "resume" or name == "env_id":
-            words = () if isinstance(value, bool) else value if isinstance(value, tuple) else (value,)
-            command += [f"--{'no-' if value is False else ''}{name.replace('_', '-')}", *map(str, words)]
-    save_dataset(args.save_dataset, args.env_id, train_tasks, test_tasks, *parts, " ".join(command))
-    tqdm.write(f"dataset written to {args.save_dataset}")
+    command = buffers.command_line(args, __file__, PRESETS)
+    buffers.save_dataset(args.save_dataset, args.env_id, train_tasks, test_tasks, *parts, command)
 
 
-def cuda_graph(take_step, generator):
-    """`take_step` recorded on its fourth call and replayed from then on: one launch in place of hundreds.
-
-    Its tensors must keep their shapes and places, and so do those it returns: each call overwrites them.
-    """
-    graph, stream, info, calls = torch.cuda.CUDAGraph(), torch.cuda.Stream(), {}, 0
-
-    def replay():
-        nonlocal calls, info
-        calls += 1
-        if calls <= 3:  # as they are, on a stream of their own, so that libraries allocate what they need
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                info = take_step()
-            torch.cuda.current_stream().wait_stream(stream)
-            return info
-        if calls == 4:
-            graph.register_generator_state(generator)
-            with torch.cuda.graph(graph):  # records, computes nothing
-                info = take_step()
-        graph.replay()
-        return info
-
-    return replay
+# ===== PEARL: collect and train in turns
 
 
 def main(args):
     """Train PEARL. Returns the trained agent. Raises InputError."""
-    spec = envs.SPECS[args.env_id]
-    gpu = args.device == "cuda" or args.device == "auto" and torch.cuda.is_available()
-    device = torch.device("cuda" if gpu else "cpu")
-    precision = speed_up(device)
-    run = Path(args.resume or Path(args.run_dir) / f"{args.env_id}__{Path(__file__).stem}__{args.seed}")
-
-    if args.save_dataset and args.dataset_iteration > args.online_iterations:
-        raise InputError(f"--save-dataset: --dataset-iteration {args.dataset_iteration} comes after the last")
-    if args.save_dataset and not Path(args.save_dataset).absolute().parent.is_dir():
-        raise InputError(f"--save-dataset {args.save_dataset}: there is no such folder")
-
-    # --- Tasks, networks, environments
-    tasks = envs.sample_tasks(args.env_id, spec.num_train_tasks + spec.num_test_tasks, args.task_seed)
-    train_tasks, test_tasks = np.split(tasks, [spec.num_train_tasks])
+    spec, device = envs.lookup(args.env_id), buffers.choose_device(args)
+    act_rng, rng = torch.Generator().manual_seed(args.seed), torch.Generator(device).manual_seed(args.seed)
     torch.manual_seed(args.seed)
-    agent = Agent(spec.obs_dim, spec.action_dim, args).to(device)
-    trained = [parameter for parameter in agent.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.Adam(trained, lr=args.lr, fused=True, capturable=gpu)
+    if args.save_dataset and args.dataset_iteration > args.online_iterations:
+        raise buffers.InputError(f"--save-dataset: --dataset-iteration {args.dataset_iteration} comes after the last")
+
+    tasks = envs.sample_tasks(args.env_id, spec.num_train_tasks + spec.num_test_tasks, args.task_seed)
+    train_tasks, test_tasks = tasks[: spec.num_train_tasks], tasks[spec.num_train_tasks :]
     visit = args.prior_steps + args.posterior_steps + 2 * spec.horizon  # new transitions of one visit, at most
     capacity = len(train_tasks) * (args.initial_steps + spec.horizon)
     capacity += args.online_iterations * args.tasks_per_iteration * visit
-    buffer = ReplayBuffer(len(train_tasks), spec.obs_dim, spec.action_dim, capacity, device)
+    buffer = buffers.ReplayBuffer(len(train_tasks), spec.obs_dim, spec.action_dim, capacity, device)
+    agent = Agent(spec.obs_dim, spec.action_dim, args).to(device)
+    trained = [parameter for parameter in agent.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.Adam(trained, lr=args.lr, fused=True, capturable=device.type == "cuda")
+
     env = envs.make(args.env_id)
-    eval_envs = envs.make_evaluation(args.env_id, train_tasks, test_tasks, TRAIN_EVAL_TASKS, EVAL_REPEATS)
+    eval_envs = envs.make_evaluation(args.env_id, train_tasks, test_tasks)
+    parts = dict(agent=agent, optimizer=optimizer, buffer=buffer, act_rng=act_rng, rng=rng)
+    with buffers.Run(args, __file__, **parts) as run:
+        sample, learn = run.fast(sample_batch), run.fast(update, args.compile)
 
-    # --- State of the run: everything that a checkpoint holds
-    act_rng, rng = torch.Generator().manual_seed(args.seed), torch.Generator(device).manual_seed(args.seed)
-    parts = {"agent": agent, "optimizer": optimizer, "buffer": buffer}
-    generators = {"act_rng": act_rng, "rng": rng}
-    step, env_steps = 0, 0
-    lock = None if args.eval_only else claim(run, args)
-    if args.resume:
-        step, env_steps = restore(load_checkpoint(run, Args), parts, {} if args.eval_only else generators)
+        for task in run.count("initial data", len(train_tasks) if run.step == 0 else 0):
+            env.unwrapped.set_task(train_tasks[task])
+            run.env_steps += collect(env, task, args.initial_steps, agent, buffer, args, act_rng, rng, explore=True)
 
-    def film():
-        """The meta-episode on the first test task, as a GIF. Raises OSError if this machine can not render."""
-        film_rng = torch.Generator().manual_seed(args.seed)
-        envs.film(args.env_id, test_tasks[0], lambda env: adapt([env], agent, args, film_rng), run / "video.gif")
-
-    if args.eval_only:
-        print_rows(evaluate(agent, eval_envs, args)[0])
-        if args.capture_video:
-            film()
-        return agent
-    total_steps = args.online_iterations * args.updates_per_iteration
-
-    writer = SummaryWriter(str(run), purge_step=step + 1)
-    stop_signals = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: stop_signals.append(number))
-    totals, count, since = {}, 0, time.time()
-
-    def collect(task, num_steps, explore):
-        """Add new transitions of one training task: z ~ p(z) into both buffers, or z ~ q(z | h) into the RL buffer."""
-        nonlocal env_steps
-        index, end = torch.tensor([task], device=device), env_steps + num_steps
-        mu, sigma = prior(1, args, device)
-        env.unwrapped.set_task(train_tasks[task])
-        while env_steps < end:  # whole episodes
-            if not explore:
-                with torch.no_grad():
-                    history = buffer.sample(index, args.context_batch, rng, "context")
-                    mu, sigma = agent.encoder(make_context(history, args))
-            (path,) = rollout([env], agent, mu, sigma, args, act_rng)
-            buffer.add(task, path, context=explore)
-            env_steps += len(path["actions"])
-
-    def make_step():
-        """One gradient step as a function without arguments, the draw of its batch included."""
-        fn = torch.compile(update) if args.compile else update
-
-        def take_step():
-            # Only here: the faster products keep memory for every shape they meet, and trajectories are of any length.
-            torch.set_float32_matmul_precision(precision)
-            info = fn(agent, optimizer, sample_batch(buffer, args, rng), args)
-            torch.set_float32_matmul_precision("highest")
-            return info
-
-        return cuda_graph(take_step, rng) if gpu and args.cuda_graph else take_step
-
-    @writing_to(run)
-    def after_update(info, progress):
-        """Count a gradient step; log, evaluate and save what is due after it."""
-        nonlocal step, totals, count, since
-        step, count, stopping = step + 1, count + 1, bool(stop_signals)
-        totals = {name: totals.get(name, 0) + value for name, value in info.items()}
-        progress.update()
-        eval_due = step == total_steps or step % args.eval_every == 0
-        save_due = step == total_steps or step % args.checkpoint_every == 0 or stopping
-        if step % LOG_EVERY == 0 or eval_due or save_due:
-            means = {name: value.item() / count for name, value in totals.items()}
-            broken = ", ".join(name for name, value in means.items() if not math.isfinite(value))
-            if broken:
-                last = f"the last good checkpoint is {run}/checkpoint.pt, if there is one"
-                raise InputError(f"{broken} became NaN or infinite before step {step}; {last}")
-            for name, value in (means | {"charts/SPS": count / (time.time() - since)}).items():
-                writer.add_scalar(name, value, step)
-            totals, count = {}, 0
-        if eval_due:
-            rows, scalars, arrays = evaluate(agent, eval_envs, args)
-            returns = log_evaluation(run, writer, step, env_steps, rows, scalars, arrays)
-            tqdm.write(f"step {step}, {env_steps} new transitions | return: {returns}")
-        if args.save_dataset and step == args.dataset_iteration * args.updates_per_iteration:
-            write_dataset(buffer, train_tasks, test_tasks, args)
-        if save_due:
-            writer.flush()
-            save_checkpoint(run, args, step, env_steps, parts, generators)
-        if stopping:
-            progress.close()
-            raise SystemExit(f"stopped after step {step}; continue with: python {Path(__file__).name} --resume {run}")
-        if count == 0:
-            since = time.time()  # charts/SPS leaves out evaluations and checkpoints
-
-    # ===== Initial data, then collect and train in turns
-    if step == 0:
-        for task in tqdm(range(len(train_tasks)), desc="initial data", unit="task"):
-            collect(task, args.initial_steps, explore=True)
-    take_step = make_step()
-    with tqdm(total=total_steps, initial=step, desc="PEARL", unit="step") as progress:
-        while step < total_steps:
+        for step in run.steps(args.online_iterations * args.updates_per_iteration, "PEARL"):
             if step % args.updates_per_iteration == 0:
                 # PAPER: 1000 new transitions an iteration, 4 gradient steps for each. CODE: 1000 on each of five tasks,
                 # 0.8 gradient steps for each, after 2000 on every task before training.
-                drawn = torch.randint(len(train_tasks), (args.tasks_per_iteration,), generator=act_rng)
-                for task in drawn.tolist():
+                for task in torch.randint(len(train_tasks), (args.tasks_per_iteration,), generator=act_rng).tolist():
+                    env.unwrapped.set_task(train_tasks[task])
                     buffer.clear_context(task)  # h is what the present policy explores
-                    collect(task, args.prior_steps, explore=True)
-                    collect(task, args.posterior_steps, explore=False)
-            after_update(take_step(), progress)
-
-    for opened in (writer, lock, env, *(env for _, env in eval_envs["test"] + eval_envs["train"])):
-        opened.close()
-    print_csv(run / "eval.csv")
-    if args.capture_video:
-        film()
+                    for num_steps, explore in ((args.prior_steps, True), (args.posterior_steps, False)):
+                        run.env_steps += collect(env, task, num_steps, agent, buffer, args, act_rng, rng, explore)
+            run.log(learn(agent, optimizer, sample(buffer, args, rng), args))
+            if run.evaluation_due:
+                run.write(*evaluate(agent, eval_envs, args))
+            if args.save_dataset and step + 1 == args.dataset_iteration * args.updates_per_iteration:
+                write_dataset(buffer, train_tasks, test_tasks, args)
     return agent
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_args())
-    except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    buffers.launch(main, Args, PRESETS)

@@ -1,126 +1,69 @@
 """SMAC, semi-supervised meta actor-critic: offline meta-training, then self-supervised meta-training without rewards.
 
 Paper: Pong, Nair, Smith, Huang, Levine, "Offline Meta-Reinforcement Learning with Online Self-Supervision", ICML 2022,
-https://arxiv.org/abs/2107.03974. The file has the networks (C.3), the losses (Eq. 1 to 4), the meta-episode (Section 3)
-and Algorithm 1. A departure from the paper's text says `PAPER: ... CODE: ...` at its line; README.md lists them all.
+https://arxiv.org/abs/2107.03974. Start at the end: `main` is Algorithm 1. Before it networks (C.3), losses (Eq. 1 to 4)
+and acting (Section 3). A departure from the paper says `PAPER: ... CODE: ...`; PAPER.md lists them all.
 
 Run: python smac_offline_online.py --env-id HopperParam
 """
 
-import ctypes
 import dataclasses
 import math
-import signal
-import sys
-import time
-from pathlib import Path
 from typing import Literal, Optional
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-import tyro
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
+import buffers
 import envs
-from buffers import InputError, ReplayBuffer, fill_from_dataset, load_dataset  # D and its file
-from buffers import check_flags, claim, load_checkpoint, log_evaluation, print_csv, print_rows  # files of a run
-from buffers import restore, save_checkpoint, writing_to
 
 
 @dataclasses.dataclass
 class Args:
     # --- Run
-    env_id: str = "HopperParam"
-    """a key of envs.SPECS; its row in PRESETS replaces the defaults below"""
-    seed: int = 1
-    """seed of the networks, of exploration and of sampling"""
-    dataset: Optional[str] = None
-    """offline dataset; default datasets/{env_id}.npz beside this file"""
-    offline_steps: int = 50_000
-    """gradient steps of the offline phase [C.3]"""
-    online_iterations: int = 50
-    """iterations of the self-supervised phase"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """where networks and buffers live"""
-    run_dir: str = "runs"
-    """results go to RUN_DIR/{env_id}__{script}__{seed}/"""
-    resume: Optional[str] = None
-    """folder of a run: continue it from its checkpoint, with its flags"""
-    eval_every: int = 4_000
-    """gradient steps between two evaluations"""
-    checkpoint_every: int = 4_000
-    """gradient steps between two checkpoints"""
-    eval_only: bool = False
-    """with --resume: evaluate the checkpoint, print the return on each task, write nothing else"""
-    capture_video: bool = False
-    """at the end (or with --eval-only) film the three episodes on the first test task: RUN/video.gif"""
-    compile: bool = False
-    """torch.compile the gradient step; needs a C++ compiler"""
-    cuda_graph: bool = True
-    """on a GPU, record the gradient step once and replay it"""
+    env_id: str = "HopperParam"  # a key of envs.SPECS, or module:key of one's own; its PRESETS replace what follows
+    seed: int = 1  # seed of the networks, of exploration and of sampling
+    dataset: Optional[str] = None  # offline dataset; default datasets/{env_id}.npz beside this file
+    offline_steps: int = 50_000  # gradient steps of the offline phase [C.3]
+    online_iterations: int = 50  # iterations of the self-supervised phase
+    eval_every: int = 4_000  # gradient steps between two evaluations, each with a checkpoint
+    run_dir: str = "runs"  # results go to RUN_DIR/{env_id}__{script}__{seed}/
+    resume: Optional[str] = None  # folder of a run: continue it from its checkpoint, with its flags
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # where networks and buffers live
+    compile: bool = False  # torch.compile the gradient step; needs a C++ compiler
+    cuda_graph: bool = True  # on a GPU, record the gradient step once and replay it
 
     # --- Algorithm
-    rl_batch: int = 256
-    """transitions a task for critic and actor [Table 1]"""
-    context_batch: int = 64
-    """transitions a task in a history h [Table 1, encoder batch size]"""
-    meta_batch: int = 4
-    """tasks a gradient step [Table 1]"""
-    q_hidden: tuple[int, ...] = (300, 300, 300)
-    """hidden sizes of the Q-functions [Table 1]"""
-    policy_hidden: tuple[int, ...] = (300, 300, 300)
-    """hidden sizes of the policy [Table 1]"""
-    encoder_hidden: tuple[int, ...] = (200, 200, 200)
-    """hidden sizes of the encoder [Table 1]"""
-    decoder_hidden: tuple[int, ...] = (64, 64)
-    """hidden sizes of the reward decoder [Table 1]"""
-    latent_dim: int = 5
-    """size of z [Table 1]"""
-    num_critics: Literal[1, 2] = 2
-    """Q-functions: one as in the text, or two, of which the smaller counts (the authors' code)"""
-    gamma: float = 0.99
-    """discount [Table 1]"""
-    tau: float = 0.005
-    """soft target update [Table 1, "eta"]"""
-    lr: float = 3e-4
-    """Adam's learning rate, all networks [Table 1]"""
-    awr_lambda: float = 100.0
-    """lambda of Eq. 2 [Table 2, "AWR beta"]"""
-    awr_weights: Literal["softmax", "exp"] = "softmax"
-    """weights of Eq. 2 over a batch: scaled to mean 1 (the authors' code), or as in the text, but at most 20"""
-    reward_scale: float = 5.0
-    """factor on the reward in the Bellman target [Table 2]"""
-    lambda_pearl: float = 1.0
-    """weight of the PEARL actor loss in the self-supervised phase [Table 2]"""
-    kl_coef: float = 0.1
-    """weight of the KL term of Eq. 3 (the authors' code; it must fit the size of the rewards)"""
-    next_obs_in_context: bool = False
-    """the encoder sees s' as well (Section 3 lists it in h, C.3 does not)"""
-    tasks_per_iteration: int = 5
-    """tasks that collect data in one iteration, one after the other (the authors' code)"""
-    prior_steps: int = 400
-    """new transitions a task with z from the prior (the authors' split of the 1000 of C.2)"""
-    posterior_steps: int = 600
-    """new transitions a task with z from the posterior"""
-    updates_per_iteration: int = 4_000
-    """gradient steps an iteration (the authors' code; Table 1 asks for 4 per new transition)"""
-    z_resample: Literal["step", "episode"] = "step"
-    """how often acting draws a new z [Algorithm 1, line 7: z_t ~ p(z)]"""
-    encoder_buffer: Literal["prior", "all", "frozen"] = "prior"
-    """new data that enter the encoder buffer: exploration with z from the prior, all, or none [C.2]"""
+    rl_batch: int = 256  # transitions a task for critic and actor [Table 1]
+    context_batch: int = 64  # transitions a task in a history h [Table 1, encoder batch size]
+    meta_batch: int = 4  # tasks a gradient step [Table 1]
+    q_hidden: tuple[int, ...] = (300, 300, 300)  # hidden sizes of the Q-functions [Table 1]
+    policy_hidden: tuple[int, ...] = (300, 300, 300)  # hidden sizes of the policy [Table 1]
+    encoder_hidden: tuple[int, ...] = (200, 200, 200)  # hidden sizes of the encoder [Table 1]
+    decoder_hidden: tuple[int, ...] = (64, 64)  # hidden sizes of the reward decoder [Table 1]
+    latent_dim: int = 5  # size of z [Table 1]
+    num_critics: Literal[1, 2] = 2  # Q-functions: one (the text), or two, of which the smaller counts (authors' code)
+    gamma: float = 0.99  # discount [Table 1]
+    tau: float = 0.005  # soft target update [Table 1, "eta"]
+    lr: float = 3e-4  # Adam's learning rate, all networks [Table 1]
+    awr_lambda: float = 100.0  # lambda of Eq. 2 [Table 2, "AWR beta"]
+    awr_weights: Literal["softmax", "exp"] = "softmax"  # Eq. 2: scaled to mean 1 (authors' code), or at most 20
+    reward_scale: float = 5.0  # factor on the reward in the Bellman target [Table 2]
+    lambda_pearl: float = 1.0  # weight of the PEARL actor loss in the self-supervised phase [Table 2]
+    kl_coef: float = 0.1  # weight of the KL term of Eq. 3 (authors' code; it must fit the size of the rewards)
+    next_obs_in_context: bool = False  # the encoder sees s' as well (Section 3 lists it in h, C.3 does not)
+    tasks_per_iteration: int = 5  # tasks that collect data in one iteration, one after the other (authors' code)
+    prior_steps: int = 400  # new transitions a task with z from the prior (the authors' split of the 1000 of C.2)
+    posterior_steps: int = 600  # new transitions a task with z from the posterior
+    updates_per_iteration: int = 4_000  # gradient steps an iteration (authors' code; Table 1: 4 per new transition)
+    encoder_buffer: Literal["prior", "all", "frozen"] = "prior"  # new data that enter the encoder buffer [C.2]
 
     # --- Ablations and oracle of the paper
-    oracle_rewards: bool = False
-    """read the true rewards in the second phase and go on training encoder and decoder: the oracle of Figure 9"""
-    explore_tasks: Literal["train", "test"] = "train"
-    """tasks in which the second phase collects data [Figure 9 compares both]"""
-    actor_ablation: bool = False
-    """PEARL's actor loss, weight 1, in place of Eq. 2, in both phases [Figure 5, "SMAC (actor ablation)"]"""
-    encoder_loss: Literal["reward", "reward_then_q", "q"] = "reward"
-    """what trains the encoder, beside the KL: Eq. 3; Eq. 3 and Q-loss offline, then Q-loss; Q-loss only [Figure 7]"""
+    oracle_rewards: bool = False  # second phase with true rewards, encoder and decoder train on: oracle of Figure 9
+    explore_tasks: Literal["train", "test"] = "train"  # where the second phase collects data [Figure 9 compares both]
+    actor_ablation: bool = False  # PEARL's actor loss, weight 1, in place of Eq. 2, in both phases [Figure 5]
+    encoder_loss: Literal["reward", "reward_then_q", "q"] = "reward"  # what trains the encoder beside the KL [Figure 7]
 
 
 # What differs from the defaults above. C.2 freezes the encoder buffer on Cheetah, and has a single buffer on Sawyer.
@@ -135,17 +78,11 @@ PRESETS = {
     ),
     "PointDirection": dict(
         q_hidden=(128, 128), policy_hidden=(128, 128), encoder_hidden=(128, 128), rl_batch=128, lr=1e-3, kl_coef=0.002,
-        offline_steps=3_000, online_iterations=24, tasks_per_iteration=5, prior_steps=150, posterior_steps=250,
-        updates_per_iteration=400, eval_every=1_200, checkpoint_every=1_200,
+        offline_steps=3_000, online_iterations=24, prior_steps=150, posterior_steps=250, updates_per_iteration=400,
+        eval_every=1_200,
     ),
 }  # fmt: skip
 PRESETS["SawyerManipulation8"] = PRESETS["SawyerManipulation"]
-MAY_BE_ZERO = "seed offline_steps online_iterations lambda_pearl kl_coef posterior_steps".split()
-FREE = "resume device online_iterations eval_only capture_video compile cuda_graph".split()  # of --resume
-AT_MOST = {"gamma": 1, "tau": 1, "seed": 2**32}
-AT_MOST |= {name: 10_000 for name in vars(Args()) if name.endswith(("_batch", "_hidden", "_dim"))}  # sizes, for memory
-EVAL_REPEATS, TRAIN_EVAL_TASKS = 4, 10  # meta-episodes a task in an evaluation; training tasks in it
-LOG_EVERY = 200  # gradient steps averaged into one point of the loss curves
 
 
 # ===== Networks: Table 1 and C.3
@@ -302,24 +239,37 @@ def reward_loss(agent, batch, z):
 
 
 @torch.no_grad()
-def generate_rewards(agent, obs, actions, context, noise_z):
+def generate_rewards(agent, obs, actions, h_offline, noise_z):
     """Eq. 4: r_generated = r_phi_d(s, a, z), one z ~ q(z | h_offline) for the trajectory.
 
-    obs (L, o), actions (L, a), context h_offline (1, C, in_dim), noise_z (1, dz) -> (L,).
+    obs (L, o), actions (L, a), h_offline (1, C, in_dim), noise_z (1, dz) -> (L,).
     """
-    mu, sigma = agent.encoder(context)
+    mu, sigma = agent.encoder(h_offline)  # (1, dz)
     return agent.decoder(obs, actions, (mu + sigma * noise_z).expand(len(obs), -1))
 
 
+def sample_batch(buffer, args, rng):
+    """[Alg. 1, l. 3 and 10] Buffers D_i ~ D, two histories h, h' of each, and all the noise of one update."""
+    filled = buffer.sizes["context"] > 0
+    draws = torch.rand(args.meta_batch, len(filled), generator=rng, device=rng.device)
+    tasks = (draws * filled).argmax(1)  # (T,), uniform over the tasks that have data
+    batch = buffer.sample(tasks, args.rl_batch, rng)
+    batch["context"] = make_context(buffer.sample(tasks, args.context_batch, rng, "context"), args)
+    batch["noise_z"] = torch.randn(args.meta_batch, args.latent_dim, generator=rng, device=rng.device)
+    for name in ("noise_a", "noise_next_a"):
+        batch[name] = torch.randn(batch["actions"].flatten(0, 1).shape, generator=rng, device=rng.device)
+    return batch
+
+
 def update(agent, optimizer, batch, args, online):
-    """One gradient step: Algorithm 1, lines 4 and 5 (offline), 11 and 12 (online).
+    """One gradient step [Alg. 1, l. 4 and 5; online: l. 11 and 12]. Returns scalars to log, as tensors.
 
     Args:
         batch: context h (T, C, in_dim); of the second history h': obs, next_obs (T, B, o), actions (T, B, a), rewards,
             terminals (T, B, 1); standard normal noise_z (T, dz), noise_a and noise_next_a (N, a).
         online: self-supervised phase: the PEARL actor loss joins, encoder and decoder stay as they are (Section 5.2).
-    Returns:
-        scalars to log, as tensors.
+
+    On a GPU this is recorded once and replayed: no .item(), no `if` on a tensor, all noise from the batch.
     """
     # Who trains: Section 5.2, and the ablations of Figures 5 and 7
     train_decoder = not online or args.oracle_rewards
@@ -351,62 +301,22 @@ def update(agent, optimizer, batch, args, online):
         return {name: value.detach() for name, value in info.items()}
 
 
-def sample_batch(buffer, args, generator):
-    """[Alg. 1, l. 3 and 10] Buffers D_i ~ D, two histories h, h' of each, and all the noise of one update."""
-    filled, device = buffer.sizes["context"] > 0, buffer.sizes["context"].device
-    draws = torch.rand(args.meta_batch, len(filled), generator=generator, device=device)
-    tasks = (draws * filled).argmax(1)  # (T,), uniform over the tasks that have data
-    batch = buffer.sample(tasks, args.rl_batch, generator)
-    batch["context"] = make_context(buffer.sample(tasks, args.context_batch, generator, "context"), args)
-    batch["noise_z"] = torch.randn(args.meta_batch, args.latent_dim, generator=generator, device=device)
-    for name in ("noise_a", "noise_next_a"):
-        batch[name] = torch.randn(batch["actions"].flatten(0, 1).shape, generator=generator, device=device)
-    return batch
-
-
 # ===== Acting: Section 3
 
 
 @torch.no_grad()
-def rollout(env_list, agent, mu, sigma, args, generator, deterministic=False, read_rewards=True):
-    """One episode in each environment, in lockstep with one policy call a step.
+def rollout(env_list, agent, mu, sigma, rng, deterministic=False, read_rewards=True):
+    """One episode in each of E environments, side by side; z ~ N(mu, sigma^2), (E, dz), is drawn anew at every step.
 
-    Args:
-        mu, sigma: (E, dz); z ~ N(mu, sigma^2) is drawn at every step or once (--z-resample).
-        deterministic: act with the policy's mean instead of a sample.
-        read_rewards: if False the environment's reward is dropped unread, and the trajectories have none.
-    Returns:
-        E trajectories: obs (L+1, o), actions (L, a), terminals (L,), rewards (L,).
+    Returns E trajectories: obs (L+1, o), actions (L, a), terminals (L,), and rewards (L,) if they may be read.
     """
-    seeds = torch.randint(2**31 - 1, (len(env_list),), generator=generator).tolist()
-    paths = [{"obs": [env.reset(seed=seed)[0]], "actions": [], "terminals": []} for env, seed in zip(env_list, seeds)]
-    rewards, live, z, device = [[] for _ in env_list], list(range(len(env_list))), None, mu.device
-    while live:
-        if z is None or args.z_resample == "step":
-            z = mu + sigma * torch.randn(mu.shape, generator=generator).to(device)
-        obs = torch.as_tensor(np.stack([paths[i]["obs"][-1] for i in live])).to(device)
-        mean, log_std = agent.policy(obs, z[live])
-        noise = torch.zeros(mean.shape) if deterministic else torch.randn(mean.shape, generator=generator)
-        actions = torch.tanh(mean + log_std.exp() * noise.to(device)).cpu().numpy()
-        running = []
-        for i, action in zip(live, actions):
-            next_obs, reward, terminated, truncated, _ = env_list[i].step(action)
-            for name, value in (("obs", next_obs), ("actions", action), ("terminals", terminated)):
-                paths[i][name].append(value)
-            if read_rewards:
-                rewards[i].append(reward)
-            if not (terminated or truncated):
-                running.append(i)
-        live = running
-    paths = [{name: np.array(values, np.float32) for name, values in path.items()} for path in paths]
-    return [path | {"rewards": np.array(r, np.float32)} for path, r in zip(paths, rewards)] if read_rewards else paths
-
-
-def concatenate(paths, device):
-    """All transitions of some trajectories, as `ReplayBuffer.sample` gives them: obs (L, o), ..., rewards (L, 1)."""
-    columns = {"obs": [p["obs"][:-1] for p in paths], "next_obs": [p["obs"][1:] for p in paths]}
-    columns |= {"actions": [p["actions"] for p in paths], "rewards": [p["rewards"][:, None] for p in paths]}
-    return {name: torch.as_tensor(np.concatenate(parts)).to(device) for name, parts in columns.items()}
+    episodes = envs.Episodes(env_list, rng, read_rewards)
+    while episodes.live:
+        z = mu + sigma * torch.randn(mu.shape, generator=rng).to(mu.device)
+        mean, log_std = agent.policy(episodes.obs().to(mu.device), z[episodes.live])
+        noise = torch.zeros(mean.shape) if deterministic else torch.randn(mean.shape, generator=rng)
+        episodes.step(torch.tanh(mean + log_std.exp() * noise.to(mu.device)))
+    return episodes.paths()
 
 
 def prior(num, args, device):
@@ -414,296 +324,133 @@ def prior(num, args, device):
     return torch.zeros(num, args.latent_dim, device=device), torch.ones(num, args.latent_dim, device=device)
 
 
-@torch.no_grad()
-def adapt(env_list, agent, args, generator):
-    """The meta-episode of Section 3, T = 3: two exploration episodes with z ~ p(z), then one with z ~ q(z | both).
+def explore(env, task, agent, buffer, args, act_rng, rng):
+    """[Alg. 1, l. 7] Whole episodes in `task`, to which env is set: with z ~ p(z), then with z ~ q(z | h).
 
-    Returns:
-        for each of E environments the third trajectory, the two of exploration, and the KL of the posterior (E,).
+    Yields, for each trajectory: number i of the buffer D_i that it shall enter; the trajectory, without rewards unless
+    --oracle-rewards; whether the encoder buffer takes it too.
+    """
+    num_train = int((buffer.sizes["offline"] > 0).sum())
+    for from_prior, num_steps in ((True, args.prior_steps), (False, args.posterior_steps)):
+        while num_steps > 0:
+            # PAPER: D_i drawn anew for each trajectory. CODE: D_i of the training task that is explored.
+            i = task
+            if args.explore_tasks == "test":  # which has no offline data: as in the text, or its own D_i (true rewards)
+                drawn = torch.randint(num_train, (), generator=act_rng)
+                i = num_train + task if args.oracle_rewards else int(drawn)
+            mu, sigma = prior(1, args, rng.device)
+            if not from_prior:
+                # PAPER: z ~ p(z) only. CODE: z ~ q(z | h) in 600 of 1000 transitions, for the RL buffer (Sawyer: both).
+                with torch.no_grad():
+                    h = buffer.sample([i], args.context_batch, rng, "context")
+                    mu, sigma = agent.encoder(make_context(h, args))
+            (path,) = rollout([env], agent, mu, sigma, act_rng, read_rewards=args.oracle_rewards)
+            num_steps -= len(path["actions"])
+            frozen = args.encoder_buffer == "frozen" and i < num_train
+            yield i, path, args.encoder_buffer == "all" or from_prior and not frozen
+
+
+@torch.no_grad()
+def adapt(env_list, agent, args, rng):
+    """The meta-episode, T = 3: two exploration episodes with z ~ p(z), then one with z ~ q(z | both).
+
+    Returns for each of E environments the third trajectory and the two of exploration; mu, sigma (E, dz) of q.
     """
     # PAPER: adapts between all episodes. CODE: once, before the third, as the authors' code does.
     device = next(agent.parameters()).device
     mu, sigma = prior(len(env_list), args, device)
-    exploration = list(zip(*(rollout(env_list, agent, mu, sigma, args, generator) for _ in range(2))))
-    contexts = [make_context(concatenate(paths, device), args)[None] for paths in exploration]  # (1, L, in_dim) each
-    mu, sigma = (torch.cat(part) for part in zip(*(agent.encoder(context) for context in contexts)))  # (E, dz)
-    final = rollout(env_list, agent, mu, sigma, args, generator, deterministic=True)
-    return final, exploration, kl_to_prior(mu, sigma).cpu().numpy()
-
-
-def sum_rewards(paths):
-    """Undiscounted returns of E trajectories: (E,)."""
-    return np.array([path["rewards"].sum() for path in paths])
+    exploration = list(zip(*(rollout(env_list, agent, mu, sigma, rng) for _ in range(2))))
+    posteriors = [agent.encoder(make_context(buffers.join(paths, device), args)[None]) for paths in exploration]
+    mu, sigma = (torch.cat(parts) for parts in zip(*posteriors))  # (E, dz)
+    return rollout(env_list, agent, mu, sigma, rng, deterministic=True), exploration, mu, sigma
 
 
 @torch.no_grad()
 def evaluate(agent, buffer, eval_envs, args):
-    """Post-adaptation returns and diagnostics, with generators of their own: evaluating changes nothing in training.
+    """Post-adaptation episodes and diagnostics, with generators of their own: evaluating changes nothing in training.
 
-    Args:
-        eval_envs: {"test": pairs, "train": pairs}, a pair being (task number, environment), E of them.
-    Returns:
-        rows (split, context, task numbers, returns, exploration returns: (E,) each), scalars to log, arrays to draw: KL
-        values (E,) for Figure 2 and, of the Direction families, paths over ground (., L+1, 2) for Figures 6 and 8.
+    Returns what Run.write takes: {(split, context): task numbers, third trajectories, exploration, KL}, each of E
+    environments; scalars to log; trajectories of the dataset to draw.
     """
-    device = buffer.sizes["rl"].device
-    rng, buffer_rng = torch.Generator().manual_seed(args.seed), torch.Generator(device).manual_seed(args.seed)
-    rows, scalars, arrays, scored = [], {}, {}, {}
-    for split, pairs in eval_envs.items():  # "train" comes last, and is used below
-        numbers, env_list = zip(*pairs)
-        final, exploration, arrays[f"kl_{split}_online_context"] = adapt(env_list, agent, args, rng)
-        explored = np.mean([sum_rewards(paths) for paths in zip(*exploration)], axis=0)  # (E,)
-        rows.append((split, "online", numbers, sum_rewards(final), explored))
-        scored[f"{split}/online"] = final
+    rng, buffer_rng = torch.Generator().manual_seed(args.seed), torch.Generator(buffer.device).manual_seed(args.seed)
+    results = {}
+    for split, (tasks, env_list) in eval_envs.items():  # "train" comes last, and is used below
+        final, exploration, mu, sigma = adapt(env_list, agent, args, rng)
+        results[split, "online"] = (tasks, final, exploration, kl_to_prior(mu, sigma))
 
     # The same training tasks with z ~ q(z | h_offline) instead (Figure 2), h as long as it is online, on average: each
     # transition more makes the posterior narrower.
-    tasks = torch.tensor(numbers, device=device)  # (E,)
-    lengths = torch.tensor([sum(len(path["actions"]) for path in pair) for pair in exploration], device=device)  # (E,)
-    h_offline = make_context(buffer.sample(tasks, round(lengths.float().mean().item()), buffer_rng, "offline"), args)
-    mu, sigma = agent.encoder(h_offline)  # (E, dz)
-    arrays["kl_train_offline_context"] = kl_to_prior(mu, sigma).cpu().numpy()
-    final_offline = rollout(env_list, agent, mu, sigma, args, rng, deterministic=True)
-    rows.append(("train", "offline", numbers, sum_rewards(final_offline), explored))
-    scored["train/offline"] = final_offline
+    lengths = torch.tensor([sum(len(path["actions"]) for path in pair) for pair in exploration], device=buffer.device)
+    h_offline = buffer.sample(tasks, round(lengths.float().mean().item()), buffer_rng, "offline")
+    mu, sigma = agent.encoder(make_context(h_offline, args))  # (E, dz)
+    final = rollout(env_list, agent, mu, sigma, rng, deterministic=True)
+    results["train", "offline"] = (tasks, final, exploration, kl_to_prior(mu, sigma))
 
     # Decoder against true rewards, on offline data and on this exploration: for us to read, never for training
     offline = buffer.sample(tasks, args.rl_batch, buffer_rng, "offline")
-    explored_paths = [path for pair in exploration for path in pair]
-    for name, batch, z in (
-        ("decoder_loss", {k: v.flatten(0, 1) for k, v in offline.items()}, mu.repeat_interleave(args.rl_batch, 0)),
-        ("generated_reward_mse", concatenate(explored_paths, device), mu.repeat_interleave(lengths, 0)),
-    ):
-        error = agent.decoder(batch["obs"], batch["actions"], z) - batch["rewards"].squeeze(-1)
-        scalars[f"eval/{name}"] = error.square().mean().item()
-        scalars[f"eval/{name}_over_reward_variance"] = (error.square().mean() / batch["rewards"].var()).item()
-
-    if args.env_id in envs.SPARSE:
-        for name, paths in scored.items():
-            scalars[f"eval/{name}_context_success"] = np.mean([path["rewards"][-1] == 0 for path in paths])
-    if args.env_id in envs.GROUND_VELOCITY:
-        data = [path for task in set(numbers) for path in buffer.offline_paths(task)]
-        groups = {"offline data": data, "exploration": explored_paths, "offline context": final_offline}
-        for name, paths in (groups | {"online context": final}).items():
-            arrays[name] = envs.ground_paths(args.env_id, paths)
-    return rows, scalars, arrays
+    offline = {name: field.flatten(0, 1) for name, field in offline.items()}
+    explored = buffers.join([path for pair in exploration for path in pair], buffer.device)
+    scalars = {}
+    for name, batch, repeat in (("decoder_loss", offline, args.rl_batch), ("generated_reward_mse", explored, lengths)):
+        error = agent.decoder(batch["obs"], batch["actions"], mu.repeat_interleave(repeat, 0)) - batch["rewards"][:, 0]
+        scalars[f"eval/{name}"] = error.square().mean()
+        scalars[f"eval/{name}_over_reward_variance"] = error.square().mean() / batch["rewards"].var()
+    return results, scalars, [path for task in set(tasks) for path in buffer.offline_paths(task)]
 
 
-# ===== The run
-
-
-def parse_args(argv=None):
-    """The flags, over the environment's PRESETS row or over the flags of the run to resume. Raises InputError."""
-    known, _ = tyro.cli(Args, args=argv, return_unknown_args=True, add_help=False)
-    defaults = Args(**{"env_id": known.env_id} | PRESETS.get(known.env_id, {}))
-    if known.resume:
-        defaults = load_checkpoint(known.resume, Args)["args"]
-    args = tyro.cli(Args, args=argv, default=defaults, description=__doc__)
-    check_flags(args, defaults, PRESETS, MAY_BE_ZERO, AT_MOST, FREE)
-    return args
-
-
-def speed_up(device):
-    """Make gradient steps on a CPU faster; returns the precision to set for their matrix products, as exact as fp32."""
-    # "medium" has faster kernels, on most CPUs true fp32 as well; not where they are less exact.
-    torch.set_float32_matmul_precision("medium")
-    x = torch.randn(256, 256, generator=torch.Generator().manual_seed(0)).to(device)
-    exact = x.double() @ x.double()
-    error = ((x @ x - exact).norm() / exact.norm()).item()
-    torch.set_float32_matmul_precision("highest")
-    # glibc gives large freed blocks back to the system: thousands of page faults in a step. Let it keep them.
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:
-        # M_MMAP_THRESHOLD, M_TOP_PAD, M_TRIM_THRESHOLD
-        for option, size in ((-3, 1 << 25), (-2, 1 << 26), (-1, (1 << 31) - 1)):
-            mallopt(option, size)
-    return "medium" if error < 1e-5 else "highest"
-
-
-def cuda_graph(take_step, generator):
-    """`take_step` recorded on its fourth call and replayed from then on: one launch in place of hundreds.
-
-    Its tensors must keep their shapes and places, and so do those it returns: each call overwrites them.
-    """
-    graph, stream, info, calls = torch.cuda.CUDAGraph(), torch.cuda.Stream(), {}, 0
-
-    def replay():
-        nonlocal calls, info
-        calls += 1
-        if calls <= 3:  # as they are, on a stream of their own, so that libraries allocate what they need
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                info = take_step()
-            torch.cuda.current_stream().wait_stream(stream)
-            return info
-        if calls == 4:
-            graph.register_generator_state(generator)
-            with torch.cuda.graph(graph):  # records, computes nothing
-                info = take_step()
-        graph.replay()
-        return info
-
-    return replay
+# ===== Algorithm 1
 
 
 def main(args):
     """Algorithm 1. Returns the trained agent. Raises InputError."""
-    spec = envs.SPECS[args.env_id]
-    gpu = args.device == "cuda" or args.device == "auto" and torch.cuda.is_available()
-    device = torch.device("cuda" if gpu else "cpu")
-    precision = speed_up(device)
-    run = Path(args.resume or Path(args.run_dir) / f"{args.env_id}__{Path(__file__).stem}__{args.seed}")
-
-    # --- [Alg. 1, l. 1] Datasets D_i, networks, environments
-    default_file = Path(__file__).parent / "datasets" / f"{args.env_id}.npz"
-    env = envs.make(args.env_id)
-    dataset = load_dataset(args.dataset or default_file, args.env_id, spec, env.unwrapped.set_task)
-    train_tasks, test_tasks = dataset["train_tasks"], dataset["test_tasks"]
+    spec, device = envs.lookup(args.env_id), buffers.choose_device(args)
+    act_rng, rng = torch.Generator().manual_seed(args.seed), torch.Generator(device).manual_seed(args.seed)
     torch.manual_seed(args.seed)
+
+    # l. 1: datasets D_i, policy, Q-function, encoder, decoder
+    dataset = buffers.load_dataset(args.env_id, args.dataset)
+    explored_tasks = dataset[f"{args.explore_tasks}_tasks"]
+    more_tasks = len(explored_tasks) if args.explore_tasks == "test" and args.oracle_rewards else 0  # D_i of their own
+    visit = args.prior_steps + args.posterior_steps + 2 * spec.horizon  # new transitions of a task, at most
+    more = args.online_iterations * args.tasks_per_iteration * visit
+    buffer = buffers.from_dataset(dataset, args.env_id, device, more_tasks, more)
     agent = Agent(spec.obs_dim, spec.action_dim, args).to(device)
     trained = [parameter for parameter in agent.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.Adam(trained, lr=args.lr, fused=True, capturable=gpu)
-    explored_tasks = train_tasks if args.explore_tasks == "train" else test_tasks
-    own_buffers = len(test_tasks) * (args.explore_tasks == "test" and args.oracle_rewards)  # D_i with true rewards
-    visit = args.prior_steps + args.posterior_steps + 2 * spec.horizon  # new transitions of one visit, at most
-    capacity = sum(len(path["actions"]) for _, path in dataset["rl"] + dataset["encoder"])
-    capacity += args.online_iterations * args.tasks_per_iteration * visit
-    buffer = ReplayBuffer(len(train_tasks) + own_buffers, spec.obs_dim, spec.action_dim, capacity, device)
-    fill_from_dataset(buffer, dataset)
-    eval_envs = envs.make_evaluation(args.env_id, train_tasks, test_tasks, TRAIN_EVAL_TASKS, EVAL_REPEATS)
+    optimizer = torch.optim.Adam(trained, lr=args.lr, fused=True, capturable=device.type == "cuda")
 
-    # --- State of the run: everything that a checkpoint holds
-    act_rng, rng = torch.Generator().manual_seed(args.seed), torch.Generator(device).manual_seed(args.seed)
-    parts = {"agent": agent, "optimizer": optimizer, "buffer": buffer}
-    generators = {"act_rng": act_rng, "rng": rng}
-    step, env_steps = 0, 0
-    lock = None if args.eval_only else claim(run, args)
-    if args.resume:
-        step, env_steps = restore(load_checkpoint(run, Args), parts, {} if args.eval_only else generators)
+    env = envs.make(args.env_id)
+    eval_envs = envs.make_evaluation(args.env_id, dataset["train_tasks"], dataset["test_tasks"])
+    parts = dict(agent=agent, optimizer=optimizer, buffer=buffer, act_rng=act_rng, rng=rng)
+    with buffers.Run(args, __file__, dataset["sha256"], **parts) as run:
+        sample, learn = run.fast(sample_batch), run.fast(update, args.compile)
 
-    def film():
-        """The meta-episode on the first test task, as a GIF. Raises OSError if this machine can not render."""
-        film_rng = torch.Generator().manual_seed(args.seed)
-        envs.film(args.env_id, test_tasks[0], lambda env: adapt([env], agent, args, film_rng), run / "video.gif")
+        for _ in run.steps(args.offline_steps, "offline"):  # l. 2
+            batch = sample(buffer, args, rng)  # l. 3: D_i ~ D and two histories h, h' of each
+            run.log(learn(agent, optimizer, batch, args, online=False))  # l. 4 and 5: z ~ q(z | h), train on z and h'
+            if run.evaluation_due:
+                run.write(*evaluate(agent, buffer, eval_envs, args))
 
-    if args.eval_only:
-        print_rows(evaluate(agent, buffer, eval_envs, args)[0])
-        if args.capture_video:
-            film()
-        return agent
-    total_steps = args.offline_steps + args.online_iterations * args.updates_per_iteration
-
-    writer = SummaryWriter(str(run), purge_step=step + 1)
-    stop_signals = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: stop_signals.append(number))
-    totals, count, since = {}, 0, time.time()
-
-    def collect(task, num_steps, explore):
-        """[Alg. 1, l. 7 to 9] Explore one task, label each trajectory, add it to D_i."""
-        nonlocal env_steps
-        end = env_steps + num_steps
-        mu, sigma = prior(1, args, device)
-        env.unwrapped.set_task(explored_tasks[task])
-        while env_steps < end:  # whole episodes
-            # PAPER: D_i drawn anew for each trajectory. CODE: D_i of the training task that is explored.
-            i = task
-            if args.explore_tasks == "test":  # which has no offline data: as in the text, or its own D_i (true rewards)
-                drawn = torch.randint(len(train_tasks), (), generator=act_rng)
-                i = len(train_tasks) + task if args.oracle_rewards else int(drawn)
-            index = torch.tensor([i], device=device)
-            if not explore:
-                # PAPER: z ~ p(z) only. CODE: z ~ q(z | h) in 600 of 1000 transitions, for the RL buffer (Sawyer: both).
-                with torch.no_grad():
-                    history = buffer.sample(index, args.context_batch, rng, "context")
-                    mu, sigma = agent.encoder(make_context(history, args))
-            (path,) = rollout([env], agent, mu, sigma, args, act_rng, read_rewards=args.oracle_rewards)
-            if not args.oracle_rewards:
-                h_offline = make_context(buffer.sample(index, args.context_batch, rng, "offline"), args)
-                obs, actions = (torch.as_tensor(path[name]).to(device) for name in ("obs", "actions"))
-                noise_z = torch.randn(1, args.latent_dim, generator=rng, device=device)
-                path["rewards"] = generate_rewards(agent, obs[:-1], actions, h_offline, noise_z)
-            in_context = args.encoder_buffer == "all" or explore and args.encoder_buffer == "prior"
-            buffer.add(i, path, context=in_context or explore and i >= len(train_tasks))
-            env_steps += len(path["actions"])
-
-    def make_step(online):
-        """One gradient step as a function without arguments, the draw of its batch included."""
-        fn = torch.compile(update) if args.compile else update
-
-        def take_step():
-            # Only here: the faster products keep memory for every shape they meet, and trajectories are of any length.
-            torch.set_float32_matmul_precision(precision)
-            info = fn(agent, optimizer, sample_batch(buffer, args, rng), args, online=online)
-            torch.set_float32_matmul_precision("highest")
-            return info
-
-        return cuda_graph(take_step, rng) if gpu and args.cuda_graph else take_step
-
-    @writing_to(run)
-    def after_update(info, progress):
-        """Count a gradient step; log, evaluate and save what is due after it."""
-        nonlocal step, totals, count, since
-        step, count, stopping = step + 1, count + 1, bool(stop_signals)
-        totals = {name: totals.get(name, 0) + value for name, value in info.items()}
-        progress.update()
-        phase_ends = step in (args.offline_steps, total_steps)
-        eval_due = phase_ends or step % args.eval_every == 0
-        save_due = phase_ends or step % args.checkpoint_every == 0 or stopping
-        if step % LOG_EVERY == 0 or eval_due or save_due:
-            means = {name: value.item() / count for name, value in totals.items()}
-            broken = ", ".join(name for name, value in means.items() if not math.isfinite(value))
-            if broken:
-                last = f"the last good checkpoint is {run}/checkpoint.pt, if there is one"
-                raise InputError(f"{broken} became NaN or infinite before step {step}; {last}")
-            for name, value in (means | {"charts/SPS": count / (time.time() - since)}).items():
-                writer.add_scalar(name, value, step)
-            totals, count = {}, 0
-        if eval_due:
-            rows, scalars, arrays = evaluate(agent, buffer, eval_envs, args)
-            returns = log_evaluation(run, writer, step, env_steps, rows, scalars, arrays)
-            tqdm.write(f"step {step}, {env_steps} new transitions | return: {returns}")
-            if phase_ends:
-                np.savez_compressed(run / f"figures_{step}.npz", **arrays)  # for benchmark/figures.py
-        if save_due:
-            writer.flush()
-            save_checkpoint(run, args, step, env_steps, parts, generators)
-        if stopping:
-            progress.close()
-            raise SystemExit(f"stopped after step {step}; continue with: python {Path(__file__).name} --resume {run}")
-        if count == 0:
-            since = time.time()  # charts/SPS leaves out evaluations and checkpoints
-
-    # ===== Offline phase [Alg. 1, l. 2 to 5]
-    take_step = make_step(online=False)
-    with tqdm(total=args.offline_steps, initial=min(step, args.offline_steps), desc="offline", unit="step") as progress:
-        while step < args.offline_steps:
-            after_update(take_step(), progress)  # l. 3 to 5
-
-    # ===== Self-supervised phase, without rewards from the environment [Alg. 1, l. 6 to 12]
-    take_step = make_step(online=True)
-    online_total, done = total_steps - args.offline_steps, step - args.offline_steps
-    with tqdm(total=online_total, initial=done, desc="self-supervised", unit="step") as progress:
-        while step < total_steps:
+        total_steps = args.offline_steps + args.online_iterations * args.updates_per_iteration
+        for step in run.steps(total_steps, "self-supervised"):  # l. 6
             if (step - args.offline_steps) % args.updates_per_iteration == 0:
                 # PAPER: 4 gradient steps per new transition. CODE: 0.8, as five tasks collect, not one. 4 on Sawyer.
                 drawn = torch.randint(len(explored_tasks), (args.tasks_per_iteration,), generator=act_rng)
                 for task in drawn.tolist():
-                    collect(task, args.prior_steps, explore=True)  # l. 7 to 9
-                    collect(task, args.posterior_steps, explore=False)
-            after_update(take_step(), progress)  # l. 10 to 12
-
-    for opened in (writer, lock, env, *(env for _, env in eval_envs["test"] + eval_envs["train"])):
-        opened.close()
-    print_csv(run / "eval.csv")
-    if args.capture_video:
-        film()
+                    env.unwrapped.set_task(explored_tasks[task])
+                    for i, path, in_context in explore(env, task, agent, buffer, args, act_rng, rng):  # l. 7
+                        if not args.oracle_rewards:  # l. 8 and 9: h_offline ~ D_i, generated rewards
+                            h = make_context(buffer.sample([i], args.context_batch, rng, "offline"), args)
+                            noise_z = torch.randn(1, args.latent_dim, generator=rng, device=device)
+                            obs, actions = (torch.as_tensor(path[name]).to(device) for name in ("obs", "actions"))
+                            path["rewards"] = generate_rewards(agent, obs[:-1], actions, h, noise_z)
+                        buffer.add(i, path, context=in_context)
+                        run.env_steps += len(path["actions"])
+            batch = sample(buffer, args, rng)  # l. 10
+            run.log(learn(agent, optimizer, batch, args, online=True))  # l. 11 and 12
+            if run.evaluation_due:
+                run.write(*evaluate(agent, buffer, eval_envs, args))
     return agent
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_args())
-    except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    buffers.launch(main, Args, PRESETS)

@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from sawyer_policy import SawyerPolicy
+
 import buffers
 import envs
 
@@ -23,7 +25,7 @@ def collect(env_id, number, task):
     env.set_task(task)
     for trajectory in range(TRAJECTORIES):
         obs, _ = env.reset(seed=TRAJECTORIES * number + trajectory)
-        policy, path = envs.SawyerPolicy(env, rng), {"obs": [obs], "actions": [], "rewards": [], "terminals": []}
+        policy, path = SawyerPolicy(env, rng), {"obs": [obs], "actions": [], "rewards": [], "terminals": []}
         for _ in range(STEPS):
             action = policy()
             obs, reward, terminated, _, _ = env.step(action)
