@@ -65,7 +65,7 @@ class ReplayBuffer:
         try:
             self.fields = {name: torch.empty(capacity, dim, device=device) for name, dim in dims.items()}
             # A task's indices stand in a row, from `starts` on. When its room is full they move to the end, where they
-            # have twice as much: all rooms together are less than 4 times the transitions, however many tasks there are.
+            # have twice as much: all rooms together are less than 4 times the transitions, however many tasks.
             self.index = {name: torch.empty(4 * capacity, dtype=torch.int32, device=device) for name in lists}
         except (RuntimeError, TypeError):  # can't allocate memory; a number of more than 64 bits
             raise InputError(f"a replay buffer for {capacity} transitions does not fit into memory") from None
@@ -331,7 +331,7 @@ def load_dataset(env_id: str, path=None) -> dict:
         env_id: the family the data must belong to.
         path: by default datasets/{env_id}.npz beside this file.
     Returns:
-        train_tasks (N, k), test_tasks (M, k), command; rl, encoder: lists of (task number, trajectory); sha256 of it all.
+        train_tasks (N, k), test_tasks (M, k), command; rl, encoder: lists of (task number, trajectory); sha256.
     Raises:
         InputError: one sentence that names the file, the field, what was found and what was expected.
     """
@@ -409,8 +409,8 @@ def check_dataset(path, env_id, data) -> None:
 
 
 def from_dataset(dataset: dict, env_id: str, device="cpu", more_tasks: int = 0, more: int = 0) -> ReplayBuffer:
-    """A replay buffer with a dataset in it, and room for more tasks and transitions; without encoder trajectories the RL
-    trajectories fill both buffers."""
+    """A replay buffer with a dataset in it, and room for more tasks and transitions; without encoder trajectories the
+    RL trajectories fill both buffers."""
     spec, num_tasks = envs.lookup(env_id), len(dataset["train_tasks"]) + more_tasks
     capacity = sum(len(path["actions"]) for _, path in dataset["rl"] + dataset["encoder"]) + more
     buffer = ReplayBuffer(num_tasks, spec.obs_dim, spec.action_dim, capacity, device)
@@ -613,7 +613,7 @@ def flatten(tree, prefix=""):
 
 
 class Run:
-    """One run: folder, lock, progress, log, checkpoints; stops at SIGINT, SIGTERM, SIGHUP. On leaving it gives all back.
+    """One run: folder, lock, progress, log, checkpoints; stops at SIGINT, SIGTERM, SIGHUP; on leaving gives all back.
 
         with Run(args, __file__, dataset["sha256"], agent=agent, optimizer=optimizer, rng=rng) as run:
             for step in run.steps(1000, "offline"):
@@ -670,7 +670,7 @@ class Run:
         if not self.args.resume:
             flags = "\n".join(f"| {name} | {value} |" for name, value in vars(self.args).items())
             self.writer.add_text("flags", f"| flag | value |\n|---|---|\n{flags}")
-        # On a full disk TensorBoard's thread would print a traceback; the next call to the writer raises the same error.
+        # On a full disk TensorBoard's thread would print a traceback; the next call to the writer raises the same.
         self.hook, self.handlers, self.monitor = threading.excepthook, {}, tqdm.monitor_interval
         threading.excepthook = lambda hook: None if issubclass(hook.exc_type, OSError) else self.hook(hook)
         tqdm.monitor_interval = 0  # no thread
@@ -936,7 +936,7 @@ class Run:
 
 @functools.cache
 def matmul_precision(device, rows, width):
-    """ "medium" where it is as exact as "highest" and faster, on products of a gradient step's shape, else "highest"."""
+    """The precision of matrix products: "medium" where it is as exact as "highest" and faster, else "highest"."""
     # glibc gives large freed blocks back to the system: thousands of page faults in a step. Let it keep them.
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     for option, size in ((-3, 1 << 25), (-2, 1 << 26), (-1, (1 << 31) - 1)) if mallopt else ():
