@@ -987,7 +987,7 @@ def draw_paths(axes, ground: dict) -> None:
         lines = axes.plot(*ground[label].T, color=f"tab:{colours[label]}", linewidth=0.6)  # x and y: (L+1, .) each
         lines[0].set_label(label)
     axes.set(aspect="equal", xlabel="x (m)", ylabel="y (m)")
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=7, loc="upper left")
 
 
 def draw_kls(axes, arrays: dict) -> None:
@@ -1000,7 +1000,7 @@ def draw_kls(axes, arrays: dict) -> None:
         axes.hist(kl, bins=bins, color=colour, alpha=0.6, label=f"{context} context, mean {kl.mean():.1f}")
     axes.set_xlabel("KL of the posterior to the prior")
     if kls:
-        axes.legend(fontsize=7)
+        axes.legend(fontsize=7, loc="upper left")
 
 
 def read_csv(path) -> dict:
