@@ -27,9 +27,9 @@ import envs
 RESULTS = Path(__file__).resolve().parent / "results"
 METHODS = {  # label of a run: its name and colour in every picture
     "smac": ("SMAC", "tab:red"), "smac_actor_ablation": ("SMAC (actor ablation)", "tab:blue"),
-    "meta_bc": ("meta behaviour cloning", "tab:brown"), "pearl": ("Online Oracle (PEARL)", "black"),
-    "macaw": ("MACAW", "olive"), "macaw_matched": ("MACAW, SMAC-matched", "yellowgreen"),
-    "borel": ("BOReL", "magenta"), "borel_matched": ("BOReL, SMAC-matched", "purple"),
+    "meta_bc": ("meta behaviour cloning", "tab:brown"), "macaw": ("MACAW", "olive"),
+    "macaw_matched": ("MACAW, SMAC-matched", "yellowgreen"), "borel": ("BOReL", "magenta"),
+    "borel_matched": ("BOReL, SMAC-matched", "purple"), "pearl": ("Online Oracle (PEARL)", "black"),
     "smac_encoder_q": ("only Q-loss (online & offline)", "navy"),
     "smac_encoder_reward_then_q": ("only Q-loss (online)", "tab:cyan"),
     "smac_encoder_prior": ("encoder buffer grows", "goldenrod"), "smac_two_critics": ("two critics", "teal"),
@@ -66,28 +66,22 @@ NOTE = """\
 Post-adaptation return after the offline phase → at the end: mean over seeds ± half the width of the 95 % interval of
 that mean (Student's t; none of one seed), in brackets the number of seeds. Data: mean over the training tasks of the
 mean return of a task's trajectories."""
-COST_NOTE = """ Transitions: how many were drawn for training, in millions, by critic and actor + as
-context (MACAW: outer + inner batch; BOReL: SAC + VAE). New: transitions collected in the environment, mean over
-seeds."""
+COST_NOTE = """
+Transitions: draws for training, in millions, by critic and actor + as context (MACAW: outer + inner batch; BOReL: SAC +
+VAE). New: transitions collected in the environment, mean over seeds."""
 
 
 @dataclasses.dataclass
 class Runs:
-    """Seeds of one label: their flags, the curves of each, the last step of the offline phase."""
+    """Seeds of one label: flags, last step of the offline phase, {group: (steps (S,), returns (seeds, S))}."""
 
     args: dict
-    seeds: list
     end: int
-
-    def curve(self, group=TEST):
-        """Gradient steps that all seeds have (S,), their returns (seeds, S)."""
-        seeds = [seed.get(group, {}) for seed in self.seeds]
-        steps = sorted(set.intersection(*(set(seed) for seed in seeds)))  # a run that was made longer has one more
-        return steps, np.array([[seed[step] for step in steps] for seed in seeds])
+    curves: dict
 
     def moments(self, group=TEST):
         """{gradient step: returns (seeds,)} after the offline phase, if there is one, and at the end."""
-        steps, values = self.curve(group)
+        steps, values = self.curves.get(group, ([], None))
         wanted = dict.fromkeys((self.end, max(steps, default=0)))
         return {step: values[:, steps.index(step)] for step in wanted if step in steps and step > 0}
 
@@ -113,15 +107,19 @@ def load(name):
     found, runs = defaultdict(list), {}
     for file in sorted((RESULTS / name).glob("*.csv")):
         curves, end = read(file)
-        if TEST in curves:
-            args = json.loads(file.with_suffix(".json").read_text())
-            found[file.stem.rsplit("__", 1)[0]].append((max(curves[TEST]), args, curves, end))
+        if max(curves.get(TEST, [0])) > 0:
+            found[file.stem.rsplit("__", 1)[0]].append((curves, end, json.loads(file.with_suffix(".json").read_text())))
     for label in sorted(found, key=[*METHODS, *found].index):
-        last = max(seed[0] for seed in found[label])
-        kept = [seed for seed in found[label] if seed[0] == last]
-        if len(kept) < len(found[label]):
-            print(f"{label}: left out what has not come to step {last} ({len(found[label]) - len(kept)} seeds)")
-        runs[label] = Runs(kept[0][1], [seed[2] for seed in kept], kept[0][3])
+        last = max(max(curves[TEST]) for curves, _, _ in found[label])
+        seeds, ends, flags = zip(*(seed for seed in found[label] if max(seed[0][TEST]) == last))
+        if len(seeds) < len(found[label]):
+            print(
+                f"{name}, {label}: left out what has not come to step {last} ({len(found[label]) - len(seeds)} seeds)"
+            )
+        runs[label] = Runs(flags[0], ends[0], {})
+        for group in seeds[0]:  # at the steps that all have: a run that was made longer has one more
+            steps = sorted(set.intersection(*(set(seed[group]) for seed in seeds)))
+            runs[label].curves[group] = steps, np.array([[seed[group][step] for step in steps] for seed in seeds])
     return runs
 
 
@@ -184,9 +182,9 @@ def draw(axis, title, runs, labels):
         axis.text(0.5, 0.5, "no run yet", color="gray", ha="center", va="center", transform=axis.transAxes)
         axis.set(xticks=[], yticks=[])
         return
-    last = max(runs[label].curve()[0][-1] for label in labels)
+    last = max(runs[label].curves[TEST][0][-1] for label in labels)
     for label in labels:
-        (name, colour), (steps, values) = METHODS[label], runs[label].curve()
+        (name, colour), (steps, values) = METHODS[label], runs[label].curves[TEST]
         mean, half = interval(values)
         axis.plot(steps, mean, color=colour, label=name)
         outline = np.column_stack([steps + steps[::-1], np.append(mean - half, (mean + half)[::-1])])
@@ -194,12 +192,16 @@ def draw(axis, title, runs, labels):
         axis.add_artist(plt.Polygon(outline, color=colour, alpha=0.12, linewidth=0))
         if steps[-1] == runs[label].end < last:  # it has no second phase
             axis.plot([steps[-1], last], [mean[-1]] * 2, color=colour, linestyle=":")
+    levels = [data_of(runs[label].args)[0] for label in labels]
+    for i, data in enumerate(levels):
+        if not np.isnan(data) and data not in levels[:i]:  # another dataset has the colour of its run
+            colour, name = ("gray", "the data") if i == 0 else (METHODS[labels[i]][1], "its data")
+            axis.axhline(data, color=colour, linestyle="-.", linewidth=1, label=name)
     first = runs[labels[0]]  # SMAC, if it has run
-    if not np.isnan(data := data_of(first.args)[0]):
-        axis.axhline(data, color="gray", linestyle="-.", linewidth=1, label="the data")
-    if 0 < first.end < first.curve()[0][-1]:
-        axis.axvspan(first.end, first.curve()[0][-1], color="0.93", zorder=0, label="self-supervised phase")
+    if 0 < first.end < first.curves[TEST][0][-1]:
+        axis.axvspan(first.end, first.curves[TEST][0][-1], color="0.93", zorder=0, label="self-supervised phase")
     axis.set_xlabel("gradient step")
+    axis.margins(y=0.1)
     axis.xaxis.set_major_formatter(EngFormatter(sep=""))
     axis.locator_params(axis="x", nbins=6)
 
@@ -218,8 +220,10 @@ def picture(file, panels, one_legend):
             axis.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.17))
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
-    for axis in axes[:, 0]:
-        axis.set_ylabel("return on test tasks")
+    figure.suptitle(
+        "Mean over seeds; band: 95 % interval of the mean (none of one seed); dotted: no second phase", fontsize=9
+    )
+    figure.supylabel("return on test tasks", fontsize=10)
     if one_legend:
         names = sorted(legend, key=[*(name for name, _ in METHODS.values()), *legend].index)
         figure.legend([legend[name] for name in names], names, loc="outside lower center", ncols=4, fontsize=9)
@@ -229,9 +233,8 @@ def picture(file, panels, one_legend):
 
 def adaptation(name):
     """Returns of a benchmark's SMAC runs with z from three sources, mean over seeds, as a cell of a table."""
-    file, prefix = RESULTS / name / "adaptation.md", ""
-    if not file.exists():
-        file, prefix = RESULTS / "adaptation.md", f"{name}/"
+    own, common = RESULTS / name / "adaptation.md", RESULTS / "adaptation.md"
+    file, prefix = (own, "") if own.exists() else (common, f"{name}/")
     rows = [line.strip("| ").split(" | ") for line in (file.read_text().splitlines() if file.exists() else ())]
     rows = [row for row in rows if re.search(rf"(^|/){prefix}smac(/|__)", row[0])]
     rows = [row for row in rows if int(row[1]) == max(int(row[1]) for row in rows)]  # at the end of the run
@@ -279,7 +282,7 @@ def main(name):
         rows.append([label, "" if np.isnan(data) else f"{data:.1f}"])
         rows[-1] += [words(run.moments(group).values()) for group in GROUPS]
         rows[-1] += [" → ".join(f"{step:,}" for step in steps), " → ".join(f"{rl:.1f} + {h:.1f}" for rl, h in cost)]
-        rows[-1].append(f"{run.curve(ENV_STEPS)[1][:, -1].mean():,.0f}")
+        rows[-1].append(f"{run.curves[ENV_STEPS][1][:, -1].mean():,.0f}")
     columns = [f"{tasks} tasks, {context} context" for tasks, context in GROUPS]
     head = ["run", "data", *columns, "gradient steps", "transitions", "new"]
     write_table(RESULTS / name / "table.md", head, rows, NOTE + COST_NOTE)
