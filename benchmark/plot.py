@@ -112,10 +112,8 @@ def load(name):
     for label in sorted(found, key=[*METHODS, *found].index):
         last = max(max(curves[TEST]) for curves, _, _ in found[label])
         seeds, ends, flags = zip(*(seed for seed in found[label] if max(seed[0][TEST]) == last))
-        if len(seeds) < len(found[label]):
-            print(
-                f"{name}, {label}: left out what has not come to step {last} ({len(found[label]) - len(seeds)} seeds)"
-            )
+        if left_out := len(found[label]) - len(seeds):
+            print(f"{name}, {label}: left out what has not come to step {last} ({left_out} seeds)")
         runs[label] = Runs(flags[0], ends[0], {})
         for group in seeds[0]:  # at the steps that all have: a run that was made longer has one more
             steps = sorted(set.intersection(*(set(seed[group]) for seed in seeds)))
