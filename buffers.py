@@ -477,10 +477,10 @@ def is_a(value, kind) -> bool:
 
 
 def preset(args_class, presets, env_id, variant=""):
-    """The flags of an environment: defaults, its row in `presets`, its row's own presets, and those of a variant."""
+    """The flags of an environment: defaults, the row of --preset, that of the environment, that of both together."""
     name, script = envs.short_name(env_id), Path(sys.modules[args_class.__module__].__file__).stem
-    row = presets.get(name, {}) | envs.lookup(env_id).presets.get(script, {})
-    row |= presets.get(variant, {}) | presets.get(f"{name} {variant}", {})
+    row = presets.get(variant, {}) | presets.get(name, {}) | envs.lookup(env_id).presets.get(script, {})
+    row |= presets.get(f"{name} {variant}", {})
     unknown = sorted(set(row) - set(vars(args_class())))
     if unknown:
         raise InputError(f"a preset of {env_id} names {unknown[0]}, and {script} has no such flag")
