@@ -830,7 +830,13 @@ class Run:
 
     def state(self):
         """Everything that a checkpoint holds, as {name: array}."""
-        tree = {"step": self.step, "env_steps": self.env_steps, "summed": self.summed, "totals": self.totals}
+        tree = {
+            "torch_rng": torch.get_rng_state(),
+            "step": self.step,
+            "env_steps": self.env_steps,
+            "summed": self.summed,
+            "totals": self.totals,
+        }
         for name, part in self.parts.items():
             tree[name] = part.get_state() if isinstance(part, torch.Generator) else part.state_dict()
         return flatten(tree)
@@ -896,6 +902,7 @@ class Run:
         totals = {name.removeprefix("totals/"): torch.tensor(found[name]) for name in found if name[:7] == "totals/"}
         self.totals = {name: total.to(self.device) for name, total in totals.items()}
         self.precision = found["precision"]
+        torch.set_rng_state(tree["torch_rng"])  # nothing here draws from it, but dropout would
         return found["eval_csv"]
 
     def fast(self, function, compiled=False):

@@ -102,7 +102,7 @@ class Encoder(nn.Module):
         self.net = mlp([in_dim, *hidden, 2 * latent_dim])
 
     def forward(self, context):
-        """context h (T, C, in_dim) -> mean and standard deviation of z, (T, dz) each."""
+        """context h (T, C, in_dim), of any length C -> mean and standard deviation of z, (T, dz) each."""
         mu, raw = self.net(context).chunk(2, dim=-1)  # (T, C, dz) each
         # Softplus gives each factor's standard deviation (the authors' code: its variance).
         precision = F.softplus(raw).square().clamp(min=1e-7).reciprocal()  # (T, C, dz)
