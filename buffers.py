@@ -18,6 +18,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import shutil
 import signal
@@ -194,9 +195,13 @@ class ReplayBuffer:
 # ===== Files: .npz without pickle
 
 
-MAX_UNPACKED = 1 << 29  # bytes that all compressed arrays of a file may have together; what is stored plain is no more
-MAX_DIRECTORY = 1 << 20  # bytes of the table of contents
-KINDS = "<f4 <f8 <i4 <i8 |u1 |b1".split()
+MAX_UNPACKED = 1 << 27  # bytes that all compressed arrays of a file may have together; what is stored plain is no more
+MAX_TABLE = 1 << 18  # bytes of the table of contents
+HEADER = re.compile(  # of an array as numpy.savez writes it: type, whether it lies by columns, shape
+    rb"\x93NUMPY\x01\x00..{'descr': '(<[fi][48]|\|[ub]1|<U[1-9]\d{0,8})', 'fortran_order': (True|False), "
+    rb"'shape': \((|\d{1,15},|\d{1,15}(?:, \d{1,15}){1,3})\), } *\n",
+    re.DOTALL,
+)
 
 
 def read_npz(path, accept) -> dict:
@@ -209,50 +214,58 @@ def read_npz(path, accept) -> dict:
     Raises:
         InputError: there is no such file, or it is damaged, or holds anything but plain arrays.
     """
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         raise InputError(f"there is no file {path}")
-    arrays, unpacked, seen = {}, 0, set()
+    arrays = {}
     try:
-        with open(path, "rb") as file:
-            # The table of contents must end where the file ends, so that there is only one, and be small.
-            file.seek(-min(98, os.path.getsize(path)), os.SEEK_END)
-            end = file.read().rjust(98, b"\0")
-            size = end[-58:-50] if end[-42:-38] == b"PK\6\7" else end[-10:-6]
-            if end[-22:-18] != b"PK\5\6" or end[-2:] != b"\0\0" or int.from_bytes(size, "little") > MAX_DIRECTORY:
-                raise ValueError("it is no .npz file, or damaged")
-            with zipfile.ZipFile(file) as archive:
-                for member in archive.infolist():
-                    name = member.filename.removesuffix(".npy")
-                    stored = member.compress_type == zipfile.ZIP_STORED
-                    unpacked += 0 if stored else member.file_size
-                    fits = member.file_size == member.compress_size if stored else member.compress_type == 8
-                    if name in seen or not fits or unpacked > MAX_UNPACKED:
-                        raise ValueError(f"{name} is there twice, packed in a strange way or too large")
-                    seen.add(name)
-                    with archive.open(member) as stream:
-                        version = np.lib.format.read_magic(stream)
-                        read = getattr(np.lib.format, f"read_array_header_{version[0]}_{version[1]}")
-                        shape, by_columns, dtype = read(stream)
-                        size, text = (
-                            math.prod(shape) * dtype.itemsize,
-                            dtype.kind == "U" and shape == () and dtype.itemsize,
-                        )
-                        if not (text or dtype.str in KINDS) or by_columns or len(shape) > 4:
-                            raise ValueError(f"{name} is no plain array")
-                        if stream.tell() + size != member.file_size:
-                            raise ValueError(f"{name} has another size than it says")
-                        if accept(name, dtype, shape):
-                            array = np.frombuffer(bytearray(stream.read(size)), dtype).reshape(shape)
-                            if stream.read(1) or array.nbytes != size:
-                                raise ValueError(f"{name} has another size than it says")
-                            arrays[name] = str(array[()]) if text else array
-                            text and arrays[name].encode()  # raises a ValueError if that is no text
+        with open(path, "rb") as file, open_zip(file) as archive:
+            for member in archive.infolist():
+                name = member.filename.removesuffix(".npy")
+                with archive.open(member) as stream:
+                    head = stream.read(10)
+                    header = HEADER.fullmatch(head + stream.read(int.from_bytes(head[8:], "little")))
+                    if not header:
+                        raise ValueError(f"{name} is no plain array")
+                    dtype, shape = np.dtype(header[1].decode()), tuple(map(int, re.findall(rb"\d+", header[3])))
+                    if stream.tell() + math.prod(shape) * dtype.itemsize != member.file_size:
+                        raise ValueError(f"{name} has another size than it says")
+                    if accept(name, dtype, shape):
+                        data = bytearray()
+                        while chunk := stream.read(1 << 20):
+                            data += chunk
+                        if dtype.kind == "U":
+                            arrays[name] = data.decode("utf-32-le").rstrip("\0")
+                        else:
+                            order = "F" if header[2] == b"True" else "C"
+                            arrays[name] = np.frombuffer(data, dtype).reshape(shape, order=order)
     except InputError:
         raise
     except Exception as error:  # whatever a damaged or hostile file makes zipfile and numpy raise
         reason = error if isinstance(error, (ValueError, OSError, zipfile.BadZipFile)) else type(error).__name__
         raise InputError(f"{path} can not be read: {reason}") from None
     return arrays
+
+
+def open_zip(file):
+    """A zip archive with one table of contents, small and at the end of the file, so that all readers find the same."""
+    length = file.seek(0, os.SEEK_END)
+    file.seek(-min(98, length), os.SEEK_END)
+    end = file.read().rjust(98, b"\0")
+    size, alone = end[-10:-6], True
+    if end[-42:-38] == b"PK\6\7":  # a file of more than 4 GB: another record, just before
+        size, alone = end[-58:-50], end[-98:-94] + end[-34:-26] == b"PK\6\6" + (length - 98).to_bytes(8, "little")
+    alone = alone and end[-22:-18] == b"PK\5\6" and end[-2:] == b"\0\0"  # no comment, which could hold a second one
+    if not alone or int.from_bytes(size, "little") > MAX_TABLE:
+        raise ValueError("it is no .npz file, or damaged")
+    archive = zipfile.ZipFile(file)
+    members = archive.infolist()
+    if {member.compress_type for member in members} - {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}:
+        raise ValueError("it is compressed in a way that numpy does not use")
+    names = {member.filename.removesuffix(".npy") for member in members}
+    unpacked = sum(member.file_size for member in members if member.compress_type == zipfile.ZIP_DEFLATED)
+    if len(names) < len(members) or sum(m.compress_size for m in members) > length or unpacked > MAX_UNPACKED:
+        raise ValueError("its arrays are too large, overlap, or two have one name")
+    return archive
 
 
 def write_file(path, write) -> None:
@@ -281,13 +294,14 @@ def write_file(path, write) -> None:
 # With no encoder trajectories (P = 0) the RL trajectories serve as both buffers.
 
 
-FORMAT_VERSION, MAX_TASKS, MAX_PATHS = 1, 10_000, 1_000_000
+FORMAT_VERSION, MAX_TASKS, MAX_PATHS, MAX_TEXT = 1, 10_000, 100_000, 10_000
+MAX_PADDED = 1 << 29  # numbers in all trajectories, were all as long as the longest; BOReL pads them
 PATH_FIELDS = {"obs": np.float32, "actions": np.float32, "rewards": np.float32, "terminals": np.bool_}
 
 
 def dataset_rules(spec):
     """{array of a dataset: its type, shape, and how long it may be where the shape is open (None)}."""
-    rules = dict.fromkeys(("env_id", "command"), ("U", (), 0)) | {"format_version": ("i8", (), 0)}
+    rules = dict.fromkeys(("env_id", "command"), ("U", (), MAX_TEXT)) | {"format_version": ("i8", (), 0)}
     rules |= {name: ("f8", (None, spec.task_dim), MAX_TASKS) for name in ("train_tasks", "test_tasks")}
     for part in ("rl", "encoder"):
         rules |= {f"{part}_{name}": ("i4", (None,), MAX_PATHS) for name in ("tasks", "lengths")}
@@ -321,7 +335,9 @@ def save_dataset(path, env_id: str, train_tasks, test_tasks, rl: list, encoder: 
             like = np.asarray(rl[0][1][name])  # gives an empty encoder part its number of columns
             arrays[f"{part}_{name}"] = np.concatenate([p[name] for _, p in entries] or [like[:0]]).astype(dtype)
     check_dataset(path, env_id, arrays | {name: str(arrays[name]) for name in ("env_id", "command")})
-    write_file(path, lambda file: np.savez_compressed(file, allow_pickle=False, **arrays))
+    large = sum(array.nbytes for array in arrays.values()) > MAX_UNPACKED  # then `read_npz` would not unpack them
+    path = os.path.expanduser(path)
+    write_file(path, lambda file: (np.savez if large else np.savez_compressed)(file, allow_pickle=False, **arrays))
 
 
 def load_dataset(env_id: str, path=None) -> dict:
@@ -335,16 +351,17 @@ def load_dataset(env_id: str, path=None) -> dict:
     Raises:
         InputError: one sentence that names the file, the field, what was found and what was expected.
     """
-    path = Path(path or Path(__file__).parent / "datasets" / f"{envs.short_name(env_id)}.npz").expanduser()
-    if not path.is_file():
+    path = Path(os.path.expanduser(path or Path(__file__).parent / "datasets" / f"{envs.short_name(env_id)}.npz"))
+    if not os.path.isfile(path):
         raise InputError(f"there is no dataset at {path}: pass --dataset, or make one (see datasets/README.md)")
     rules = dataset_rules(envs.lookup(env_id))
     data = read_npz(path, lambda name, *found: name in rules and check_array(f"{path}: {name}", *found, *rules[name]))
     check_dataset(path, env_id, data)
     digest, result = hashlib.sha256(), {name: data[name] for name in ("train_tasks", "test_tasks", "command")}
     for name in sorted(rules):
-        array = np.array(data[name])
-        digest.update(f"{name} {array.dtype} {array.shape}".encode() + array.tobytes())
+        array = np.asarray(data[name])
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).view(np.uint8))
     for part in ("rl", "encoder"):
         tasks, lengths = data[f"{part}_tasks"].tolist(), data[f"{part}_lengths"].astype(np.int64)
         cuts, obs_cuts = np.cumsum(lengths)[:-1], np.cumsum(lengths + 1)[:-1]
@@ -359,8 +376,8 @@ def check_array(what, dtype, shape, kind, wanted, longest=math.inf) -> bool:
     if not fits or len(shape) != len(wanted) or any(n != w for n, w in zip(shape, wanted) if w is not None):
         expected = f"{'text' if kind == 'U' else np.dtype(kind)} {wanted}".replace("None", "any number")
         raise InputError(f"{what} is {dtype} {shape}, expected {expected}")
-    if None in wanted and shape[0] > longest:
-        raise InputError(f"{what} has {shape[0]} entries, expected at most {longest}")
+    if kind == "U" and dtype.itemsize > 4 * longest or None in wanted and shape[0] > longest:
+        raise InputError(f"{what} has {max(shape, default=dtype.itemsize // 4)} entries, expected at most {longest}")
     return True
 
 
@@ -377,9 +394,7 @@ def check_dataset(path, env_id, data) -> None:
     for name, wanted in (("format_version", FORMAT_VERSION), ("env_id", envs.short_name(env_id))):
         if data[name] != wanted:
             raise InputError(f"{path}: {name} is {data[name]}, expected {wanted}")
-    unpacked, env = sum(np.asarray(array).nbytes for array in data.values()), envs.make(env_id)
-    if unpacked > MAX_UNPACKED:
-        raise InputError(f"{path}: a dataset of {unpacked} bytes, expected at most {MAX_UNPACKED}")
+    env = envs.make(env_id)
     for name in ("train_tasks", "test_tasks"):
         tasks, (low, high) = data[name], spec.task_range
         if not len(tasks) or tasks.min() < low or tasks.max() > high:
@@ -401,6 +416,8 @@ def check_dataset(path, env_id, data) -> None:
             rows, found = total + lengths.size * (name == "obs"), len(data[f"{part}_{name}"])
             if found != rows:
                 raise InputError(f"{path}: {part}_{name} has {found} rows, expected {rows} by {part}_lengths")
+        if lengths.size * int(lengths.max(initial=0)) * (2 * spec.obs_dim + spec.action_dim + 1) > MAX_PADDED:
+            raise InputError(f"{path}: {part}_lengths: trajectories as long as the longest would not fit into memory")
         if np.abs(data[f"{part}_actions"]).max(initial=0) > 1:
             raise InputError(f"{path}: {part}_actions must lie in [-1, 1]")
         missing = np.setdiff1d(np.arange(num_tasks), tasks)
