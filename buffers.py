@@ -11,6 +11,7 @@ import contextlib
 import csv
 import ctypes
 import dataclasses
+import errno
 import functools
 import hashlib
 import importlib.metadata
@@ -67,7 +68,7 @@ class ReplayBuffer:
             self.fields = {name: torch.empty(capacity, dim, device=device) for name, dim in dims.items()}
             # A task's indices stand in a row, from `starts` on. When its room is full they move to the end, where they
             # have twice as much: all rooms together are less than 4 times the transitions, however many tasks.
-            self.index = {name: torch.empty(4 * capacity, dtype=torch.int32, device=device) for name in lists}
+            self.index = {name: torch.zeros(4 * capacity, dtype=torch.int32, device=device) for name in lists}
         except (RuntimeError, TypeError):  # can't allocate memory; a number of more than 64 bits
             raise InputError(f"a replay buffer for {capacity} transitions does not fit into memory") from None
         self.starts = {name: torch.zeros(num_tasks, dtype=torch.int64, device=device) for name in lists}
@@ -170,14 +171,20 @@ class ReplayBuffer:
         return {"fields": fields, "index": index, "sizes": dict(self.sizes)}
 
     def load_state_dict(self, state: dict) -> None:
-        """Inverse of `state_dict`, for tensors of the right types and sizes. Raises InputError."""
+        """Inverse of `state_dict`, for tensors of the right types and sizes. Raises InputError.
+
+        What the buffer holds already, the dataset's transitions, must be the first of those in the state.
+        """
         used = {len(field) for field in state["fields"].values()}
-        if len(used) != 1 or max(used) > self.capacity:
+        if len(used) != 1 or not self.used <= max(used) <= self.capacity:
             raise InputError(f"its replay buffer has {sorted(used)} transitions, expected at most {self.capacity}")
+        for name, field in self.fields.items():
+            if not torch.equal(state["fields"][name][: self.used].to(self.device), field[: self.used]):
+                raise InputError(f"its replay buffer begins with other {name} than the dataset")
         for name, size in state["sizes"].items():
-            listed = state["index"]["rl" if name == "rl" else "context"]
-            fits = size.sum() <= len(listed) if name == "offline" else size.sum() == len(listed)
-            if not fits or (size < 0).any() or ((listed < 0) | (listed >= max(used))).any():
+            listed, context = state["index"]["rl" if name == "rl" else "context"], state["sizes"]["context"]
+            fits = (size <= context).all() if name == "offline" else size.sum() == len(listed) <= max(used)
+            if not fits or (size < self.sizes[name].cpu()).any() or ((listed < 0) | (listed >= max(used))).any():
                 raise InputError(
                     f"its replay buffer's sizes.{name}, or its index, points outside of {used} transitions"
                 )
@@ -449,6 +456,8 @@ PRODUCTS = {"meta_batch rl_batch": 2**20, "vae_tasks vae_trajectories elbo_terms
 PATHS = ("dataset", "save_dataset", "run_dir", "resume")  # of the command line alone, never from a file
 FREE = (*PATHS, "device", "online_iterations", "compile", "cuda_graph")
 CSV_COLUMNS = ["gradient_step", "env_steps", "split", "context", "task", "return", "exploration_return"]
+NUMBER = r"-?\d+(\.\d+)?(e[-+]\d+)?"
+CSV = rf"{','.join(CSV_COLUMNS)}\r\n(\d{{1,16}},\d{{1,16}},\w+,\w+,\d{{1,16}},{NUMBER},{NUMBER}\r\n)*"  # an eval.csv
 LOG_EVERY = 200  # gradient steps averaged into one point of the loss curves
 
 
@@ -475,7 +484,7 @@ def check_flags(args, before=None) -> None:
         if all(name in values for name in names.split()) and math.prod(values[name] for name in names.split()) > most:
             raise InputError(f"{' x '.join(names.split())} must be at most {most}, for memory")
     if values.get("save_dataset"):
-        file = Path(args.save_dataset).expanduser().absolute()
+        file = Path(os.path.expanduser(args.save_dataset)).absolute()
         if file.is_dir() or not os.access(file.parent, os.W_OK):
             raise InputError(f"--save-dataset {file} is no file in a folder that can be written to")
     if args.compile and not shutil.which("g++"):
@@ -506,7 +515,7 @@ def preset(args_class, presets, env_id, variant=""):
 
 def read_flags(args_class, presets, path):
     """The flags in a checkpoint or an agent file; one that it does not have takes its default. Raises InputError."""
-    text = read_npz(path, lambda name, *_: name == "flags").get("flags", "")
+    text = read_npz(path, lambda name, dtype, _: name == "flags" and dtype.itemsize < 4 * MAX_TEXT).get("flags", "")
     try:
         flags = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(text).items()}
         known = preset(args_class, presets, flags["env_id"]) if ":" not in flags["env_id"] else args_class()
@@ -533,7 +542,7 @@ def parse_args(args_class, presets, argv=None, description=None):
     known, _ = tyro.cli(args_class, args=argv, return_unknown_args=True, add_help=False)
     before = None
     if known.resume:
-        before = read_flags(args_class, presets, Path(known.resume).expanduser() / "checkpoint.npz")
+        before = read_flags(args_class, presets, Path(os.path.expanduser(known.resume), "checkpoint.npz"))
         # A file must not run code: a module is imported if the command line names it.
         if ":" in before.env_id and known.env_id != before.env_id:
             raise InputError(f"the run's environment is of a module: give --env-id {before.env_id} as well")
@@ -554,8 +563,8 @@ def launch(main, args_class, presets):
         sys.exit(say("stopped at once; what the last checkpoint does not have is lost", "stderr") or 130)
     finally:
         try:
-            sys.stdout.flush()
-        except OSError:  # whoever read it has gone
+            print(end="", flush=True)
+        except (OSError, ValueError):  # whoever read it has gone
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
@@ -641,12 +650,14 @@ class Run:
 
     def __init__(self, args, script, sha256="", **parts):
         name = f"{envs.short_name(args.env_id)}__{Path(script).stem}__{args.seed}"
-        self.folder = Path(args.resume).expanduser() if args.resume else Path(args.run_dir).expanduser() / name
+        self.folder = Path(os.path.expanduser(args.resume or Path(args.run_dir, name)))
         self.args, self.script, self.sha256, self.parts = args, Path(script).resolve(), sha256, parts
         self.checkpoint, self.device = self.folder / "checkpoint.npz", choose_device(args)
         self.step, self.env_steps, self.totals, self.summed, self.end = 0, 0, {}, 0, 0
         self.stopping, self.evaluation_due, self.sentence = False, False, ""
         check_flags(args)
+        if not str(self.folder).isprintable():  # TensorBoard takes no other paths
+            raise InputError(f"the path of a run must be printable text in UTF-8, and {self.folder} is not")
         if not args.resume and self.checkpoint.exists():
             raise InputError(f"{self.folder} holds a run: --resume continues it, another --seed makes another")
         eval_csv = self.restore() if args.resume else ",".join(CSV_COLUMNS) + "\r\n"  # nothing is written before this
@@ -670,7 +681,7 @@ class Run:
         except BlockingIOError:
             raise InputError(f"another process writes to {self.folder}") from None
         except OSError as error:
-            if error.errno not in (37, 38, 95):  # ENOLCK, ENOSYS, EOPNOTSUPP: a file system without locks
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):  # a file system without locks
                 raise
             say(f"warning: {self.folder} can not be locked: start no second process with it", "stderr")
         self.file.truncate(0)
@@ -700,10 +711,12 @@ class Run:
     def __exit__(self, kind, error, traceback):
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
-        with self.writing() if kind is None else contextlib.suppress(OSError):
-            self.writer.close()
-        threading.excepthook, tqdm.monitor_interval = self.hook, self.monitor
-        self.file.close()
+        try:
+            with self.writing() if kind is None else contextlib.suppress(OSError):
+                self.writer.close()
+        finally:
+            threading.excepthook, tqdm.monitor_interval = self.hook, self.monitor
+            self.file.close()
         if kind is None:
             with self.writing():
                 figure = draw_summary(self.folder)
@@ -717,7 +730,8 @@ class Run:
         try:
             yield
         except OSError as error:
-            reason = f"can not write to {error.filename or self.folder}: {error.strerror or error}"
+            file = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else self.folder
+            reason = f"can not write to {file}: {error.strerror or error}"
             raise InputError(f"{reason}; {self.saved()}") from None
 
     def saved(self):
@@ -730,8 +744,9 @@ class Run:
         words += ["--env-id", self.args.env_id] * (":" in self.args.env_id)
         for name in ("dataset", "save_dataset"):
             if getattr(self.args, name, None):
-                words += ["--" + name.replace("_", "-"), Path(getattr(self.args, name)).expanduser().resolve()]
-        return shlex.join(map(str, words))
+                words += ["--" + name.replace("_", "-"), os.path.realpath(os.path.expanduser(getattr(self.args, name)))]
+        there = f"cd {shlex.quote(os.getcwd())} && " * (":" in self.args.env_id)  # where its module is found
+        return there + shlex.join(map(str, words))
 
     def steps(self, end, name):
         """Gradient steps up to number `end`: yields the number of steps made so far, then counts, saves and stops."""
@@ -856,8 +871,8 @@ class Run:
         """Write checkpoint.npz. eval.csv goes in too: on disk it may end in half a line, or in lines of later steps."""
         state, words = self.state(), {"flags": self.flags(), "sha256": self.sha256, "precision": self.precision}
         for name, array in state.items():
-            if np.isnan(array).any():
-                raise InputError(f"no checkpoint after step {self.step}, {name} holds NaN; {self.saved()}")
+            if not np.isfinite(array).all():
+                raise InputError(f"no checkpoint after step {self.step}, {name} is NaN or infinite; {self.saved()}")
         with self.writing():
             self.writer.flush()
             words["eval_csv"] = (self.folder / "eval.csv").read_bytes().decode()
@@ -888,22 +903,24 @@ class Run:
                 raise InputError(f"{path} does not fit this run: {name} is missing")
         if found["sha256"] != self.sha256:
             raise InputError(f"the data of {self.folder} are others than in this dataset: name theirs with --dataset")
-        header, *rows = csv.reader(found["eval_csv"].splitlines())
-        if header != CSV_COLUMNS or found["precision"] not in ("highest", "medium") or found["step"] < 0:
+        known = found["precision"] in ("highest", "medium") and re.fullmatch(CSV, found["eval_csv"])
+        if not known or found["step"] < 0:
             raise InputError(f"{path} does not fit this run: its step, table of evaluations or precision is none")
         tree = {}
-        for name, array in found.items():
+        for name in rules | {name: moments[name] for name in found if name in moments}:
             *nodes, last = name.split("/")
             node = tree
             for part in nodes:
                 node = node.setdefault(part, {})
-            node[last] = array if isinstance(array, str) else torch.from_numpy(array)
+            node[last] = torch.from_numpy(found[name])
         try:
             for name, part in self.parts.items():
                 if isinstance(part, torch.Generator):
                     part.set_state(tree[name])
                 elif part is optimizer:
                     state = {int(i): moment for i, moment in tree.get(name, {}).get("state", {}).items()}
+                    if any(len(moment) < 3 for moment in state.values()):
+                        raise InputError("a state of the optimizer is not complete")
                     part.load_state_dict(part.state_dict() | {"state": state})
                 else:
                     part.load_state_dict(tree[name])
@@ -1001,8 +1018,8 @@ def draw_paths(axes, ground: dict) -> None:
     """Draw {label: paths (., L+1, 2) in metres} on matplotlib axes, from above, in the colours of Figures 6 and 8."""
     colours = {"offline data": "red", "exploration": "green", "offline context": "blue", "online context": "orange"}
     for label in (label for label in colours if label in ground):
-        lines = axes.plot(*ground[label].T, color=f"tab:{colours[label]}", linewidth=0.6)  # x and y: (L+1, .) each
-        lines[0].set_label(label)
+        line = np.pad(ground[label], ((0, 0), (0, 1), (0, 0)), constant_values=np.nan).reshape(-1, 2)  # one for all
+        axes.plot(*line.T, color=f"tab:{colours[label]}", linewidth=0.6, label=label)
     axes.set(aspect="equal", xlabel="x (m)", ylabel="y (m)")
     axes.legend(fontsize=7, loc="upper left")
 
@@ -1045,21 +1062,22 @@ def draw_summary(folder) -> Figure:
     """The picture of a run: its returns, and for each phase the KLs of Figure 2 and the paths of Figures 6 and 8."""
     groups = read_csv(Path(folder) / "eval.csv")
     last = max((step for steps in groups.values() for step, _ in steps), default=0)
-    files = sorted(Path(folder).glob("figures_*.npz"), key=lambda file: int(file.stem.split("_")[1]))
+    files = [file for file in Path(folder).glob("figures_*.npz") if re.fullmatch(r"figures_\d{1,16}", file.stem)]
+    files.sort(key=lambda file: int(file.stem.split("_")[1]))
     files = [file for file in files if int(file.stem.split("_")[1]) <= last]
     figure = Figure(figsize=(13, 3.6 * max(1, len(files))), layout="constrained")
     grid = figure.subplots(max(1, len(files)), 3, squeeze=False)
     colours = {("test", "online"): "tab:red", ("train", "online"): "tab:orange", ("train", "offline"): "tab:blue"}
     for (split, context), steps in groups.items():
         points = np.array([[step, value] for (step, _), value in steps.items()])
-        grid[0, 0].plot(*points.T, color=colours[split, context], label=f"{split} tasks, {context} context")
+        grid[0, 0].plot(*points.T, color=colours.get((split, context)), label=f"{split} tasks, {context} context")
     offline = [step for steps in groups.values() for step, transitions in steps if not transitions]
     if offline and max(offline) < last:
         grid[0, 0].axvline(max(offline), color="silver", linestyle="--", label="the self-supervised phase begins")
     grid[0, 0].set(title=Path(folder).resolve().name, xlabel="gradient step", ylabel="post-adaptation return")
     grid[0, 0].legend(fontsize=7)
     for row, file in zip(grid, files):
-        arrays = read_npz(file, lambda *_: True)
+        arrays = read_npz(file, lambda name, _, shape: 0 not in shape and len(shape) == (1 if name[:3] == "kl_" else 3))
         ground = {name: array for name, array in arrays.items() if not name.startswith("kl_")}
         draw_kls(row[1], arrays)
         row[1].set_title(f"after {file.stem.split('_')[1]} gradient steps")
