@@ -632,7 +632,7 @@ class Run:
         self.folder = Path(args.resume).expanduser() if args.resume else Path(args.run_dir).expanduser() / name
         self.args, self.script, self.sha256, self.parts = args, Path(script).resolve(), sha256, parts
         self.checkpoint, self.device = self.folder / "checkpoint.npz", choose_device(args)
-        self.step, self.env_steps, self.totals, self.count, self.end = 0, 0, {}, 0, 0
+        self.step, self.env_steps, self.totals, self.summed, self.end = 0, 0, {}, 0, 0
         self.stopping, self.evaluation_due, self.sentence = False, False, ""
         check_flags(args)
         if not args.resume and self.checkpoint.exists():
@@ -757,16 +757,14 @@ class Run:
 
     def log(self, info):
         """Add up the scalars of a gradient step, and write their means every LOG_EVERY steps. Raises InputError."""
-        self.totals, self.count = (
-            {name: self.totals.get(name, 0) + value for name, value in info.items()},
-            self.count + 1,
-        )
+        self.totals = {name: self.totals.get(name, 0) + value for name, value in info.items()}
+        self.summed += 1
         if (self.step + 1) % LOG_EVERY == 0 or self.evaluation_due:
-            means = {name: value.item() / self.count for name, value in self.totals.items()}
+            means = {name: value.item() / self.summed for name, value in self.totals.items()}
             self.check({name: value for name, value in means.items()}, "before")
             with self.writing():
-                self.scalars(means | {"charts/SPS": self.count / (time.time() - self.since)})
-            self.totals, self.count, self.since = {}, 0, time.time()
+                self.scalars(means | {"charts/SPS": self.summed / (time.time() - self.since)})
+            self.totals, self.summed, self.since = {}, 0, time.time()
 
     def check(self, numbers, when):
         """Raise an InputError if one of the named numbers is NaN or infinite."""
@@ -846,7 +844,7 @@ class Run:
             for name, part in self.parts.items()
         }
         return flatten(
-            {"step": self.step, "env_steps": self.env_steps, "count": self.count, "totals": self.totals} | states
+            {"step": self.step, "env_steps": self.env_steps, "summed": self.summed, "totals": self.totals} | states
         )
 
     def save(self):
@@ -908,7 +906,7 @@ class Run:
                     part.load_state_dict(tree[name])
         except (RuntimeError, KeyError, InputError) as error:
             raise InputError(f"{path} does not fit this run: {error}") from None
-        self.step, self.env_steps, self.count = (int(tree[name]) for name in ("step", "env_steps", "count"))
+        self.step, self.env_steps, self.summed = (int(tree[name]) for name in ("step", "env_steps", "summed"))
         self.totals = {
             "/".join(name.split("/")[1:]): torch.tensor(found[name]) for name in found if name[:7] == "totals/"
         }
