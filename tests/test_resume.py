@@ -114,10 +114,8 @@ def test_a_run_leaves_its_flags_table_curves_agents_figures_and_picture(name, wh
 
     flags = json.loads((run / "args.json").read_text())
     own = {key: value for key, value in flags.items() if key not in ("precision", "versions")}
-    assert (
-        own["env_id"] == "Signed" and own["eval_every"] == 5 and flags["versions"].keys() >= {"python", "torch", "cpu"}
-    )
-    parameters = agent.state_dict()
+    assert own["env_id"] == "Signed" and own["eval_every"] == 5
+    assert flags["versions"].keys() >= {"python", "torch", "cpu"} and flags["precision"] in ("medium", "highest")
     with np.load(run / f"agent_{ends[-1]}.npz") as file:
         last = dict(file)
     assert json.loads(str(last.pop("flags"))) == {k: v for k, v in own.items() if k not in buffers.PATHS}
