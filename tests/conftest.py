@@ -33,7 +33,7 @@ def leave_no_trace():
 @pytest.fixture
 def quick(monkeypatch):
     """Small evaluations, a point of the loss curves every 5 steps, and empty pictures, which take most of the time."""
-    small = functools.partial(envs.make_evaluation, num_train=3, repeats=2)
+    small = functools.partial(envs.make_evaluation, num_train=3, repeats=1)
     monkeypatch.setattr(envs, "make_evaluation", small)
     monkeypatch.setattr(buffers, "LOG_EVERY", 5)
     monkeypatch.setattr(buffers, "draw_summary", lambda folder: Figure(figsize=(1, 1)))
