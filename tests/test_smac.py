@@ -22,14 +22,14 @@ import envs
 import smac_offline_online as smac
 from buffers import InputError
 
-SCRIPT, DRAW_PATHS = Path(smac.__file__), buffers.draw_paths
-TRAIN_TASKS, TEST_TASKS, EPISODES, HORIZON = 4, 2, 2, 50
+SCRIPT, ADD_FIGURE = Path(smac.__file__), buffers.SummaryWriter.add_figure
+TRAIN_TASKS, TEST_TASKS, EPISODES, HORIZON = 4, 2, 2, 10
 OFFLINE, ITERATIONS, UPDATES = 14, 2, 8  # 30 gradient steps
 SMALL = [
     *"--env-id PointDirection --q-hidden 16 16 --policy-hidden 16 16 --encoder-hidden 16 --decoder-hidden 8".split(),
     *"--rl-batch 16 --context-batch 8 --latent-dim 3 --eval-every 10 --device cpu".split(),
     *f"--offline-steps {OFFLINE} --online-iterations {ITERATIONS} --updates-per-iteration {UPDATES}".split(),
-    *"--tasks-per-iteration 2 --prior-steps 50 --posterior-steps 60".split(),  # the latter are two whole episodes
+    *"--tasks-per-iteration 2 --prior-steps 10 --posterior-steps 12".split(),  # the latter are two whole episodes
 ]
 
 
@@ -116,7 +116,7 @@ TAGS |= {"eval/generated_reward_mse", "eval/generated_reward_mse_over_reward_var
 KL_TAGS = {"eval/kl_test_online_context", "eval/kl_train_online_context", "eval/kl_train_offline_context"}
 
 
-def test_a_run_writes_its_flags_evaluations_events_and_checkpoint(dataset, tmp_path, quick, capsys):
+def test_a_run_writes_its_flags_evaluations_events_and_checkpoint(dataset, tmp_path, short, capsys):
     run, agent = start(dataset, tmp_path)
     kept = [f"{kind}_{step}" for kind in ("agent", "figures") for step in (OFFLINE, 30)]
     expected = ["args", "checkpoint", "eval", "events", *kept, "summary"]
@@ -128,7 +128,7 @@ def test_a_run_writes_its_flags_evaluations_events_and_checkpoint(dataset, tmp_p
 
     header, *rows = read_csv(run)
     assert header == ["gradient_step", "env_steps", "split", "context", "task", "return", "exploration_return"]
-    new = 2 * (50 + 100)  # transitions an iteration: two tasks, whole episodes
+    new = 2 * (10 + 20)  # transitions an iteration: two tasks, whole episodes
     points = [(10, 0), (OFFLINE, 0), (20, new), (30, 2 * new)]  # every 10 steps, and at the end of each phase
     spaced = sorted({int(row[4]) for row in rows if row[2] == "train"})
     assert len(spaced) == 3 and max(spaced) < TRAIN_TASKS
@@ -170,7 +170,7 @@ def test_a_run_writes_its_flags_evaluations_events_and_checkpoint(dataset, tmp_p
     assert str(run / "summary.png") in output
 
 
-def test_curves_are_means_over_the_steps_since_the_last_point(dataset, tmp_path, quick, monkeypatch):
+def test_curves_are_means_over_the_steps_since_the_last_point(dataset, tmp_path, short, monkeypatch):
     calls, update = [], smac.update
 
     def numbered(*args, **kwargs):
@@ -185,7 +185,7 @@ def test_curves_are_means_over_the_steps_since_the_last_point(dataset, tmp_path,
     assert found == [(5, 3), (10, 8), (14, 12.5)]
 
 
-def test_a_phase_may_be_left_out(dataset, tmp_path, quick):
+def test_a_phase_may_be_left_out(dataset, tmp_path, short):
     for name, flags, steps in (("offline", ["--online-iterations", 0], 14), ("online", ["--offline-steps", 0], 16)):
         run, _ = start(dataset, tmp_path / name, *flags)
         assert load(run)["step"] == steps and read_csv(run)[-1][0] == str(steps)
@@ -195,7 +195,7 @@ def test_a_phase_may_be_left_out(dataset, tmp_path, quick):
 
 
 @pytest.mark.parametrize("oracle", [False, True])
-def test_what_trains_in_each_phase(dataset, tmp_path, quick, monkeypatch, oracle):
+def test_what_trains_in_each_phase(dataset, tmp_path, short, monkeypatch, oracle):
     states = snapshots(monkeypatch)
     _, agent = start(dataset, tmp_path, *["--oracle-rewards"] * oracle)
     before, between, after = (*states, agent.state_dict())
@@ -212,7 +212,7 @@ def table(checkpoint, task, name):
     return checkpoint[f"buffer/index/{name}"][first : first + sizes[task]]
 
 
-def test_generated_rewards_enter_the_buffer(dataset, tmp_path, quick, monkeypatch):
+def test_generated_rewards_enter_the_buffer(dataset, tmp_path, short, monkeypatch):
     """Each new trajectory's rewards are decoder(s, a, z), one z from offline data of the same task (Eq. 4)."""
     labels, generate = [], smac.generate_rewards
 
@@ -224,11 +224,11 @@ def test_generated_rewards_enter_the_buffer(dataset, tmp_path, quick, monkeypatc
     run, agent = start(dataset, tmp_path)
     checkpoint, offline = load(run), TRAIN_TASKS * EPISODES * HORIZON
     fields = {name: checkpoint[f"buffer/fields/{name}"] for name in ("obs", "actions", "rewards")}
-    assert len(fields["rewards"]) == offline + 600 == offline + 50 * len(labels)
+    assert len(fields["rewards"]) == offline + 120 == offline + 10 * len(labels)
     owner = {int(i): task for task in range(TRAIN_TASKS) for i in table(checkpoint, task, "rl")}
     z_seen = []
     for number, (obs, actions, context, noise_z, rewards) in enumerate(labels):
-        rows = slice(offline + 50 * number, offline + 50 * (number + 1))
+        rows = slice(offline + 10 * number, offline + 10 * (number + 1))
         np.testing.assert_array_equal(fields["rewards"][rows, 0], rewards)
         np.testing.assert_array_equal(fields["obs"][rows], obs)
         np.testing.assert_array_equal(fields["actions"][rows], actions)
@@ -236,7 +236,7 @@ def test_generated_rewards_enter_the_buffer(dataset, tmp_path, quick, monkeypatc
             factors, raw = agent.encoder.net(context[0]).double().chunk(2, -1)
             precision = raw.exp().log1p() ** -2
             z = (precision * factors).sum(0) / precision.sum(0) + noise_z[0] / precision.sum(0).sqrt()
-            expected = agent.decoder.net(torch.cat([obs, actions, z.float().expand(50, -1)], -1))[:, 0]
+            expected = agent.decoder.net(torch.cat([obs, actions, z.float().expand(10, -1)], -1))[:, 0]
         torch.testing.assert_close(rewards, expected, rtol=1e-4, atol=1e-6)
         z_seen.append(z)
         # The context: offline transitions of the task that was explored, with their true rewards
@@ -246,7 +246,7 @@ def test_generated_rewards_enter_the_buffer(dataset, tmp_path, quick, monkeypatc
     assert len({tuple(z.tolist()) for z in z_seen}) == len(labels)  # a new z for each trajectory
 
 
-def test_an_iteration_explores_with_the_prior_then_the_posterior_and_then_trains(dataset, tmp_path, quick, monkeypatch):
+def test_an_iteration_explores_with_the_prior_then_the_posterior_and_then_trains(dataset, tmp_path, short, monkeypatch):
     events, in_evaluation = [], []
     rollout, evaluate, update = smac.rollout, smac.evaluate, smac.update
 
@@ -300,7 +300,7 @@ def roll(num=2, **kwargs):
     return paths, torch.stack(agent.seen)
 
 
-def test_acting_draws_a_new_z_at_every_step():
+def test_acting_draws_a_new_z_at_every_step(short):
     paths, z = roll()
     assert z.shape == (HORIZON, 2, 1) and len(z[:, 0].unique()) == len(z[:, 1].unique()) == HORIZON
     assert (abs(z[:, 0] - 5) < 0.6).all() and (abs(z[:, 1] + 5) < 0.6).all()  # each environment has its posterior
@@ -308,7 +308,7 @@ def test_acting_draws_a_new_z_at_every_step():
     assert [path["obs"].shape for path in paths] == [(HORIZON + 1, 4)] * 2
 
 
-def test_actions_of_the_policys_mean_or_a_sample():
+def test_actions_of_the_policys_mean_or_a_sample(short):
     (path, _), _ = roll(deterministic=True)
     np.testing.assert_allclose(path["actions"], np.tanh(0.3), rtol=1e-6)
     (path, _), _ = roll()
@@ -318,7 +318,7 @@ def test_actions_of_the_policys_mean_or_a_sample():
     assert "rewards" not in roll(read_rewards=False)[0][0]
 
 
-def test_a_rollout_goes_on_until_the_last_environment_ends():
+def test_a_rollout_goes_on_until_the_last_environment_ends(short):
     class Fall(gym.Wrapper):
         def step(self, action):
             obs, reward, _, truncated, info = self.env.step(action)
@@ -335,7 +335,7 @@ def test_a_rollout_goes_on_until_the_last_environment_ends():
     assert [len(z) for z in agent.seen] == [2] * 7 + [1] * (HORIZON - 7)
 
 
-def test_adaptation_reads_two_episodes_and_measures_the_third(monkeypatch):
+def test_adaptation_reads_two_episodes_and_measures_the_third(short, monkeypatch):
     """The encoder sees both exploration episodes with true rewards; the third is deterministic, with z from it."""
     args = smac.Args(latent_dim=2, encoder_hidden=(8,), policy_hidden=(8,), q_hidden=(8,), decoder_hidden=(8,))
     torch.manual_seed(0)
@@ -364,10 +364,10 @@ def test_adaptation_reads_two_episodes_and_measures_the_third(monkeypatch):
             torch.testing.assert_close((mu[i : i + 1], sigma[i : i + 1]), encode(contexts[i]))
 
 
-def test_evaluation_pairs_each_environment_with_its_task_and_offline_data(monkeypatch):
+def test_evaluation_pairs_each_environment_with_its_task_and_offline_data(short, monkeypatch):
     args = smac.Args(env_id="PointDirection", latent_dim=2, encoder_hidden=(8,), policy_hidden=(8,), q_hidden=(8,))
     tasks, buffer, asked = envs.sample_tasks("PointDirection", 12), buffers.ReplayBuffer(10, 4, 2, 30), []
-    eval_envs = envs.make_evaluation("PointDirection", tasks[:10], tasks[10:], num_train=3, repeats=2)
+    eval_envs = envs.make_evaluation("PointDirection", tasks[:10], tasks[10:], repeats=2)
     numbers = {split: tasks for split, (tasks, _) in eval_envs.items()}
     chosen = numbers["train"][::2]
     assert numbers == {"test": [0, 0, 1, 1], "train": [n for n in chosen for _ in range(2)]}
@@ -450,7 +450,7 @@ def test_success_is_the_behaviour_achieved_in_the_last_step(drawers, tmp_path):
         ["--encoder-loss", "reward_then_q"], ["--num-critics", 1, "--awr-weights", "exp"],
     ],
 )  # fmt: skip
-def test_variants_run(dataset, tmp_path, quick, flags):
+def test_variants_run(dataset, tmp_path, short, flags):
     """What they change in a gradient step is in test_losses.py."""
     run, agent = start(dataset, tmp_path, *flags)
     assert load(run)["step"] == 30 and all(p.isfinite().all() for p in agent.parameters())
@@ -460,8 +460,8 @@ def test_variants_run(dataset, tmp_path, quick, flags):
     assert all(np.array_equal(fields[f"agent/encoder.{name}"], value) for name, value in values.items())
 
 
-def test_pictures_hold_what_the_evaluation_saw(dataset, tmp_path, quick, monkeypatch):
-    monkeypatch.setattr(buffers, "draw_paths", DRAW_PATHS)
+def test_pictures_hold_what_the_evaluation_saw(dataset, tmp_path, short, monkeypatch):
+    monkeypatch.setattr(buffers.SummaryWriter, "add_figure", ADD_FIGURE)
     run, _ = start(dataset, tmp_path, "--online-iterations", 0)
     with np.load(run / f"figures_{OFFLINE}.npz") as file:
         arrays = dict(file)
@@ -491,24 +491,25 @@ def test_pictures_hold_what_the_evaluation_saw(dataset, tmp_path, quick, monkeyp
 # ----- Stop and resume: see test_resume.py too
 
 
-def test_a_finished_run_can_be_made_longer(dataset, tmp_path, quick):
+def test_a_finished_run_can_be_made_longer(dataset, tmp_path, short):
     run, _ = start(dataset, tmp_path)
     resume(run, "--online-iterations", "3", "--dataset", dataset)
-    assert load(run)["step"] == 38 and load(run)["env_steps"] == 900
+    assert load(run)["step"] == 38 and load(run)["env_steps"] == 180
     assert list(dict.fromkeys(row[0] for row in read_csv(run)[1:])) == ["10", "14", "20", "30", "38"]
 
 
-def test_evaluations_leave_no_trace_in_training(dataset, tmp_path, quick):
-    often, _ = start(dataset, tmp_path / "often", "--eval-every", 3)
+def test_evaluations_leave_no_trace_in_training(dataset, tmp_path, short):
+    often, _ = start(dataset, tmp_path / "often", "--eval-every", 6)
     seldom, _ = start(dataset, tmp_path / "seldom", "--eval-every", 1000)
-    assert len(read_csv(often)) > 2 * len(read_csv(seldom))
+    steps = [{int(row[0]) for row in read_csv(run)[1:]} for run in (often, seldom)]
+    assert steps == [{6, 12, 14, 18, 24, 30}, {14, 30}]
     a, b = load(often), load(seldom)
     assert a.keys() == b.keys()
     for name in a.keys() - {"eval_csv", "flags"}:
         assert np.array_equal(a[name], b[name]), name
 
 
-def test_the_seed_decides(dataset, tmp_path, quick):
+def test_the_seed_decides(dataset, tmp_path, short):
     runs = [start(dataset, tmp_path / str(i), "--seed", seed)[1].state_dict() for i, seed in enumerate((1, 1))]
     assert all(torch.equal(value, runs[1][name]) for name, value in runs[0].items())
     smac.main(parse([*SMALL, "--dataset", dataset, "--run-dir", tmp_path, "--seed", "2"]))
@@ -516,7 +517,7 @@ def test_the_seed_decides(dataset, tmp_path, quick):
     assert not np.array_equal(other, runs[0]["policy.net.0.weight"])
 
 
-def test_sigterm_to_a_real_process_then_resume(dataset, tmp_path, quick, monkeypatch):
+def test_sigterm_to_a_real_process_then_resume(dataset, tmp_path, short, monkeypatch):
     """It stops where it happens to be, at step n, and its next 5 steps are those of a run that was stopped at n + 5."""
     flags = ["--offline-steps", 1_000_000, "--eval-every", 20]
     run = tmp_path / "parts" / "PointDirection__smac_offline_online__1"
@@ -600,7 +601,7 @@ def test_refuses_a_missing_dataset_and_that_of_another_environment(dataset, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
-def test_refuses_to_overwrite_a_run_and_to_resume_with_other_flags(dataset, tmp_path, quick):
+def test_refuses_to_overwrite_a_run_and_to_resume_with_other_flags(dataset, tmp_path, short):
     run, _ = start(dataset, tmp_path)
     before = {file.name: file.read_bytes() for file in run.iterdir()}
     refused("holds a run: continue it with --resume", start, dataset, tmp_path)
@@ -613,7 +614,7 @@ def test_refuses_to_overwrite_a_run_and_to_resume_with_other_flags(dataset, tmp_
     assert before == {file.name: file.read_bytes() for file in run.iterdir()}
 
 
-def test_refuses_damaged_checkpoints(dataset, tmp_path, quick):
+def test_refuses_damaged_checkpoints(dataset, tmp_path, short):
     """Hostile ones: see test_robust.py."""
     run, _ = start(dataset, tmp_path)
     file, before = run / "checkpoint.npz", {file.name: file.read_bytes() for file in run.iterdir()}
@@ -644,7 +645,7 @@ def test_a_script_that_can_not_start_prints_one_line_and_exits_with_code_2(tmp_p
     assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.npz"]
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(dataset, tmp_path, quick, monkeypatch):
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(dataset, tmp_path, short, monkeypatch):
     update, calls, saved = smac.update, [], {}
     run = tmp_path / "PointDirection__smac_offline_online__1"
 
@@ -661,7 +662,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(datase
     assert (run / "checkpoint.npz").read_bytes() == saved["content"] and load(run)["step"] == 10
 
 
-def test_diverging_training_stops_the_run(dataset, tmp_path, quick):
+def test_diverging_training_stops_the_run(dataset, tmp_path, short):
     message = "losses/critic.* became NaN or infinite before step 5 of .*; there is no checkpoint yet"
     refused(message, start, dataset, tmp_path, "--lr", 1e15)
     run = tmp_path / "PointDirection__smac_offline_online__1"
