@@ -1,11 +1,13 @@
 """One thread, so that results and running times do not depend on the machine's cores; the scripts can be imported."""
 
+import dataclasses
 import functools
 import signal
 import sys
 import threading
 from pathlib import Path
 
+import gymnasium as gym
 import pytest
 import torch
 from matplotlib.figure import Figure
@@ -32,12 +34,26 @@ def leave_no_trace():
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Small evaluations, a point of the loss curves every 5 steps, and empty pictures, which take most of the time."""
-    small = functools.partial(envs.make_evaluation, num_train=3, repeats=2)
+    """Small evaluations, a point of the loss curves every 5 steps, and no pictures, which take most of the time."""
+    small = functools.partial(envs.make_evaluation, num_train=3, repeats=1)
     monkeypatch.setattr(envs, "make_evaluation", small)
     monkeypatch.setattr(buffers, "LOG_EVERY", 5)
     monkeypatch.setattr(buffers, "draw_summary", lambda folder: Figure(figsize=(1, 1)))
-    monkeypatch.setattr(buffers, "draw_paths", lambda axes, ground: None)
+    monkeypatch.setattr(buffers.SummaryWriter, "add_figure", lambda *_: None)
+
+
+@pytest.fixture
+def short(quick, monkeypatch):
+    """The same, and episodes of PointDirection have 10 steps."""
+    set_sizes(monkeypatch, "PointDirection", horizon=10)
+
+
+def set_sizes(monkeypatch, env_id, **sizes):
+    """Change the row of a family."""
+    spec, name = dataclasses.replace(envs.SPECS[env_id], **sizes), f"smac/{env_id}-v0"
+    monkeypatch.setitem(envs.SPECS, env_id, spec)
+    monkeypatch.setitem(gym.registry, name, gym.registry[name])  # to be put back
+    envs.register(env_id, spec)
 
 
 @pytest.fixture
