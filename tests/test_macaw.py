@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import functools
 import json
 import math
 import os
@@ -21,6 +22,12 @@ import macaw
 OBS, ACTION, T, B = 4, 2, 2, 5
 DATA = Path(macaw.__file__).parent / "datasets" / "PointDirection.npz"
 SMALL = "--env-id PointDirection --policy-hidden 16 --value-hidden 16 --rl-batch 16 --context-batch 16".split()
+
+
+@pytest.fixture
+def small(quick, monkeypatch):
+    """Two test tasks, three training tasks, one meta-episode each."""
+    monkeypatch.setattr(envs, "make_evaluation", functools.partial(envs.make_evaluation, num_test=2, repeats=1))
 
 
 @pytest.fixture
@@ -148,7 +155,7 @@ def test_returns_are_discounted_within_each_trajectory():
     assert columns["obs"][:, 0].tolist() == [0, OBS, 0] and columns["actions"].shape == (3, ACTION)
 
 
-def test_the_batch_holds_the_returns_of_its_own_transitions(tmp_path, quick, monkeypatch):
+def test_the_batch_holds_the_returns_of_its_own_transitions(tmp_path, small, monkeypatch):
     """They are added to the buffer after it is filled: the order must be the buffer's."""
     seen, sample_batch = [], macaw.sample_batch
 
@@ -189,7 +196,7 @@ def test_the_third_episode_is_of_the_policy_adapted_to_the_first_two(monkeypatch
         return played[-1][-1]
 
     monkeypatch.setattr(macaw, "play", record)
-    _, env_list = envs.make_evaluation("PointDirection", np.array([[0.0]]), np.array([[1.0], [2.0]]), 1, 1)["test"]
+    _, env_list = envs.make_evaluation("PointDirection", np.array([[0.0]]), np.array([[1.0], [2.0]]), repeats=1)["test"]
     final, exploration = macaw.meta_episode(env_list, agent, args, torch.Generator().manual_seed(0))
     (first, _, one), (second, _, two), (third, _, three) = played
     assert [how for _, how, _ in played] == [False, False, True] and final == three
@@ -274,7 +281,7 @@ def test_preset_stands_for_flags_that_others_override():
     assert (point.meta_batch, point.weight_transform, point.offline_steps) == (4, False, 3_000)
 
 
-def test_a_run_evaluates_and_resumes_bit_for_bit(tmp_path, quick, monkeypatch):
+def test_a_run_evaluates_and_resumes_bit_for_bit(tmp_path, small, monkeypatch):
     flags = "--offline-steps 20 --eval-every 10 --preset matched".split()
     whole, agent = start(tmp_path / "whole", *flags)
     update, calls = macaw.update, []
@@ -292,12 +299,12 @@ def test_a_run_evaluates_and_resumes_bit_for_bit(tmp_path, quick, monkeypatch):
     resumed = macaw.main(parse(["--resume", str(part)]))
     assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in agent.state_dict().items())
     assert (whole / "eval.csv").read_bytes() == (part / "eval.csv").read_bytes()
-    assert len(read(whole)) == 2 * (20 + 3 + 3)  # two evaluations: all test tasks, 3 training tasks with either context
+    assert len(read(whole)) == 2 * (2 + 3 + 3)  # two evaluations: 2 test tasks, 3 training tasks with either context
     saved = json.loads((part / "args.json").read_text())
     assert (saved["preset"], saved["meta_batch"], saved["policy_hidden"]) == ("matched", 4, [16])
 
 
-def test_every_parameter_has_the_learning_rate_of_its_flag(tmp_path, quick, monkeypatch):
+def test_every_parameter_has_the_learning_rate_of_its_flag(tmp_path, small, monkeypatch):
     """Seen in Adam's first step, which is the learning rate for every number that has a gradient."""
     rates, moved, update = {"policy": 0.03, "value": 0.007, "raw": 0.0004}, {}, macaw.update
 
