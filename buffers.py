@@ -477,10 +477,10 @@ def is_a(value, kind) -> bool:
 
 
 def preset(args_class, presets, env_id, variant=""):
-    """The flags of an environment: defaults, its row in `presets`, its row's own presets, and those of a variant."""
+    """The flags of an environment: defaults, the row of --preset, that of the environment, that of both together."""
     name, script = envs.short_name(env_id), Path(sys.modules[args_class.__module__].__file__).stem
-    row = presets.get(name, {}) | envs.lookup(env_id).presets.get(script, {})
-    row |= presets.get(variant, {}) | presets.get(f"{name} {variant}", {})
+    row = presets.get(variant, {}) | presets.get(name, {}) | envs.lookup(env_id).presets.get(script, {})
+    row |= presets.get(f"{name} {variant}", {})
     unknown = sorted(set(row) - set(vars(args_class())))
     if unknown:
         raise InputError(f"a preset of {env_id} names {unknown[0]}, and {script} has no such flag")
@@ -627,7 +627,7 @@ class Run:
         self.folder = Path(args.resume).expanduser() if args.resume else Path(args.run_dir).expanduser() / name
         self.args, self.script, self.sha256, self.parts = args, Path(script).resolve(), sha256, parts
         self.checkpoint, self.device = self.folder / "checkpoint.npz", choose_device(args)
-        self.step, self.env_steps, self.totals, self.count, self.end = 0, 0, {}, 0, 0
+        self.step, self.env_steps, self.totals, self.summed, self.end = 0, 0, {}, 0, 0
         self.stopping, self.evaluation_due, self.sentence = False, False, ""
         check_flags(args)
         if not args.resume and self.checkpoint.exists():
@@ -751,13 +751,13 @@ class Run:
     def log(self, info):
         """Add up the scalars of a gradient step, and write their means every LOG_EVERY steps. Raises InputError."""
         self.totals = {name: self.totals.get(name, 0) + value for name, value in info.items()}
-        self.count += 1
+        self.summed += 1
         if (self.step + 1) % LOG_EVERY == 0 or self.evaluation_due:
-            means = {name: value.item() / self.count for name, value in self.totals.items()}
+            means = {name: value.item() / self.summed for name, value in self.totals.items()}
             self.check(means, "before")
             with self.writing():
-                self.scalars(means | {"charts/SPS": self.count / (time.time() - self.since)})
-            self.totals, self.count, self.since = {}, 0, time.time()
+                self.scalars(means | {"charts/SPS": self.summed / (time.time() - self.since)})
+            self.totals, self.summed, self.since = {}, 0, time.time()
 
     def check(self, numbers, when):
         """Raise an InputError if one of the named numbers is NaN or infinite."""
@@ -830,7 +830,7 @@ class Run:
 
     def state(self):
         """Everything that a checkpoint holds, as {name: array}."""
-        tree = {"step": self.step, "env_steps": self.env_steps, "count": self.count, "totals": self.totals}
+        tree = {"step": self.step, "env_steps": self.env_steps, "summed": self.summed, "totals": self.totals}
         for name, part in self.parts.items():
             tree[name] = part.get_state() if isinstance(part, torch.Generator) else part.state_dict()
         return flatten(tree)
@@ -892,7 +892,7 @@ class Run:
                     part.load_state_dict(tree[name])
         except (RuntimeError, KeyError, InputError) as error:
             raise InputError(f"{path} does not fit this run: {error}") from None
-        self.step, self.env_steps, self.count = (int(tree[name]) for name in ("step", "env_steps", "count"))
+        self.step, self.env_steps, self.summed = (int(tree[name]) for name in ("step", "env_steps", "summed"))
         totals = {name.removeprefix("totals/"): torch.tensor(found[name]) for name in found if name[:7] == "totals/"}
         self.totals = {name: total.to(self.device) for name, total in totals.items()}
         self.precision = found["precision"]

@@ -23,6 +23,7 @@ import envs
 class Args:
     # --- Run
     env_id: str = "HopperParam"  # a key of envs.SPECS, or module:key of one's own; its PRESETS replace what follows
+    preset: Literal["paper", "short"] = "paper"  # the paper's sizes, or about half an hour on one core
     seed: int = 1  # seed of the networks, of exploration and of sampling
     dataset: Optional[str] = None  # offline dataset; default datasets/{env_id}.npz beside this file
     offline_steps: int = 50_000  # gradient steps of the offline phase [C.3]
@@ -80,6 +81,10 @@ PRESETS = {
         q_hidden=(128, 128), policy_hidden=(128, 128), encoder_hidden=(128, 128), rl_batch=128, lr=1e-3, kl_coef=0.002,
         offline_steps=3_000, online_iterations=24, prior_steps=150, posterior_steps=250, updates_per_iteration=400,
         eval_every=1_200,
+    ),
+    "short": dict(
+        preset="short", rl_batch=64, offline_steps=15_000, online_iterations=20, updates_per_iteration=1_000,
+        eval_every=2_500,
     ),
 }  # fmt: skip
 PRESETS["SawyerManipulation8"] = PRESETS["SawyerManipulation"]
