@@ -333,29 +333,6 @@ def test_a_run_evaluates_and_resumes_bit_for_bit(dataset, tmp_path, small, monke
     assert saved["meta_batch"] == 4 and saved["q_hidden"] == [16]  # SMAC's value; a flag that is given comes first
 
 
-def test_each_stage_has_the_learning_rate_of_its_flag(dataset, tmp_path, small, monkeypatch):
-    """Seen in Adam's first step on a network, which is the learning rate for every number that has a gradient."""
-    moved, steps = {}, {"update_vae": borel.update_vae, "update": borel.update}
-    for stage in steps:
-
-        def record(agent, *rest, stage=stage, step=steps[stage]):
-            before = {name: parameter.detach().clone() for name, parameter in agent.named_parameters()}
-            result = step(agent, *rest)
-            for name, parameter in agent.named_parameters():
-                moved[stage, name] = (parameter.detach() - before[name]).abs().max().item()
-            return result
-
-        monkeypatch.setattr(borel, stage, record)
-    start(dataset, tmp_path, *"--vae-steps 1 --offline-steps 1 --vae-lr 0.02 --lr 0.004".split())
-    trains = {"encoder": "update_vae", "decoder": "update_vae", "policy": "update", "q": "update"}
-    for (stage, name), size in moved.items():
-        network = name.split(".")[0]
-        if network != "q_target":
-            rate = {"update_vae": 0.02, "update": 0.004}[stage] * (trains[network] == stage)
-            assert size == pytest.approx(rate, rel=0.3), (stage, name)  # not all of it where the gradient is tiny
-    assert {name.split(".")[0] for stage, name in moved if stage == "update"} == {*trains, "q_target"}
-
-
 def test_it_learns_to_infer_the_task_and_to_act_on_it():
     """Two tasks, reward a and -a; episodes of 4 steps with random actions. After two episodes it knows the sign."""
     torch.manual_seed(0)

@@ -304,26 +304,6 @@ def test_a_run_evaluates_and_resumes_bit_for_bit(tmp_path, small, monkeypatch):
     assert (saved["preset"], saved["meta_batch"], saved["policy_hidden"]) == ("matched", 4, [16])
 
 
-def test_every_parameter_has_the_learning_rate_of_its_flag(tmp_path, small, monkeypatch):
-    """Seen in Adam's first step, which is the learning rate for every number that has a gradient."""
-    rates, moved, update = {"policy": 0.03, "value": 0.007, "raw": 0.0004}, {}, macaw.update
-
-    def record(agent, *rest):
-        before = {name: parameter.detach().clone() for name, parameter in agent.named_parameters()}
-        result = update(agent, *rest)
-        moved.update({name: (p.detach() - before[name]).abs().max().item() for name, p in agent.named_parameters()})
-        return result
-
-    monkeypatch.setattr(macaw, "update", record)
-    flags = [f"--{flag} {rates[name]}".split() for name, flag in zip(rates, ("policy-lr", "value-lr", "lr-lr"))]
-    start(tmp_path, "--offline-steps", "1", "--no-weight-transform", *sum(flags, []))
-    for name, size in moved.items():
-        if size:  # of the advantage head the learning rates after the inner step have no gradient
-            rate = rates["raw" if "raw" in name else name.split(".")[0]]
-            assert size == pytest.approx(rate, rel=0.3), name  # not all of it where the gradient is tiny
-    assert sum(size == 0 for size in moved.values()) <= 4 and len(moved) == 3 * (2 + 4) + 1
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A short run: its agent, flags and folder."""
