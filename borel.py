@@ -295,7 +295,7 @@ def make_hyper_buffer(agent, trajectories, obs_dim, action_dim):
                 # its own first state, and that is where the last step of the one before leads. No flag.
                 if following:
                     obs[-1] = following["obs"][0]
-                buffer.add(task, path | {"obs": np.buffers.join([obs, belief[t : t + length + 1]], axis=1)})
+                buffer.add(task, path | {"obs": np.concatenate([obs, belief[t : t + length + 1]], axis=1)})
                 t += length
     return buffer
 
