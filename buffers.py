@@ -652,7 +652,7 @@ class Run:
         """Open args.json, empty, so that no other process writes to this run until it is closed."""
         try:
             self.file = open(
-                os.open(self.folder / "args.json", os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)), "w+"
+                os.open(self.folder / "args.json", os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666), "w+"
             )
             if os.name == "posix":  # Windows has no such lock
                 import fcntl
