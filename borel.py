@@ -49,7 +49,7 @@ class Args:
     vae_lr: float = 3e-4  # Adam's learning rate, encoder and decoder
 
     # --- Stage 2. SMAC's paper ran BOReL with its own values and with SMAC's, and reports the better one (Section 6)
-    preset: Literal["original", "matched"] = "original"  # its own values, or SMAC's sizes
+    preset: Literal["original", "matched", "short"] = "original"  # its values, SMAC's sizes, or half an hour
     q_hidden: tuple[int, ...] = (256, 256)  # hidden sizes of the Q-functions
     policy_hidden: tuple[int, ...] = (256, 256)  # hidden sizes of the policy
     lr: float = 3e-4  # Adam's learning rate, policy and Q-functions
@@ -68,7 +68,7 @@ PRESETS = {
         vae_lr=3e-3, vae_steps=1_000, offline_steps=2_000, eval_every=500,
     ),
     "matched": dict(preset="matched", q_hidden=(300, 300, 300), policy_hidden=(300, 300, 300), meta_batch=4),
-    "PointDirection matched": dict(q_hidden=(128, 128), policy_hidden=(128, 128)),
+    "short": dict(preset="short", vae_steps=1_500, offline_steps=7_500, eval_every=2_500),
 }  # fmt: skip
 EPISODES = 3  # in a meta-trajectory: T of Section 3
 
@@ -368,12 +368,13 @@ def sample_batch(buffer, args, rng):
 
 
 @torch.no_grad()
-def rollout_belief(env_list, agent, memory, rng, deterministic=False):
+def rollout_belief(env_list, agent, memory, rng, deterministic=False, frozen=False):
     """One episode in each of E environments, side by side; after every step its true reward enters the belief.
 
     Args:
         memory: (E, 128), what the encoder has kept of the episodes before.
         deterministic: act with the policy's mean instead of a sample.
+        frozen: the belief stays as it is, and no reward of this episode is read for it.
     Returns:
         E trajectories, obs (L+1, o), actions (L, a), rewards (L,), terminals (L,), and the memory afterwards (E, 128).
     """
@@ -382,6 +383,8 @@ def rollout_belief(env_list, agent, memory, rng, deterministic=False):
         mean, log_std = agent.policy(episodes.obs().to(device), agent.encoder.belief(memory[live]))
         noise = torch.zeros(mean.shape) if deterministic else torch.randn(mean.shape, generator=rng)
         episodes.step(torch.tanh(mean + log_std.exp() * noise.to(device)))
+        if frozen:
+            continue
         last = {name: episodes.last(name, live).to(device) for name in ("actions", "obs", "rewards")}  # (live, .)
         steps = {"actions": last["actions"], "next_obs": last["obs"], "rewards": last["rewards"]}
         memory[live] = agent.encoder({name: x[:, None] for name, x in steps.items()}, memory[live])[:, -1]
@@ -423,10 +426,10 @@ def evaluate(agent, trajectories, eval_envs, args):
         mu, log_var = agent.encoder.belief(memory).chunk(2, dim=-1)
         return mu, kl_to_prior(mu, (0.5 * log_var).exp())
 
-    results = {}
+    results, memories = {}, {}
     for split, (tasks, env_list) in eval_envs.items():  # "train" comes last, and is used below
-        final, exploration, memory = adapt_belief(env_list, agent, rng)
-        mu_online, kl = belief_of(memory)
+        final, exploration, memories[split] = adapt_belief(env_list, agent, rng)
+        mu_online, kl = belief_of(memories[split])
         results[split, "online"] = (tasks, final, exploration, kl)
 
     # The same training tasks, after at most two episodes of the dataset in place of the policy's own
@@ -447,6 +450,10 @@ def evaluate(agent, trajectories, eval_envs, args):
         error = (predicted - rewards)[real].square().mean()
         scalars[f"eval/{name}"] = error
         scalars[f"eval/{name}_over_reward_variance"] = error / rewards[real].var()
+
+    # The belief goes on reading true rewards in the scored episode; SMAC's z does not. What is left without them:
+    final, _ = rollout_belief(eval_envs["test"][1], agent, memories["test"], rng, deterministic=True, frozen=True)
+    scalars["eval/test/frozen_belief_return"] = np.mean([path["rewards"].sum() for path in final])
     return results, scalars, [path for task in set(tasks) for episodes in trajectories[task] for path in episodes]
 
 

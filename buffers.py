@@ -424,9 +424,8 @@ def from_dataset(dataset: dict, env_id: str, device="cpu", more_tasks: int = 0, 
 # ===== The run. Flags of all scripts: what they may be, and which may change when a run is resumed
 
 
-MAY_BE_ZERO = set(
-    "seed task_seed offline_steps online_iterations lambda_pearl kl_coef posterior_steps policy_reg alpha".split()
-)
+MAY_BE_ZERO = "seed task_seed offline_steps online_iterations lambda_pearl kl_coef posterior_steps policy_reg alpha"
+MAY_BE_ZERO = MAY_BE_ZERO.split()
 AT_LEAST = {"rl_batch": 2, "context_batch": 2}  # a mean and a deviation are taken over them
 AT_MOST = {"gamma": 1, "tau": 1, "seed": 2**32, "task_seed": 2**32 - 1}  # and see `bounds`
 PRODUCTS = {"meta_batch rl_batch": 2**20, "vae_tasks vae_trajectories elbo_terms elbo_terms": 2**22}  # for memory
@@ -458,11 +457,10 @@ def check_flags(args, before=None) -> None:
     for names, most in PRODUCTS.items():
         if all(name in values for name in names.split()) and math.prod(values[name] for name in names.split()) > most:
             raise InputError(f"{' x '.join(names.split())} must be at most {most}, for memory")
-    file = Path(values.get("save_dataset") or "a").expanduser().absolute()
-    if file.is_dir() or not os.access(file.parent, os.W_OK):
-        raise InputError(
-            f"--save-dataset {file}: there is no such folder that can be written to, or it is a folder itself"
-        )
+    if values.get("save_dataset"):
+        file = Path(args.save_dataset).expanduser().absolute()
+        if file.is_dir() or not os.access(file.parent, os.W_OK):
+            raise InputError(f"--save-dataset {file} is no file in a folder that can be written to")
     if args.compile and not shutil.which("g++"):
         raise InputError("--compile needs a C++ compiler, and there is no g++ here")
 
@@ -479,10 +477,10 @@ def is_a(value, kind) -> bool:
 
 
 def preset(args_class, presets, env_id, variant=""):
-    """The flags of an environment: defaults, its row in `presets`, its row's own presets, and those of a variant."""
+    """The flags of an environment: defaults, the row of --preset, that of the environment, that of both together."""
     name, script = envs.short_name(env_id), Path(sys.modules[args_class.__module__].__file__).stem
-    row = presets.get(name, {}) | envs.lookup(env_id).presets.get(script, {})
-    row |= presets.get(variant, {}) | presets.get(f"{name} {variant}", {})
+    row = presets.get(variant, {}) | presets.get(name, {}) | envs.lookup(env_id).presets.get(script, {})
+    row |= presets.get(f"{name} {variant}", {})
     unknown = sorted(set(row) - set(vars(args_class())))
     if unknown:
         raise InputError(f"a preset of {env_id} names {unknown[0]}, and {script} has no such flag")
@@ -504,10 +502,8 @@ def read_flags(args_class, presets, path):
 
 def command_line(args, script, presets) -> str:
     """The command that starts a run with these flags, from the flags themselves: sys.argv has none of a resumed run."""
-    default, words = (
-        vars(preset(type(args), presets, args.env_id)),
-        ["python", Path(script).name, "--env-id", args.env_id],
-    )
+    default = vars(preset(type(args), presets, args.env_id))
+    words = ["python", Path(script).name, "--env-id", args.env_id]
     for name, value in vars(args).items():
         if value != default[name] and name != "resume":
             said = () if isinstance(value, bool) else value if isinstance(value, tuple) else (value,)
@@ -592,9 +588,8 @@ def versions() -> dict:
     """What a result may depend on beside its flags."""
     found = {"python": platform.python_version(), "cpu": platform.processor() or platform.machine()}
     with contextlib.suppress(OSError, StopIteration):
-        found["cpu"] = (
-            next(line for line in open("/proc/cpuinfo") if line.startswith("model name")).split(":")[1].strip()
-        )
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        found["cpu"] = next(line for line in lines if line.startswith("model name")).split(":")[1].strip()
     for name in ("torch", "numpy", "gymnasium", "mujoco", "pybullet"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
@@ -632,13 +627,11 @@ class Run:
         self.folder = Path(args.resume).expanduser() if args.resume else Path(args.run_dir).expanduser() / name
         self.args, self.script, self.sha256, self.parts = args, Path(script).resolve(), sha256, parts
         self.checkpoint, self.device = self.folder / "checkpoint.npz", choose_device(args)
-        self.step, self.env_steps, self.totals, self.count, self.end = 0, 0, {}, 0, 0
+        self.step, self.env_steps, self.totals, self.summed, self.end = 0, 0, {}, 0, 0
         self.stopping, self.evaluation_due, self.sentence = False, False, ""
         check_flags(args)
         if not args.resume and self.checkpoint.exists():
-            raise InputError(
-                f"{self.folder} holds a run: continue it with --resume, or choose another --run-dir or --seed"
-            )
+            raise InputError(f"{self.folder} holds a run: --resume continues it, another --seed makes another")
         eval_csv = self.restore() if args.resume else ",".join(CSV_COLUMNS) + "\r\n"  # nothing is written before this
         if not args.resume:
             self.precision = matmul_precision(self.device, args.meta_batch * args.rl_batch, args.policy_hidden[0])
@@ -651,9 +644,8 @@ class Run:
     def lock(self):
         """Open args.json, empty, so that no other process writes to this run until it is closed."""
         try:
-            self.file = open(
-                os.open(self.folder / "args.json", os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666), "w+"
-            )
+            flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)  # not what a link of this name points to
+            self.file = open(os.open(self.folder / "args.json", flags, 0o666), "w+")
             if os.name == "posix":  # Windows has no such lock
                 import fcntl
 
@@ -664,6 +656,7 @@ class Run:
             if error.errno not in (37, 38, 95):  # ENOLCK, ENOSYS, EOPNOTSUPP: a file system without locks
                 raise
             say(f"warning: {self.folder} can not be locked: start no second process with it", "stderr")
+        self.file.truncate(0)
 
     def __enter__(self):
         self.writer = SummaryWriter(str(self.folder), purge_step=self.step + 1)
@@ -757,24 +750,21 @@ class Run:
 
     def log(self, info):
         """Add up the scalars of a gradient step, and write their means every LOG_EVERY steps. Raises InputError."""
-        self.totals, self.count = (
-            {name: self.totals.get(name, 0) + value for name, value in info.items()},
-            self.count + 1,
-        )
+        self.totals = {name: self.totals.get(name, 0) + value for name, value in info.items()}
+        self.summed += 1
         if (self.step + 1) % LOG_EVERY == 0 or self.evaluation_due:
-            means = {name: value.item() / self.count for name, value in self.totals.items()}
-            self.check({name: value for name, value in means.items()}, "before")
+            means = {name: value.item() / self.summed for name, value in self.totals.items()}
+            self.check(means, "before")
             with self.writing():
-                self.scalars(means | {"charts/SPS": self.count / (time.time() - self.since)})
-            self.totals, self.count, self.since = {}, 0, time.time()
+                self.scalars(means | {"charts/SPS": self.summed / (time.time() - self.since)})
+            self.totals, self.summed, self.since = {}, 0, time.time()
 
     def check(self, numbers, when):
         """Raise an InputError if one of the named numbers is NaN or infinite."""
         broken = ", ".join(name for name, value in numbers.items() if not np.isfinite(value).all())
         if broken:
-            raise InputError(
-                f"{broken} became NaN or infinite {when} step {self.step + 1} of {self.folder}; {self.saved()}"
-            )
+            where = f"{when} step {self.step + 1} of {self.folder}"
+            raise InputError(f"{broken} became NaN or infinite {where}; {self.saved()}")
 
     def scalars(self, values):
         for name, value in values.items():
@@ -803,9 +793,8 @@ class Run:
             curves[f"eval/{split}/{context}_context_return"] = returns.mean()
             curves[f"eval/{split}/exploration_return"] = explored.mean()
             if sparse:
-                curves[f"eval/{split}/{context}_context_success"] = np.mean(
-                    [path["rewards"][-1] == 0 for path in final]
-                )
+                solved = [path["rewards"][-1] == 0 for path in final]
+                curves[f"eval/{split}/{context}_context_success"] = np.mean(solved)
             if kl is not None:
                 arrays[f"kl_{split}_{context}_context"] = kl = kl.cpu().numpy()
                 self.check({f"the KL of the {split} {context} context": kl}, "at the evaluation after")
@@ -841,13 +830,10 @@ class Run:
 
     def state(self):
         """Everything that a checkpoint holds, as {name: array}."""
-        states = {
-            name: part.get_state() if isinstance(part, torch.Generator) else part.state_dict()
-            for name, part in self.parts.items()
-        }
-        return flatten(
-            {"step": self.step, "env_steps": self.env_steps, "count": self.count, "totals": self.totals} | states
-        )
+        tree = {"step": self.step, "env_steps": self.env_steps, "summed": self.summed, "totals": self.totals}
+        for name, part in self.parts.items():
+            tree[name] = part.get_state() if isinstance(part, torch.Generator) else part.state_dict()
+        return flatten(tree)
 
     def save(self):
         """Write checkpoint.npz. eval.csv goes in too: on disk it may end in half a line, or in lines of later steps."""
@@ -866,10 +852,8 @@ class Run:
         rules = {name: (array.dtype.str[1:], array.shape) for name, array in like.items()}
         optimizer, moments = self.parts["optimizer"], {}
         for i, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
-            moments[f"optimizer/state/{i}/step"] = "f4", ()
-            moments |= {
-                f"optimizer/state/{i}/{name}": ("f4", tuple(parameter.shape)) for name in ("exp_avg", "exp_avg_sq")
-            }
+            for name, shape in (("step", ()), ("exp_avg", parameter.shape), ("exp_avg_sq", parameter.shape)):
+                moments[f"optimizer/state/{i}/{name}"] = "f4", tuple(shape)
 
         def accept(name, dtype, shape):
             kind, wanted = (rules | moments).get(name, ("U", ()) if name in words else ("f4", ()))
@@ -908,10 +892,9 @@ class Run:
                     part.load_state_dict(tree[name])
         except (RuntimeError, KeyError, InputError) as error:
             raise InputError(f"{path} does not fit this run: {error}") from None
-        self.step, self.env_steps, self.count = (int(tree[name]) for name in ("step", "env_steps", "count"))
-        self.totals = {
-            "/".join(name.split("/")[1:]): torch.tensor(found[name]) for name in found if name[:7] == "totals/"
-        }
+        self.step, self.env_steps, self.summed = (int(tree[name]) for name in ("step", "env_steps", "summed"))
+        totals = {name.removeprefix("totals/"): torch.tensor(found[name]) for name in found if name[:7] == "totals/"}
+        self.totals = {name: total.to(self.device) for name, total in totals.items()}
         self.precision = found["precision"]
         return found["eval_csv"]
 
@@ -1004,7 +987,7 @@ def draw_paths(axes, ground: dict) -> None:
         lines = axes.plot(*ground[label].T, color=f"tab:{colours[label]}", linewidth=0.6)  # x and y: (L+1, .) each
         lines[0].set_label(label)
     axes.set(aspect="equal", xlabel="x (m)", ylabel="y (m)")
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=7, loc="upper left")
 
 
 def draw_kls(axes, arrays: dict) -> None:
@@ -1017,7 +1000,7 @@ def draw_kls(axes, arrays: dict) -> None:
         axes.hist(kl, bins=bins, color=colour, alpha=0.6, label=f"{context} context, mean {kl.mean():.1f}")
     axes.set_xlabel("KL of the posterior to the prior")
     if kls:
-        axes.legend(fontsize=7)
+        axes.legend(fontsize=7, loc="upper left")
 
 
 def read_csv(path) -> dict:

@@ -24,6 +24,7 @@ import envs
 class Args:
     # --- Run
     env_id: str = "HopperParam"  # a key of envs.SPECS, or module:key of one's own; its PRESETS replace what follows
+    preset: Literal["paper", "short"] = "paper"  # the paper's sizes, or about half an hour on one core
     seed: int = 1  # seed of the networks, of exploration and of sampling
     task_seed: int = 1337  # seed of the task list; 1337 gives the published tasks of Cheetah and Ant
     online_iterations: int = 100  # iterations of collecting data and training on them
@@ -69,6 +70,7 @@ PRESETS = {
         online_iterations=24, tasks_per_iteration=5, initial_steps=300, prior_steps=150, posterior_steps=250,
         updates_per_iteration=400, eval_every=1_200, dataset_iteration=10,
     ),
+    "short": dict(preset="short", rl_batch=64, online_iterations=20, updates_per_iteration=1_000, eval_every=2_500),
 }  # fmt: skip
 PRESETS["SawyerManipulation8"] = PRESETS["SawyerManipulation"]
 # The transitions of each task that become the dataset, (RL buffer, encoder buffer) [C.2]; None: RL's serve as both.

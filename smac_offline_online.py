@@ -23,6 +23,7 @@ import envs
 class Args:
     # --- Run
     env_id: str = "HopperParam"  # a key of envs.SPECS, or module:key of one's own; its PRESETS replace what follows
+    preset: Literal["paper", "short"] = "paper"  # the paper's sizes, or about half an hour on one core
     seed: int = 1  # seed of the networks, of exploration and of sampling
     dataset: Optional[str] = None  # offline dataset; default datasets/{env_id}.npz beside this file
     offline_steps: int = 50_000  # gradient steps of the offline phase [C.3]
@@ -80,6 +81,10 @@ PRESETS = {
         q_hidden=(128, 128), policy_hidden=(128, 128), encoder_hidden=(128, 128), rl_batch=128, lr=1e-3, kl_coef=0.002,
         offline_steps=3_000, online_iterations=24, prior_steps=150, posterior_steps=250, updates_per_iteration=400,
         eval_every=1_200,
+    ),
+    "short": dict(
+        preset="short", rl_batch=64, offline_steps=15_000, online_iterations=20, updates_per_iteration=1_000,
+        eval_every=2_500,
     ),
 }  # fmt: skip
 PRESETS["SawyerManipulation8"] = PRESETS["SawyerManipulation"]
@@ -239,13 +244,12 @@ def reward_loss(agent, batch, z):
 
 
 @torch.no_grad()
-def generate_rewards(agent, obs, actions, h_offline, noise_z):
-    """Eq. 4: r_generated = r_phi_d(s, a, z), one z ~ q(z | h_offline) for the trajectory.
-
-    obs (L, o), actions (L, a), h_offline (1, C, in_dim), noise_z (1, dz) -> (L,).
-    """
-    mu, sigma = agent.encoder(h_offline)  # (1, dz)
-    return agent.decoder(obs, actions, (mu + sigma * noise_z).expand(len(obs), -1))
+def generate_rewards(agent, path, h_offline, args, rng):
+    """Eq. 4: r_generated = r_phi_d(s, a, z), one z ~ q(z | h_offline) for the trajectory of L steps -> (L,)."""
+    mu, sigma = agent.encoder(make_context(h_offline, args))  # (1, dz)
+    z = mu + sigma * torch.randn(mu.shape, generator=rng, device=mu.device)
+    obs, actions = (torch.as_tensor(path[name]).to(mu.device) for name in ("obs", "actions"))  # (L+1, o), (L, a)
+    return agent.decoder(obs[:-1], actions, z.expand(len(actions), -1))
 
 
 def sample_batch(buffer, args, rng):
@@ -438,12 +442,10 @@ def main(args):
                 for task in drawn.tolist():
                     env.unwrapped.set_task(explored_tasks[task])
                     for i, path, in_context in explore(env, task, agent, buffer, args, act_rng, rng):  # l. 7
-                        if not args.oracle_rewards:  # l. 8 and 9: h_offline ~ D_i, generated rewards
-                            h = make_context(buffer.sample([i], args.context_batch, rng, "offline"), args)
-                            noise_z = torch.randn(1, args.latent_dim, generator=rng, device=device)
-                            obs, actions = (torch.as_tensor(path[name]).to(device) for name in ("obs", "actions"))
-                            path["rewards"] = generate_rewards(agent, obs[:-1], actions, h, noise_z)
-                        buffer.add(i, path, context=in_context)
+                        if not args.oracle_rewards:
+                            h_offline = buffer.sample([i], args.context_batch, rng, "offline")  # l. 8
+                            path["rewards"] = generate_rewards(agent, path, h_offline, args, rng)  # l. 9: labels
+                        buffer.add(i, path, context=in_context)  # l. 9: D_i grows
                         run.env_steps += len(path["actions"])
             batch = sample(buffer, args, rng)  # l. 10
             run.log(learn(agent, optimizer, batch, args, online=True))  # l. 11 and 12
