@@ -1,8 +1,9 @@
 """What it costs never to lose a run: python benchmark/cost.py
 
-SMAC on HopperParam at the paper's sizes, but with few gradient steps: 50 self-supervised iterations of 5 x 1000
-transitions, a checkpoint after each, the last ones with the buffer as full as it gets. Writes cost.md: memory, open
-files and threads over the iterations; the time of a checkpoint against that of the gradient steps between two. Linux.
+SMAC on HopperParam at the paper's sizes, but with few gradient steps and without evaluations: 50 self-supervised
+iterations of 5 x 1000 transitions, a checkpoint after each, the last ones with the buffer as full as it gets. Writes
+cost.md: memory, open files and threads over the iterations; the time of a checkpoint against that of the gradient steps
+between two. Linux.
 """
 
 import os
@@ -17,12 +18,14 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import buffers
 import smac_offline_online as smac
 
 UPDATES = 20
 FLAGS = f"--env-id HopperParam --device cpu --offline-steps {UPDATES} --updates-per-iteration {UPDATES}"
-FLAGS += f" --checkpoint-every {UPDATES} --eval-every 1000000"
+FLAGS += f" --eval-every {UPDATES}"
 OUT = ROOT / "benchmark" / "results" / "robustness" / "cost.md"
+ROW = "| {} | {} | {:.1f} | {:.1f} | {} | {} |\n"
 
 
 def resident():
@@ -30,8 +33,8 @@ def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
-def main():
-    save, update, rows, saves, updates = smac.save_checkpoint, smac.update, [], [], []
+def main(flags=FLAGS, out=OUT):
+    save, update, evaluate, rows, saves, updates = buffers.Run.save, smac.update, smac.evaluate, [], [], []
 
     def timed_update(*args, **kwargs):
         began = time.process_time()  # other programs on the machine do not count; a wait for the disk, below, does
@@ -39,24 +42,28 @@ def main():
         updates.append(time.process_time() - began)
         return info
 
-    def timed_save(run, args, step, env_steps, parts, generators):
+    def timed_save(run):
         began = time.time()
-        save(run, args, step, env_steps, parts, generators)
+        save(run)
         saves.append(time.time() - began)
-        buffer = parts["buffer"]
-        filled = buffer.used * 4 * sum(field.shape[1] for field in buffer.fields.values())
-        filled += 4 * sum(int(buffer.sizes[name].sum()) for name in buffer.tables)
-        size = (run / "checkpoint.pt").stat().st_size / 1e6
-        rows.append((step // UPDATES - 1, buffer.used, filled / 1e6, resident(), len(os.listdir("/proc/self/fd")),
-                     threading.active_count(), size))  # fmt: skip
+        buffer = run.parts["buffer"].state_dict()
+        tensors = [*buffer["fields"].values(), *buffer["index"].values()]
+        filled, used = sum(x.numel() * x.element_size() for x in tensors), len(buffer["fields"]["obs"])
+        files, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
+        rows.append((len(rows), used, filled / 1e6, resident(), files, threads))
+        rows[-1] += (run.checkpoint.stat().st_size / 1e6,)
 
-    smac.save_checkpoint, smac.update = timed_save, timed_update
+    buffers.Run.save, smac.update, smac.evaluate = timed_save, timed_update, lambda *_: ({}, {})
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory(dir=ROOT) as folder:
-        smac.main(smac.parse_args([*FLAGS.split(), "--run-dir", folder]))
+    try:
+        with tempfile.TemporaryDirectory(dir=ROOT) as folder:
+            words = [*flags.split(), "--run-dir", folder]
+            smac.main(buffers.parse_args(smac.Args, smac.PRESETS, words))
+    finally:
+        buffers.Run.save, smac.update, smac.evaluate = save, update, evaluate
 
-    write, step, every = np.median(saves[-10:]), np.median(updates[UPDATES:]), smac.Args().checkpoint_every
-    text = f"""`python benchmark/cost.py`, one thread: `smac_offline_online.py {FLAGS}`
+    write, step, every = np.median(saves[-10:]), np.median(updates[UPDATES:]), smac.Args().eval_every
+    text = f"""`python benchmark/cost.py`, one thread, {buffers.versions()["cpu"]}: `smac_offline_online.py {flags}`
 
 - a checkpoint of {rows[-1][-1]:.1f} MB takes {write:.2f} s (median of the last ten; wall clock, fsync included)
 - the {every} gradient steps between two take {every * step:.0f} s, {1000 * step:.0f} ms each (median; CPU time)
@@ -66,10 +73,10 @@ def main():
 | iteration | transitions | buffer filled, MB | process, MB | open files | threads |
 |---|---|---|---|---|---|
 """
-    for at in (0, 1, *range(5, 51, 5)):
-        text += "| {} | {} | {:.1f} | {:.1f} | {} | {} |\n".format(*rows[at][:-1])
-    OUT.parent.mkdir(parents=True, exist_ok=True)
-    OUT.write_text(text)
+    shown = {0, 1, *range(5, len(rows), 5), len(rows) - 1}
+    text += "".join(ROW.format(*row[:-1]) for row in rows if row[0] in shown)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(text)
     print(text)
 
 

@@ -22,15 +22,57 @@ import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import buffers
+from benchmark import agents
+
 POINT = "smac_offline_online.py --env-id PointDirection"
 HOPPER = "--env-id HopperParam"
-HOPPER_SMALL = f"{HOPPER} --rl-batch 64 --eval-every 5000"
-CHEETAH = "--env-id CheetahVelocity --rl-batch 64 --eval-every 5000"
 ONE_TASK = "--tasks-per-iteration 1"
-SMALL_FLAGS = "--updates-per-iteration 2000"
-CHEETAH_SMAC = f"smac_offline_online.py {CHEETAH} {SMALL_FLAGS} --online-iterations"
+SHORT = "--rl-batch 64 --updates-per-iteration 2000"
 SAWYER = "--env-id SawyerManipulation --eval-every 8000"
-SMALL = f"{SAWYER} --rl-batch 128"
+SMALL_SAWYER = f"{SAWYER} --rl-batch 128"
+
+
+def small(env_id, every, pearl, seeds=(1,)):
+    """Methods with a quarter of the paper's batch, one to two hours a run: {label: (command, seeds)}.
+
+    Args:
+        every: gradient steps between two evaluations.
+        pearl: further flags of the Online Oracle, whose run makes the dataset.
+        seeds: of the Online Oracle.
+    """
+    flags = f"--env-id {env_id} --rl-batch 64 --eval-every {every}"
+    smac = f"smac_offline_online.py {flags} --updates-per-iteration 2000 --online-iterations 50"
+    return {
+        "smac": (smac, (1, 2, 3)),
+        "smac_actor_ablation": (f"{smac} --actor-ablation", (1,)),
+        "meta_bc": (f"meta_bc.py {flags}", (1,)),
+        "pearl": (f"pearl_online_oracle.py --env-id {env_id} {SHORT} {pearl}", seeds),
+    }
+
+
+def baselines(env_id, flags=""):
+    """The two published baselines, at their own budget."""
+    return {name: (f"{name}.py --env-id {env_id} {flags}".strip(), (1,)) for name in ("macaw", "borel")}
+
+
+def encoder_ablations(rows):
+    """The two of Figure 7, of a table with a row "smac"."""
+    losses = ("q", "reward_then_q")
+    return {f"smac_encoder_{loss}": (f"{rows['smac'][0]} --encoder-loss {loss}", (1,)) for loss in losses}
+
+
+HOPPER_SMALL = small("HopperParam", 5000, "--online-iterations 50", (1, 2, 3))
+CHEETAH_SMALL = small(
+    "CheetahVelocity", 5000, "--online-iterations 50 --save-dataset datasets/CheetahVelocity.npz"
+)  # fmt: skip
+CHEETAH_SMAC = CHEETAH_SMALL["smac"][0]
+# The oracles of the other robots go on to 100 iterations, and make their datasets after 40 or 100.
+WALKER_SMALL, ANT_SMALL, HUMANOID_SMALL = (
+    small(env_id, every, f"--online-iterations 100 --eval-every 10000 --save-dataset datasets/{env_id}.npz")
+    for env_id, every in (("WalkerParam", 5000), ("AntDirection", 10_000), ("HumanoidDirection", 5000))
+)
 BENCHMARKS = {
     # name: {label: (command, seeds)}
     "point_direction": {
@@ -48,57 +90,54 @@ BENCHMARKS = {
         "macaw": ("macaw.py --env-id PointDirection", (1, 2, 3)),
         "macaw_matched": ("macaw.py --env-id PointDirection --preset matched", (1, 2, 3)),
         "borel": ("borel.py --env-id PointDirection", (1, 2, 3)),
-        "borel_matched": ("borel.py --env-id PointDirection --hyperparameters smac", (1, 2, 3)),
+        "borel_matched": ("borel.py --env-id PointDirection --preset matched", (1, 2, 3)),
     },
     "hopper_param": {
         "smac": (f"smac_offline_online.py {HOPPER}", (1, 2, 3)),
         "smac_one_task": (f"smac_offline_online.py {HOPPER} {ONE_TASK}", (1,)),
         "pearl": (f"pearl_online_oracle.py {HOPPER} --online-iterations 50", (1,)),
         "meta_bc": (f"meta_bc.py {HOPPER}", (1,)),
-        "macaw": (f"macaw.py {HOPPER}", (1,)),
-        "borel": (f"borel.py {HOPPER}", (1,)),
+        **baselines("HopperParam"),
     },
     "hopper_small": {
-        "smac": (f"smac_offline_online.py {HOPPER_SMALL} {SMALL_FLAGS} --online-iterations 50", (1, 2, 3)),
-        "smac_one_task": (f"smac_offline_online.py {HOPPER_SMALL} {ONE_TASK} --online-iterations 25", (1,)),
-        "pearl": (f"pearl_online_oracle.py {HOPPER} --rl-batch 64 {SMALL_FLAGS} --online-iterations 50", (1, 2, 3)),
-        "meta_bc": (f"meta_bc.py {HOPPER_SMALL}", (1,)),
-    },
-    "cheetah_small": {
-        "smac": (f"{CHEETAH_SMAC} 50", (1, 2)),
-        "smac_encoder_prior": (f"{CHEETAH_SMAC} 50 --encoder-buffer prior", (1,)),
-        "smac_actor_ablation": (f"{CHEETAH_SMAC} 50 --actor-ablation", (1,)),
-        "smac_oracle_rewards": (f"{CHEETAH_SMAC} 25 --oracle-rewards", (1,)),
-        "meta_bc": (f"meta_bc.py {CHEETAH}", (1,)),
-        "pearl": (
-            f"pearl_online_oracle.py --env-id CheetahVelocity --rl-batch 64 {SMALL_FLAGS} --online-iterations 50 "
-            "--save-dataset datasets/CheetahVelocity.npz",
+        **HOPPER_SMALL,
+        "smac_one_task": (
+            f"smac_offline_online.py {HOPPER} --rl-batch 64 --eval-every 5000 {ONE_TASK} --online-iterations 25",
             (1,),
         ),
+        **encoder_ablations(HOPPER_SMALL),
+    },
+    "walker_small": {**WALKER_SMALL, **baselines("WalkerParam"), **encoder_ablations(WALKER_SMALL)},
+    "cheetah_small": {
+        **CHEETAH_SMALL,
+        **baselines("CheetahVelocity"),
+        "smac_encoder_prior": (f"{CHEETAH_SMAC} --encoder-buffer prior", (1,)),
+        "smac_oracle_rewards": (CHEETAH_SMAC.replace("iterations 50", "iterations 25") + " --oracle-rewards", (1,)),
+    },
+    "ant_small": {**ANT_SMALL, **baselines("AntDirection", "--eval-every 10000")},
+    "humanoid_small": {
+        **HUMANOID_SMALL, **baselines("HumanoidDirection"), **encoder_ablations(HUMANOID_SMALL),
     },
     "sawyer": {
         "smac": (f"smac_offline_online.py {SAWYER} --online-iterations 20", (1,)),
         "meta_bc": (f"meta_bc.py {SAWYER}", (1,)),
     },
     "sawyer_small": {
-        "smac": (f"smac_offline_online.py {SMALL} --online-iterations 12", (1,)),
-        "smac_two_critics": (f"smac_offline_online.py {SMALL} --online-iterations 20 --num-critics 2", (1,)),
-        "smac_test_tasks": (f"smac_offline_online.py {SMALL} --online-iterations 12 --explore-tasks test", (1,)),
-        "meta_bc": (f"meta_bc.py {SMALL}", (1,)),
+        "smac": (f"smac_offline_online.py {SMALL_SAWYER} --online-iterations 12", (1,)),
+        "smac_two_critics": (f"smac_offline_online.py {SMALL_SAWYER} --online-iterations 20 --num-critics 2", (1,)),
+        "smac_test_tasks": (f"smac_offline_online.py {SMALL_SAWYER} --online-iterations 12 --explore-tasks test", (1,)),
+        "meta_bc": (f"meta_bc.py {SMALL_SAWYER}", (1,)),
     },
-}
+}  # fmt: skip
 
 
 @dataclasses.dataclass
 class Args:
-    name: tyro.conf.Positional[str]
-    """a key of BENCHMARKS"""
-    only: tuple[str, ...] = ()
-    """labels of the runs to make, in place of all of them"""
-    parallel: int = 2
-    """runs side by side, one thread each"""
-    run_dir: str = "runs/benchmark"
-    """where the runs write; a run that was stopped goes on from its checkpoint"""
+    name: tyro.conf.Positional[str]  # a key of BENCHMARKS
+    only: tuple[str, ...] = ()  # labels of the runs to make, in place of all of them
+    parallel: int = 2  # runs side by side, one thread each
+    run_dir: str = "runs/benchmark"  # where the runs write; a run that was stopped goes on from its checkpoint
+    agents: bool = False  # of runs that end keep what acting needs, too: results/{name}/agents/{label}__{seed}.npz
 
 
 def diagnostics(result, file):
@@ -123,7 +162,7 @@ def is_finished(results):
     return results.read_text().splitlines()[-1].startswith(f"{planned},")
 
 
-def run(name, label, command, seed, run_dir):
+def run(name, label, command, seed, run_dir, keep_agent=False):
     """Start or continue one run; copy what it wrote."""
     out = ROOT / "benchmark" / "results" / name
     script, *flags = shlex.split(command)
@@ -131,7 +170,7 @@ def run(name, label, command, seed, run_dir):
     folder = ROOT / run_dir / name / label
     result = folder / f"{env_id}__{Path(script).stem}__{seed}"
     line = [sys.executable, script, *flags, "--seed", str(seed), "--run-dir", str(folder.relative_to(ROOT))]
-    if (result / "checkpoint.pt").exists():
+    if (result / "checkpoint.npz").exists():
         line = [sys.executable, script, *flags, "--resume", str(result.relative_to(ROOT))]
     elif (kept := out / f"{label}__{seed}.csv").exists():
         if not is_finished(kept):
@@ -142,28 +181,37 @@ def run(name, label, command, seed, run_dir):
     with open(folder / f"{seed}.log", "a") as log:
         env = os.environ | {"OMP_NUM_THREADS": "1"}
         process = subprocess.run(line, cwd=ROOT, env=env, stdout=log, stderr=log)
-    out.mkdir(parents=True, exist_ok=True)
-    for file, suffix in (("eval.csv", ".csv"), ("args.json", ".json")):
-        shutil.copy(result / file, out / f"{label}__{seed}{suffix}")
-    diagnostics(result, out / "diagnostics" / f"{label}__{seed}.csv")
-    process.check_returncode()
+    if (result / "eval.csv").exists():
+        out.mkdir(parents=True, exist_ok=True)
+        for file, suffix in (("eval.csv", ".csv"), ("args.json", ".json")):
+            shutil.copy(result / file, out / f"{label}__{seed}{suffix}")
+        diagnostics(result, out / "diagnostics" / f"{label}__{seed}.csv")
+    if process.returncode:
+        *_, reason = [f"exit code {process.returncode}", *(folder / f"{seed}.log").read_text().split("\n")[:-1]]
+        raise buffers.InputError(f"{name} {label} seed {seed} did not end: {reason}")
+    if keep_agent:
+        agents.main(agents.Args(result, out / "agents" / f"{label}__{seed}.npz"))
     print(f"{name} {label} seed {seed}: {(time.time() - start) / 60:.1f} minutes", flush=True)
 
 
-if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)
+def main(args):
     if args.name not in BENCHMARKS:
-        print(f"error: there is no benchmark {args.name}, only {', '.join(BENCHMARKS)}", file=sys.stderr)
-        sys.exit(2)
+        raise buffers.InputError(f"there is no benchmark {args.name}, only {', '.join(BENCHMARKS)}")
     rows = BENCHMARKS[args.name]
     if unknown := set(args.only) - set(rows):
-        print(f"error: {args.name} has no {', '.join(sorted(unknown))}, only {', '.join(rows)}", file=sys.stderr)
-        sys.exit(2)
+        raise buffers.InputError(f"{args.name} has no {', '.join(sorted(unknown))}, only {', '.join(rows)}")
     with ThreadPoolExecutor(args.parallel) as pool:
         jobs = [
-            pool.submit(run, args.name, label, rows[label][0], seed, args.run_dir)
+            pool.submit(run, args.name, label, rows[label][0], seed, args.run_dir, args.agents)
             for label in args.only or rows
             for seed in rows[label][1]
         ]
         for job in jobs:
             job.result()
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args, description=__doc__))
+    except buffers.InputError as error:
+        sys.exit(buffers.say(f"error: {error}", "stderr") or 2)

@@ -6,6 +6,7 @@ compared with the true rewards of 256 others: on the 50 training tasks, and on t
 the dataset acts as well. Writes benchmark/results/sawyer/kl.md.
 """
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -14,9 +15,10 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "datasets")]
+import make_sawyer
+
 import buffers
 import envs
-import make_sawyer
 import smac_offline_online as smac
 
 ENV_ID, WEIGHTS, STEPS, SEED, DRAWS = "SawyerManipulation", (0.1, 0.01, 1 / 256, 0.001), 12_500, 1, 20
@@ -43,7 +45,7 @@ def measure(agent, buffer, args):
 
 def train(buffer, kl_coef):
     """Encoder and decoder after the offline phase."""
-    args = smac.parse_args(["--env-id", ENV_ID, "--kl-coef", str(kl_coef), "--seed", str(SEED)])
+    args = dataclasses.replace(buffers.preset(smac.Args, smac.PRESETS, ENV_ID), kl_coef=kl_coef, seed=SEED)
     torch.manual_seed(SEED)
     agent = smac.Agent(SPEC.obs_dim, SPEC.action_dim, args)
     trained = [*agent.encoder.parameters(), *agent.decoder.parameters()]
@@ -61,11 +63,9 @@ def train(buffer, kl_coef):
 
 
 if __name__ == "__main__":
-    env = envs.make(ENV_ID)
-    torch.set_float32_matmul_precision(smac.speed_up(torch.device("cpu")))
-    dataset = buffers.load_dataset(ROOT / "datasets" / f"{ENV_ID}.npz", ENV_ID, SPEC, env.unwrapped.set_task)
-    seen = buffers.ReplayBuffer(SPEC.num_train_tasks, SPEC.obs_dim, SPEC.action_dim, 200_000)
-    buffers.fill_from_dataset(seen, dataset)
+    torch.set_float32_matmul_precision(buffers.matmul_precision(torch.device("cpu"), 1024, 200))
+    dataset = buffers.load_dataset(ENV_ID)
+    seen = buffers.from_dataset(dataset, ENV_ID)
     unseen = buffers.ReplayBuffer(SPEC.num_test_tasks, SPEC.obs_dim, SPEC.action_dim, 200_000)
     for i, task in enumerate(dataset["test_tasks"]):
         for _, path in make_sawyer.collect(ENV_ID, SPEC.num_train_tasks + i, task):

@@ -23,11 +23,9 @@ def fill(tasks, first, trajectories):
 
 
 if __name__ == "__main__":
-    env = envs.make(ENV_ID)
-    torch.set_float32_matmul_precision(smac.speed_up(torch.device("cpu")))
-    dataset = buffers.load_dataset(ROOT / "datasets" / f"{ENV_ID}.npz", ENV_ID, SPEC, env.unwrapped.set_task)
-    few = buffers.ReplayBuffer(SPEC.num_train_tasks, SPEC.obs_dim, SPEC.action_dim, 200_000)
-    buffers.fill_from_dataset(few, dataset)
+    torch.set_float32_matmul_precision(buffers.matmul_precision(torch.device("cpu"), 1024, 200))
+    dataset = buffers.load_dataset(ENV_ID)
+    few = buffers.from_dataset(dataset, ENV_ID)
     many = fill(envs.sample_tasks(ENV_ID, TASKS, TASK_SEED), 1_000, TRAJECTORIES)
     unseen = fill(dataset["test_tasks"], SPEC.num_train_tasks, 50)
     kl_coef = smac.PRESETS[ENV_ID]["kl_coef"]

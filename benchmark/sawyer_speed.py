@@ -10,7 +10,9 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "datasets")]
+from sawyer_policy import SawyerPolicy
+
 import envs
 
 
@@ -42,7 +44,7 @@ def script_step(i):
     global policy
     if i % 75 == 0:
         reset(i)
-        policy = envs.SawyerPolicy(env, np.random.default_rng(i))
+        policy = SawyerPolicy(env, np.random.default_rng(i))
     env.step(policy())
 
 

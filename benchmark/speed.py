@@ -1,8 +1,9 @@
 """How fast a gradient step of SMAC is, against this machine's limit: python benchmark/speed.py
 
-On the same random data, in one run: a plain version of the same step (benchmark/plain_update.py) at PyTorch's
-defaults; then, with the settings of `speed_up`, the matrix products of the step alone (the ceiling) and the step as
-shipped. Then how the cost grows, and the parts of an iteration. Writes benchmark/results/speed/{name}.md and prints it.
+On the same random data, in one run: a plain version of the same step (benchmark/plain_update.py) and the shipped one
+at PyTorch's defaults; then, with the settings of `buffers.matmul_precision`, the shipped step, and the matrix products
+of the step alone at the better of both precisions (the ceiling). Then how the cost grows, and the parts of an
+iteration. Writes benchmark/results/speed/{name}.md and prints it.
 """
 
 import dataclasses
@@ -10,6 +11,7 @@ import itertools
 import resource
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,20 +20,17 @@ import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import buffers
 import envs
 import smac_offline_online as smac
 from benchmark.plain_update import PlainAgent, plain_update
-from buffers import ReplayBuffer
 
 
 @dataclasses.dataclass
 class Args:
-    name: str = "cpu"
-    """name of the file of results"""
-    seconds: float = 4.0
-    """time for each measurement"""
-    env_ids: tuple[str, ...] = ("HopperParam", "CheetahVelocity", "HumanoidDirection")
-    """families whose step is measured; the last line is about the first"""
+    name: str = "cpu"  # name of the file of results
+    seconds: float = 4.0  # time for each measurement
+    env_ids: tuple[str, ...] = ("HopperParam", "CheetahVelocity", "HumanoidDirection")  # the last line is of the first
 
 
 def rate(function, seconds, rounds=4):
@@ -50,7 +49,7 @@ def rate(function, seconds, rounds=4):
 
 def random_buffer(spec, num_tasks, transitions=100, device="cpu"):
     """A buffer with random transitions of each task."""
-    buffer = ReplayBuffer(num_tasks, spec.obs_dim, spec.action_dim, num_tasks * transitions, device)
+    buffer = buffers.ReplayBuffer(num_tasks, spec.obs_dim, spec.action_dim, num_tasks * transitions, device)
     rng = np.random.default_rng(0)
     for task in range(num_tasks):
         path = {"obs": rng.normal(size=(transitions + 1, spec.obs_dim)), "rewards": rng.normal(size=transitions)}
@@ -68,11 +67,15 @@ def make(spec, args, num_tasks=50):
     optimizer, buffer = torch.optim.Adam(trained, lr=args.lr, fused=True), random_buffer(spec, num_tasks)
     batch = smac.sample_batch(buffer, args, generator)
 
-    def step(online):
-        return lambda: smac.update(agent, optimizer, batch, args, online)
+    steps = {online: partial(smac.update, agent, optimizer, batch, args, online) for online in (False, True)}
+    return agent, batch, steps, partial(smac.sample_batch, buffer, args, generator)
 
-    steps = {online: step(online) for online in (False, True)}
-    return agent, batch, steps, lambda: smac.sample_batch(buffer, args, generator)
+
+def set_precision(args):
+    """What `Run.fast` does for the step of these flags; returns the precision."""
+    precision = buffers.matmul_precision(torch.device("cpu"), args.meta_batch * args.rl_batch, args.policy_hidden[0])
+    torch.set_float32_matmul_precision(precision)
+    return precision
 
 
 def products(spec, args, online):
@@ -106,7 +109,7 @@ def products(spec, args, online):
     return found
 
 
-def ceiling(found, seconds):
+def ceiling(found, args, seconds):
     """Steps a second if the products were all there is, each at the best of the two precisions; and GFLOP of a step."""
     total = 0.0
     for (copies, rows, inner, columns), number in {shape: found.count(shape) for shape in found}.items():
@@ -114,9 +117,9 @@ def ceiling(found, seconds):
         out, best = torch.empty(copies, rows, columns), 0.0
         for precision in ("medium", "highest"):
             torch.set_float32_matmul_precision(precision)
-            best = max(best, rate(lambda: torch.bmm(x, w, out=out), seconds / 20))
+            best = max(best, rate(partial(torch.bmm, x, w, out=out), seconds / 20))
         total += number / best
-    torch.set_float32_matmul_precision(smac.speed_up(torch.device("cpu")))
+    set_precision(args)
     return 1 / total, sum(2 * np.prod([float(n) for n in shape]) for shape in found) / 1e9
 
 
@@ -132,13 +135,13 @@ def parts(env_id, seconds):
     generator, env = torch.Generator().manual_seed(0), envs.make(env_id)
     tasks = envs.sample_tasks(env_id, spec.num_train_tasks + spec.num_test_tasks)
     split = np.split(tasks, [spec.num_train_tasks])
-    eval_envs = envs.make_evaluation(env_id, *split, smac.TRAIN_EVAL_TASKS, smac.EVAL_REPEATS)
+    eval_envs = envs.make_evaluation(env_id, *split)
     buffer = random_buffer(spec, spec.num_train_tasks)
     buffer.mark_offline()
     prior = smac.prior(1, args, "cpu")
     start, collected = time.perf_counter(), 0
     while collected < args.prior_steps + args.posterior_steps:
-        (path,) = smac.rollout([env], agent, *prior, args, generator)
+        (path,) = smac.rollout([env], agent, *prior, generator)
         collected += len(path["actions"])
     collect = (time.perf_counter() - start) * (args.prior_steps + args.posterior_steps) / collected
     start = time.perf_counter()
@@ -154,32 +157,33 @@ def parts(env_id, seconds):
 def main(cli):
     first, threads = cli.env_ids[0], torch.get_num_threads()
     args, spec = smac.Args(env_id=first), envs.SPECS[first]
-    text = f"{threads} threads, PyTorch {torch.__version__}, {args.meta_batch} tasks x {args.rl_batch} transitions.\n"
+    text = f"{buffers.versions()['cpu']}, {threads} threads, PyTorch {torch.__version__}, {args.meta_batch} tasks x "
+    text += f"{args.rl_batch} transitions.\n"
 
     # Before any setting of ours
     agent, batch, steps, _ = make(spec, args)
     plain = PlainAgent(agent, args.lr)
-    eager = {online: rate(lambda: plain_update(plain, batch, args, online), cli.seconds) for online in (False, True)}
-    shipped_default = {online: rate(steps[online], cli.seconds) for online in (False, True)}
+    eager = {online: rate(partial(plain_update, plain, batch, args, online), cli.seconds) for online in (False, True)}
+    default = {online: rate(steps[online], cli.seconds) for online in (False, True)}
 
-    torch.set_float32_matmul_precision(smac.speed_up(torch.device("cpu")))
+    text += f"Precision of matrix products: {set_precision(args)}, the faster of those that are true fp32 here.\n"
     rows, ratios = [], {}
     for env_id, online in itertools.product(cli.env_ids, (False, True)):
         args, spec = smac.Args(env_id=env_id), envs.SPECS[env_id]
         _, _, steps, _ = make(spec, args)
         found = products(spec, args, online)
         shipped = rate(steps[online], cli.seconds)
-        limit, gflop = ceiling(found, cli.seconds)
+        limit, gflop = ceiling(found, args, cli.seconds)
         shipped = max(shipped, rate(steps[online], cli.seconds))
-        limit = max(limit, ceiling(found, cli.seconds)[0])
+        limit = max(limit, ceiling(found, args, cli.seconds)[0])
         row = [env_id, "self-supervised" if online else "offline", f"{shipped:.1f}", f"{gflop:.2f}", f"{limit:.1f}"]
         row += [f"{shipped / limit:.2f}"]
         if env_id == first:
             ratios[online] = shipped / limit, shipped / eager[online]
-            row += [f"{shipped_default[online]:.1f}", f"{eager[online]:.1f}", f"{shipped / eager[online]:.2f}"]
+            row += [f"{default[online]:.1f}", f"{eager[online]:.1f}", f"{shipped / eager[online]:.2f}"]
         rows.append(row + [""] * (9 - len(row)))
     header = "environment, phase, steps/s, GFLOP a step, ceiling, fraction of ceiling"
-    header += ", without speed_up, plain, ratio to plain"
+    header += ", at PyTorch's defaults, plain, ratio to plain"
     text += "\n" + table(header.split(", "), rows)
 
     args, spec, rows = smac.Args(env_id=first), envs.SPECS[first], []

@@ -1,0 +1,221 @@
+"""Look at an agent: python benchmark/watch.py RUN_OR_FILE [--video film.gif]
+
+RUN_OR_FILE is the folder of a run of any of the five scripts, ended or stopped (its checkpoint is read), or an agent
+file as benchmark/agents.py writes it. Plays meta-episodes on test tasks and prints the returns: of the two exploration
+episodes (a mean), of the third, after adaptation, and of the third with z from elsewhere, which is the exploration of
+the next task of the table, or the prior, where the agent has a posterior over z (SMAC, PEARL, meta-BC). What the second
+is above the last two is adaptation. --video films one meta-episode on each of the first three test tasks.
+"""
+
+import dataclasses
+import functools
+import importlib
+import re
+import sys
+from pathlib import Path
+from typing import Optional
+
+import numpy as np
+import torch
+import tyro
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from benchmark import film  # isort: skip, it comes before whatever imports MuJoCo
+import buffers
+import envs
+from buffers import InputError
+
+# What acting needs of each script's agent: the beginnings of its parameters' names
+SCRIPTS = dict.fromkeys(("smac_offline_online", "pearl_online_oracle", "meta_bc", "borel"), ("policy.", "encoder."))
+SCRIPTS["macaw"] = "policy.", "value.", "raw_adv_coef"
+COLUMNS = {  # of --out, and the returns that stand there
+    "own context": "after adaptation", "another task's": "another task's context", "prior": "the prior",
+    "own context, sampled actions": "sampled actions",
+}  # fmt: skip
+
+
+@dataclasses.dataclass
+class Args:
+    agent: tyro.conf.Positional[Path]  # folder of a run, or an agent file
+    tasks: int = 6  # test tasks, evenly spaced; all of them if there are fewer
+    episodes: int = 1  # meta-episodes a test task
+    video: Optional[Path] = None  # film to write, .gif or .mp4
+    every: int = 4  # environment steps a picture of the film
+    out: Optional[Path] = None  # table in Markdown that gets a line for the agent: all test tasks, standard errors
+    env_id: Optional[str] = None  # module:Name, if the agent is of a family of one's own
+    dataset: Optional[Path] = None  # the dataset of a run; default datasets/{env_id}.npz
+
+
+# ===== Reading
+
+
+def load(path, env_id=None, dataset=None):
+    """Read the folder of a run, or an agent file.
+
+    Returns the script's module, the run's flags, the test tasks, {gradient step: agent}. Raises InputError.
+    """
+    run = path.is_dir()
+    file = path / "checkpoint.npz" if run else path
+    words = buffers.read_npz(file, lambda name, dtype, _: name in ("script", "sha256") and dtype.kind == "U")
+    name = [*path.resolve().name.split("__"), ""][1] if run else words.get("script")
+    if name not in SCRIPTS:
+        raise InputError(f"{path} is no {'folder of a run, by its name' if run else 'agent file'}")
+    script = importlib.import_module(name)
+    args = buffers.read_flags(script.Args, script.PRESETS, file)
+    if ":" in args.env_id and args.env_id != env_id:  # a file must not run code
+        raise InputError(f"the agent's environment is of a module: give --env-id {args.env_id} as well")
+    spec = envs.lookup(args.env_id)
+    with torch.device("meta"):  # takes no memory, whatever the sizes in the file
+        blank = script.Agent(spec.obs_dim, spec.action_dim, args).state_dict()
+    shapes = {key: tuple(value.shape) for key, value in blank.items() if key.startswith(SCRIPTS[name])}
+
+    def accept(name, dtype, shape):
+        phase, _, key = name.rpartition("/")
+        if key in shapes and (phase == "agent" if run else re.fullmatch("[0-9]{1,15}", phase)):
+            return buffers.check_array(f"{file}: {name}", dtype, shape, "f4", shapes[key])
+        if name == "test_tasks":
+            return buffers.check_array(f"{file}: {name}", dtype, shape, "f8", (None, spec.task_dim), buffers.MAX_TASKS)
+        return name == "step" and buffers.check_array(f"{file}: {name}", dtype, shape, "i8", ())
+
+    arrays, agents = buffers.read_npz(file, accept), {}
+    phases = {name.rpartition("/")[0] for name in arrays if "/" in name} or {"0"}
+    for phase in sorted(phases, key=lambda phase: phase.zfill(15)):
+        state = {key: arrays.get(f"{phase}/{key}", np.array(np.nan)) for key in shapes}
+        for key, array in state.items():
+            if not np.isfinite(array).all():
+                raise InputError(f"{file}: {phase}/{key} is missing, NaN or infinite")
+        with torch.device("meta"):
+            agent = script.Agent(spec.obs_dim, spec.action_dim, args)
+        agent.load_state_dict({key: torch.from_numpy(x) for key, x in state.items()}, strict=False, assign=True)
+        agents[int(arrays.get("step", 0) if run else phase)] = agent
+    if not run:
+        return script, args, check_tasks(file, args.env_id, arrays.get("test_tasks", [])), agents
+    if name == "pearl_online_oracle":
+        tasks = envs.sample_tasks(args.env_id, spec.num_train_tasks + spec.num_test_tasks, args.task_seed)
+        return script, args, tasks[spec.num_train_tasks :], agents
+    data = buffers.load_dataset(args.env_id, dataset)
+    if data["sha256"] != words.get("sha256"):
+        raise InputError(f"the data of {path} are others than in this dataset: name theirs with --dataset")
+    return script, args, data["test_tasks"], agents
+
+
+def check_tasks(file, env_id, tasks):
+    """The tasks, if the environment takes all of them. Raises InputError."""
+    env, (low, high) = envs.make(env_id).unwrapped, envs.lookup(env_id).task_range
+    try:
+        if not len(tasks) or not ((low <= tasks) & (tasks <= high)).all():
+            raise ValueError(f"expected at least one, and numbers in {[low, high]}")
+        for task in tasks:
+            env.set_task(task)
+    except ValueError as error:
+        raise InputError(f"{file}: test_tasks: {error}") from None
+    return tasks
+
+
+# ===== Playing
+
+
+def meta_episode(script, agent, args, env_list, rng):
+    """Of each of E environments the third trajectory and the two of exploration; mu, sigma (E, dz) if z has them."""
+    if script.__name__ == "macaw":
+        return *script.meta_episode(env_list, agent, args, rng), None
+    if script.__name__ == "borel":
+        return *script.adapt_belief(env_list, agent, rng)[:2], None
+    final, exploration, *posterior = script.adapt(env_list, agent, args, rng)
+    return final, exploration, posterior
+
+
+def measure(script, agent, args, tasks, num_tasks, episodes, sampled=False):
+    """Play. Returns the numbers of the test tasks (T,), and {what: returns (T, episodes)}.
+
+    sampled: also play the third episode with sampled actions in place of deterministic ones.
+    """
+    rng = torch.Generator().manual_seed(args.seed)
+    numbers, env_list = envs.make_evaluation(args.env_id, tasks, tasks, 1, num_tasks, episodes)["test"]
+    final, exploration, posterior = meta_episode(script, agent, args, env_list, rng)
+    paths = {"exploration": [path for pair in exploration for path in pair], "after adaptation": final}
+    if posterior:
+        contexts = {"another task's context": [part.roll(episodes, 0) for part in posterior]}  # tasks stand together
+        contexts["the prior"] = script.prior(len(env_list), args, "cpu")
+        for name, z in list(contexts.items())[len(numbers) == episodes :]:  # a single task has no other
+            paths[name] = script.rollout(env_list, agent, *z, rng, deterministic=True)
+        if sampled:
+            paths["sampled actions"] = script.rollout(env_list, agent, *posterior, rng)
+    returns = {name: np.array([path["rewards"].sum() for path in some]) for name, some in paths.items()}
+    returns = {name: values.reshape(len(numbers), -1).mean(1) for name, values in returns.items()}
+    return numbers[::episodes], {name: values.reshape(-1, episodes) for name, values in returns.items()}
+
+
+def describe(env_id, number, task):
+    """A test task in words: its number, and what it asks for where that is one thing."""
+    family, asks = envs.lookup(env_id).env_class, f": {task[0]:.2f}" if len(task) == 1 else ""
+    if issubclass(family, envs.Direction):
+        asks = f": {np.rad2deg(task[0]) % 360:.0f} deg"
+    if issubclass(family, envs.SawyerManipulation):
+        asks = ": " + envs.BEHAVIOURS[int(task[-1])].replace("_", " ")
+    return f"task {number}{asks}"
+
+
+def show(labels, returns):
+    """Print a table: a line for each task, means over episodes, and the mean over tasks."""
+    width = max(map(len, labels)) + 2
+    rows = {"": returns} | {label: [x[i].mean() for x in returns.values()] for i, label in enumerate(labels)}
+    for label, cells in (rows | {"mean": [x.mean() for x in returns.values()]}).items():
+        words = (cell if label == "" else f"{cell:.1f}" for cell in cells)
+        buffers.say(f"{label:<{width}}" + "".join(f"{word:>{len(name) + 3}}" for word, name in zip(words, returns)))
+
+
+def write_row(file, name, step, returns):
+    """Append means over tasks and episodes, and their standard errors over episodes, to a table in Markdown."""
+    lines, row = [], [name, str(step)]
+    for values in (returns.get(what) for what in COLUMNS.values()):
+        error = 0 if values is None else np.sqrt(values.var(1, ddof=1).mean() / values.size)
+        row.append("" if values is None else f"{values.mean():.1f} ± {error:.1f}")
+    old = file.read_text() if file.exists() else ""
+    if not old:
+        episodes = f"{returns['exploration'].shape[1]} meta-episodes on each test task"
+        old = f"{episodes}; ± is the standard error over them, for these tasks.\n\n"
+        lines = [["run", "gradient step", *COLUMNS], ["---"] * len(row)]
+    new = "".join(f"| {' | '.join(line)} |\n" for line in [*lines, row])
+    buffers.write_file(file, lambda out: out.write((old + new).encode()))
+
+
+def main(args):
+    """Print the tables, write the film and the line. Raises InputError."""
+    if min(args.tasks, args.episodes, args.every) < 1 or args.out and args.episodes < 2:
+        raise InputError("--tasks, --episodes and --every must be at least 1, and with --out --episodes at least 2")
+    if args.video:
+        film.check_file(args.video)
+    script, flags, tasks, agents = load(args.agent, args.env_id, args.dataset)
+    columns = []
+    for step, agent in agents.items():
+        buffers.say(f"{flags.env_id}, {script.__name__}.py, seed {flags.seed}, after {step} gradient steps")
+        num_tasks = len(tasks) if args.out else args.tasks
+        numbers, returns = measure(script, agent, flags, tasks, num_tasks, args.episodes, bool(args.out))
+        show([describe(flags.env_id, number, tasks[number]) for number in numbers], returns)
+        if args.out:
+            write_row(args.out, "/".join(args.agent.resolve().parts[-3:]), step, returns)
+        if args.video:
+            columns.append([])
+            for number, task in enumerate(tasks[:3]):
+                words = describe(flags.env_id, number, task), f"after {step} steps"
+                play = functools.partial(
+                    meta_episode, script, agent, flags, rng=torch.Generator().manual_seed(flags.seed)
+                )
+                columns[-1].append(film.shoot(flags.env_id, task, words, args.every, play))
+    if args.video:
+        film.save(columns, args.video)
+        buffers.say(args.video)
+
+
+def launch(main, args):
+    """Call main: an input that can not be used gives one sentence and exit code 2."""
+    try:
+        return main(args)
+    except (InputError, OSError) as error:
+        sys.exit(buffers.say(f"error: {InputError(error)}", "stderr") or 2)
+
+
+if __name__ == "__main__":
+    launch(main, tyro.cli(Args, description=__doc__))
