@@ -540,17 +540,21 @@ def command_line(args, script, presets) -> str:
 def parse_args(args_class, presets, argv=None, description=None):
     """Flags over the presets of the environment, or over those of the run to resume. Raises InputError."""
     known, _ = tyro.cli(args_class, args=argv, return_unknown_args=True, add_help=False)
-    before = None
-    if known.resume:
-        before = read_flags(args_class, presets, Path(os.path.expanduser(known.resume), "checkpoint.npz"))
-        # A file must not run code: a module is imported if the command line names it.
-        if ":" in before.env_id and known.env_id != before.env_id:
-            raise InputError(f"the run's environment is of a module: give --env-id {before.env_id} as well")
-        envs.lookup(before.env_id)
+    before = flags_of_run(args_class, presets, known.resume, known.env_id) if known.resume else None
     default = before or preset(args_class, presets, known.env_id, getattr(known, "preset", ""))
     args = tyro.cli(args_class, args=argv, default=default, description=description)
     check_flags(args, before)
     return args
+
+
+def flags_of_run(args_class, presets, folder, env_id):
+    """The flags of the run in `folder`. Raises InputError, also if its environment is of a module that `env_id`, of the
+    command line, does not name: a file must not run code."""
+    before = read_flags(args_class, presets, Path(os.path.expanduser(folder), "checkpoint.npz"))
+    if ":" in before.env_id and env_id != before.env_id:
+        raise InputError(f"the run's environment is of a module: give --env-id {before.env_id} as well")
+    envs.lookup(before.env_id)
+    return before
 
 
 def launch(main, args_class, presets):
@@ -568,17 +572,19 @@ def launch(main, args_class, presets):
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
-def train(script, env_id="HopperParam", **flags):
+def train(script, **flags):
     """From Python: run a script with its presets and checks, `train(smac_offline_online, env_id="PointDirection")`.
 
     Returns what its `main` returns, the agent. Signals, hooks, threads and precision are then as they were.
     """
-    default = preset(script.Args, script.PRESETS, env_id, flags.get("preset", ""))
-    unknown = sorted(set(flags) - set(vars(default)))
+    known, parts = script.Args(), (script.Args, script.PRESETS)
+    unknown = sorted(set(flags) - set(vars(known)))
     if unknown:
         raise InputError(f"{script.__name__} has no flag {unknown[0]}")
-    args = dataclasses.replace(default, **flags)
-    check_flags(args)
+    known = dataclasses.replace(known, **flags)
+    before = flags_of_run(*parts, known.resume, known.env_id) if known.resume else None
+    args = dataclasses.replace(before or preset(*parts, known.env_id, getattr(known, "preset", "")), **flags)
+    check_flags(args, before)
     return script.main(args)
 
 
