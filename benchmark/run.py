@@ -95,7 +95,11 @@ BENCHMARKS = {
     "hopper_param": {
         "smac": (f"smac_offline_online.py {HOPPER}", (1, 2, 3)),
         "smac_one_task": (f"smac_offline_online.py {HOPPER} {ONE_TASK}", (1,)),
-        "pearl": (f"pearl_online_oracle.py {HOPPER} --online-iterations 50", (1,)),
+        "pearl": (
+            f"pearl_online_oracle.py {HOPPER} --online-iterations 50 --eval-every 16000 "
+            "--save-dataset datasets/HopperParam.npz",
+            (1,),
+        ),
         "meta_bc": (f"meta_bc.py {HOPPER}", (1,)),
         **baselines("HopperParam"),
     },
@@ -190,7 +194,8 @@ def run(name, label, command, seed, run_dir, keep_agent=False):
         *_, reason = [f"exit code {process.returncode}", *(folder / f"{seed}.log").read_text().split("\n")[:-1]]
         raise buffers.InputError(f"{name} {label} seed {seed} did not end: {reason}")
     if keep_agent:
-        agents.main(agents.Args(result, out / "agents" / f"{label}__{seed}.npz"))
+        dataset = ROOT / flags[flags.index("--dataset") + 1] if "--dataset" in flags else None
+        agents.main(agents.Args(result, out / "agents" / f"{label}__{seed}.npz", dataset=dataset))
     print(f"{name} {label} seed {seed}: {(time.time() - start) / 60:.1f} minutes", flush=True)
 
 
