@@ -916,7 +916,7 @@ class Run:
         if found["sha256"] != self.sha256:
             raise InputError(f"the data of {self.folder} are others than in this dataset: name theirs with --dataset")
         known = found["precision"] in ("highest", "medium") and re.fullmatch(CSV, found["eval_csv"])
-        if not known or found["step"] < 0:
+        if not known or not 0 <= found["step"] <= 2**53:
             raise InputError(f"{path} does not fit this run: its step, table of evaluations or precision is none")
         tree = {}
         for name in rules | {name: moments[name] for name in found if name in moments}:
