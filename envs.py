@@ -150,7 +150,7 @@ def check_family(spec: Spec) -> None:
         compare("action_dim", env.action_space.shape, (spec.action_dim,))
         next_obs, reward, terminated, _, _ = env.step(np.zeros(spec.action_dim, np.float32))
         compare("obs_dim of a step", np.shape(next_obs), (spec.obs_dim,))
-        if np.size(reward) != 1 or np.size(terminated) != 1:
+        if np.asarray(reward).size != 1 or np.asarray(terminated).size != 1:
             raise InputError(f"{name}: a step pays a reward of shape {np.shape(reward)}, expected one number")
         with np.errstate(over="ignore"):
             numbers = np.array([*np.ravel(obs), *np.ravel(next_obs), *np.ravel(reward)], np.float32)
