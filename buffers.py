@@ -15,6 +15,7 @@ import errno
 import functools
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import math
 import os
@@ -452,7 +453,10 @@ MAY_BE_ZERO = "seed task_seed offline_steps online_iterations lambda_pearl kl_co
 MAY_BE_ZERO = MAY_BE_ZERO.split()
 AT_LEAST = {"rl_batch": 2, "context_batch": 2}  # a mean and a deviation are taken over them
 AT_MOST = {"gamma": 1, "tau": 1, "seed": 2**32, "task_seed": 2**32 - 1}  # and see `bounds`
-PRODUCTS = {"meta_batch rl_batch": 2**20, "vae_tasks vae_trajectories elbo_terms elbo_terms": 2**22}  # for memory
+PRODUCTS = {  # for memory: a gradient step of the largest takes about 1 GB
+    "meta_batch rl_batch": 2**15, "meta_batch context_batch": 2**15, "meta_batch rl_batch latent_dim": 2**24,
+    "vae_tasks vae_trajectories": 2**7, "vae_tasks vae_trajectories elbo_terms elbo_terms": 2**20,
+}  # fmt: skip
 PATHS = ("dataset", "save_dataset", "run_dir", "resume")  # of the command line alone, never from a file
 FREE = (*PATHS, "device", "online_iterations", "compile", "cuda_graph")
 CSV_COLUMNS = ["gradient_step", "env_steps", "split", "context", "task", "return", "exploration_return"]
@@ -463,7 +467,8 @@ LOG_EVERY = 200  # gradient steps averaged into one point of the loss curves
 
 def bounds(name):
     """The least and the most that the numbers of a flag may be."""
-    most = 2048 if name.endswith("_hidden") else 10_000 if name.endswith(("_batch", "_dim")) else 2**53
+    most = 2048 if name.endswith("_hidden") else 10_000 if name.endswith("_batch") else 2**53
+    most = 1000 if name.endswith("_dim") else most
     return AT_LEAST.get(name, 0 if name in MAY_BE_ZERO else math.ulp(0)), AT_MOST.get(name, most)
 
 
@@ -480,9 +485,12 @@ def check_flags(args, before=None) -> None:
         if any(not low <= n <= high for n in numbers if type(n) in (int, float)) or not 0 < len(numbers) <= 10:
             least = "above 0" if low == math.ulp(0) else f"at least {low}"
             raise InputError(f"{flag} is {value}, it must be {least} and at most {high}")
+        most = 2**18 if "value_hidden" in values else 2**22  # MACAW has weights for each task
+        if name.endswith("_hidden") and sum(a * b for a, b in itertools.pairwise(value)) > most:
+            raise InputError(f"{flag} is {value}, which makes more than {most} weights")
     for names, most in PRODUCTS.items():
         if all(name in values for name in names.split()) and math.prod(values[name] for name in names.split()) > most:
-            raise InputError(f"{' x '.join(names.split())} must be at most {most}, for memory")
+            raise InputError(f"{' x '.join(names.split())} must be at most {most} (PRODUCTS in buffers.py)")
     if values.get("save_dataset"):
         file = Path(os.path.expanduser(args.save_dataset)).absolute()
         if file.is_dir() or not os.access(file.parent, os.W_OK):
@@ -517,7 +525,7 @@ def read_flags(args_class, presets, path):
     """The flags in a checkpoint or an agent file; one that it does not have takes its default. Raises InputError."""
     text = read_npz(path, lambda name, dtype, _: name == "flags" and dtype.itemsize < 4 * MAX_TEXT).get("flags", "")
     try:
-        flags = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(text).items()}
+        flags = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(text).items() if k not in PATHS}
         known = preset(args_class, presets, flags["env_id"]) if ":" not in flags["env_id"] else args_class()
         args = dataclasses.replace(known, **flags)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -916,7 +924,7 @@ class Run:
         if found["sha256"] != self.sha256:
             raise InputError(f"the data of {self.folder} are others than in this dataset: name theirs with --dataset")
         known = found["precision"] in ("highest", "medium") and re.fullmatch(CSV, found["eval_csv"])
-        if not known or found["step"] < 0:
+        if not known or not 0 <= found["step"] <= 2**53:
             raise InputError(f"{path} does not fit this run: its step, table of evaluations or precision is none")
         tree = {}
         for name in rules | {name: moments[name] for name in found if name in moments}:

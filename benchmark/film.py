@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 import envs
 from buffers import InputError, write_file
 
-HEIGHT = 180  # of one picture, in pixels
+HEIGHT, FONT = 180, ImageFont.load_default(13)  # of one picture, in pixels
 
 
 class Camera(gym.Wrapper):
@@ -64,9 +64,7 @@ class Camera(gym.Wrapper):
             draw.ellipse((*end - 4, *end + 4), "red")
         episode = f"exploration {len(self.films)}" if len(self.films) < 3 else "adapted"
         for line, words in enumerate((*self.words, f"{episode}: {self.total:.0f}")):
-            draw.text(
-                (6, 4 + 15 * line), words, "white", ImageFont.load_default(13), stroke_width=2, stroke_fill="black"
-            )
+            draw.text((6, 4 + 15 * line), words, "white", FONT, stroke_width=2, stroke_fill="black")
         self.films[-1].append(image)
 
 

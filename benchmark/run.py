@@ -87,6 +87,9 @@ BENCHMARKS = {
         "smac_test_tasks_oracle_rewards": (f"{POINT} --explore-tasks test --oracle-rewards", (1, 2, 3)),
         "smac_goal_data": (f"{POINT} --dataset datasets/PointDirectionGoal.npz", (1, 2, 3)),
         "smac_goal_data_slow": (f"{POINT} --dataset datasets/PointDirectionGoal.npz --lr 3e-4", (1, 2, 3)),
+        "smac_goal_data_oracle_rewards": (
+            f"{POINT} --dataset datasets/PointDirectionGoal.npz --oracle-rewards", (1, 2, 3)
+        ),
         "macaw": ("macaw.py --env-id PointDirection", (1, 2, 3)),
         "macaw_matched": ("macaw.py --env-id PointDirection --preset matched", (1, 2, 3)),
         "borel": ("borel.py --env-id PointDirection", (1, 2, 3)),
@@ -95,7 +98,11 @@ BENCHMARKS = {
     "hopper_param": {
         "smac": (f"smac_offline_online.py {HOPPER}", (1, 2, 3)),
         "smac_one_task": (f"smac_offline_online.py {HOPPER} {ONE_TASK}", (1,)),
-        "pearl": (f"pearl_online_oracle.py {HOPPER} --online-iterations 50", (1,)),
+        "pearl": (
+            f"pearl_online_oracle.py {HOPPER} --online-iterations 50 --eval-every 16000 "
+            "--save-dataset datasets/HopperParam.npz",
+            (1,),
+        ),
         "meta_bc": (f"meta_bc.py {HOPPER}", (1,)),
         **baselines("HopperParam"),
     },
@@ -144,7 +151,8 @@ def diagnostics(result, file):
     """Write what a run logged beside returns and losses, if anything, as a small CSV: a line for each evaluation."""
     events = EventAccumulator(str(result), size_guidance={"scalars": 0})
     events.Reload()
-    tags = [tag for tag in events.Tags()["scalars"] if tag.startswith(("eval/", "train/")) and "return" not in tag]
+    tags = [tag for tag in events.Tags()["scalars"] if tag.startswith(("eval/", "train/"))]
+    tags = [tag for tag in tags if not tag.endswith(("context_return", "exploration_return"))]  # they are in eval.csv
     curves = {tag: {point.step: f"{point.value:.4g}" for point in events.Scalars(tag)} for tag in sorted(tags)}
     if "eval/test/online_context_return" in events.Tags()["scalars"]:
         steps = sorted({point.step for point in events.Scalars("eval/test/online_context_return")})
@@ -190,7 +198,8 @@ def run(name, label, command, seed, run_dir, keep_agent=False):
         *_, reason = [f"exit code {process.returncode}", *(folder / f"{seed}.log").read_text().split("\n")[:-1]]
         raise buffers.InputError(f"{name} {label} seed {seed} did not end: {reason}")
     if keep_agent:
-        agents.main(agents.Args(result, out / "agents" / f"{label}__{seed}.npz"))
+        dataset = ROOT / flags[flags.index("--dataset") + 1] if "--dataset" in flags else None
+        agents.main(agents.Args(result, out / "agents" / f"{label}__{seed}.npz", dataset=dataset))
     print(f"{name} {label} seed {seed}: {(time.time() - start) / 60:.1f} minutes", flush=True)
 
 

@@ -3,8 +3,8 @@
 RUN_OR_FILE is the folder of a run of any of the five scripts, ended or stopped (its checkpoint is read), or an agent
 file as benchmark/agents.py writes it. Plays meta-episodes on test tasks and prints the returns: of the two exploration
 episodes (a mean), of the third, after adaptation, and of the third with z from elsewhere, which is the exploration of
-the next task of the table, or the prior, where the agent has a posterior over z (SMAC, PEARL, meta-BC). What the second
-is above the last two is adaptation. --video films one meta-episode on each of the first three test tasks.
+the task above in the table, or the prior, where the agent has a posterior over z (SMAC, PEARL, meta-BC). What the
+second is above the last two is adaptation. --video films one meta-episode on each of the first three test tasks.
 """
 
 import dataclasses

@@ -1,19 +1,19 @@
 """What benchmark/run.py keeps of a run, and what plot.py reads of it."""
 
 import csv
+import importlib
 import json
 import shlex
-from pathlib import Path
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
+from matplotlib.figure import Figure
 
 import buffers
-import meta_bc
-import pearl_online_oracle as pearl
 import smac_offline_online as smac
-from benchmark import adaptation, plot, run
+from benchmark import plot, run, watch
 
 SMALL = "--q-hidden 8 --policy-hidden 8 --encoder-hidden 8 --rl-batch 8 --context-batch 8"
 SHORT = "--offline-steps 20 --online-iterations 1 --updates-per-iteration 10 --eval-every 10"
@@ -21,11 +21,23 @@ COMMAND = f"smac_offline_online.py --env-id PointDirection {SMALL} {SHORT}"
 
 
 def test_results_of_a_run_that_stopped_and_went_on(tmp_path, monkeypatch, capsys):
-    for name in ("smac_offline_online.py", "envs.py", "buffers.py", "datasets"):
-        (tmp_path / name).symlink_to(run.ROOT / name)
+    def call(line, cwd, env, stdout, stderr):
+        """The command that run.py starts, in this process."""
+        assert line[0] == sys.executable and line[1] == "smac_offline_online.py" and cwd == tmp_path
+        assert env["OMP_NUM_THREADS"] == "1" and stdout is stderr
+        smac.main(buffers.parse_args(smac.Args, smac.PRESETS, line[2:]))
+        return SimpleNamespace(returncode=0)
+
+    whole = buffers.load_dataset("PointDirection")
+    rl, tasks = [entry for entry in whole["rl"] if entry[0] < 2], (whole["train_tasks"][:2], whole["test_tasks"][:2])
+    buffers.save_dataset(tmp_path / "few.npz", "PointDirection", *tasks, rl, [], "by hand")
     monkeypatch.setattr(run, "ROOT", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run, "subprocess", SimpleNamespace(run=call))
+    monkeypatch.setattr(buffers, "draw_summary", lambda folder: Figure())
+    command = f"{COMMAND} --dataset few.npz"
     out, results = tmp_path / "benchmark" / "results" / "point", tmp_path / "runs" / "point" / "smac"
-    run.run("point", "smac", COMMAND, 1, "runs")
+    run.run("point", "smac", command, 1, "runs", keep_agent=True)
     first = (out / "smac__1.csv").read_text()
     curves, offline_end = plot.read(out / "smac__1.csv")
     assert sorted(curves["test", "online"]) == [10, 20, 30] and offline_end == 20
@@ -34,18 +46,57 @@ def test_results_of_a_run_that_stopped_and_went_on(tmp_path, monkeypatch, capsys
         rows = list(csv.DictReader(file))
     assert [row["gradient_step"] for row in rows] == ["10", "20", "30"]
     assert all(float(row["eval/kl_test_online_context"]) > 0 and float(row["train/q_max"]) for row in rows)
+    assert list(watch.load(out / "agents" / "smac__1.npz")[3]) == [20, 30]
 
     (out / "smac__1.csv").write_text("of a run that was stopped")
-    run.run("point", "smac", COMMAND, 1, "runs")  # from its checkpoint
+    run.run("point", "smac", command, 1, "runs")  # from its checkpoint
     assert (out / "smac__1.csv").read_text() == first
-    for file in results.glob("*/checkpoint.pt"):
+    for file in results.glob("*/checkpoint.npz"):
         file.unlink()
     for text in (first, first[: first.index("\n30,") + 1]):
         (out / "smac__1.csv").write_text(text)
         capsys.readouterr()
-        run.run("point", "smac", COMMAND, 1, "runs")
+        run.run("point", "smac", command, 1, "runs")
         assert (out / "smac__1.csv").read_text() == text
         assert ("unfinished" in capsys.readouterr().out) == (text != first)
+
+
+def test_a_run_that_fails_says_why(tmp_path, monkeypatch):
+    """A real process: it is started with the flags and folders of the table."""
+    for name in ("smac_offline_online.py", "envs.py", "buffers.py"):
+        (tmp_path / name).symlink_to(run.ROOT / name)
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    with pytest.raises(
+        buffers.InputError, match="point smac seed 3 did not end: error: there is no dataset at nowhere"
+    ):
+        run.run("point", "smac", f"{COMMAND} --dataset nowhere", 3, "runs")
+    assert "nowhere" in (tmp_path / "runs" / "point" / "smac" / "3.log").read_text()
+    assert not (tmp_path / "benchmark").exists()
+
+
+def test_a_benchmark_that_is_none():
+    with pytest.raises(buffers.InputError, match="there is no benchmark point, only point_direction"):
+        run.main(run.Args("point"))
+    with pytest.raises(buffers.InputError, match="sawyer has no macaw, only smac, meta_bc"):
+        run.main(run.Args("sawyer", only=("smac", "macaw")))
+
+
+def test_every_command_can_be_parsed_and_is_the_one_that_made_the_results():
+    """Whatever flags are in the args.json of a result: the table's command still means the same."""
+    results, compared = run.ROOT / "benchmark" / "results", 0
+    for name, rows in run.BENCHMARKS.items():
+        files = {file.stem: json.loads(file.read_text()) for file in (results / name).glob("*.json")}
+        for label, (command, seeds) in rows.items():
+            script, *flags = shlex.split(command)
+            script = importlib.import_module(script.removesuffix(".py"))
+            expected = json.loads(json.dumps(vars(buffers.parse_args(script.Args, script.PRESETS, flags))))
+            for seed in seeds:
+                found = files.pop(f"{label}__{seed}", {})
+                shared = found.keys() & expected.keys() - {"seed", "run_dir", "resume", "device"}
+                assert {key: found[key] for key in shared} == {key: expected[key] for key in shared}, (name, label)
+                compared += len(shared)
+        assert not files, f"results of {name} that its table does not have: {sorted(files)}"
+    assert compared > 1_000
 
 
 def test_results_of_a_run_that_ended_are_told_from_others(tmp_path):
@@ -177,43 +228,3 @@ def test_a_colour_means_one_thing():
     assert len({colour for _, colour in plot.METHODS.values()}) == len(plot.METHODS)
     drawn = {label for labels in plot.PANELS.values() for label in labels.split()}
     assert drawn == set(plot.METHODS) >= {label for runs in run.BENCHMARKS.values() for label in runs}
-
-
-def test_adaptation_is_what_the_own_context_gives_beyond_that_of_another_task(tmp_path, monkeypatch):
-    one_step = f"{COMMAND} --offline-steps 1 --online-iterations 0 --run-dir {tmp_path}"
-    smac.main(smac.parse_args(shlex.split(one_step)[1:]))
-
-    def encoder(self, context):
-        """The task's direction, from rewards that are velocity . direction; the other dimensions of z are zero."""
-        obs, actions, rewards = context.split([4, 2, 1], dim=-1)
-        direction = torch.linalg.lstsq(0.8 * obs[..., 2:] + 0.2 * actions, rewards).solution.squeeze(-1)  # (T, 2)
-        mu = torch.cat([direction, torch.zeros(len(context), 3)], dim=-1)
-        return mu, torch.full_like(mu, 1e-4)
-
-    monkeypatch.setattr(smac.Encoder, "forward", encoder)
-    monkeypatch.setattr(smac.Policy, "forward", lambda self, obs, z: (10 * z[:, :2], torch.full((len(z), 2), -20.0)))
-    run_folder = tmp_path / "PointDirection__smac_offline_online__1"
-    step, returns = adaptation.measure(run_folder, 2)
-    assert step == 1 and returns.shape == (4, 20, 2)
-    own, others, prior, sampled = returns.mean((1, 2))
-    assert 46 < own < 65 and abs(others) < 25 and abs(prior) < 10 and sampled == pytest.approx(own, abs=0.1)
-
-    adaptation.main(adaptation.Args((run_folder,), tmp_path / "table.md", 2))
-    (row,) = (line for line in (tmp_path / "table.md").read_text().splitlines() if "smac" in line)
-    assert f"| 1 | {own:.1f} ± " in row
-
-
-@pytest.mark.parametrize("script", [pearl, meta_bc])
-def test_adaptation_of_runs_of_the_other_scripts(script, tmp_path):
-    name = Path(script.__file__).stem
-    flags = "--offline-steps 1" if script is meta_bc else "--online-iterations 1 --updates-per-iteration 1"
-    script.main(script.parse_args(shlex.split(f"--env-id PointDirection --rl-batch 8 {flags} --run-dir {tmp_path}")))
-    step, returns = adaptation.measure(tmp_path / f"PointDirection__{name}__1", 2)
-    assert step == 1 and returns.shape == (4, 20, 2) and np.isfinite(returns).all()
-
-
-def test_adaptation_refuses_what_is_no_run(tmp_path):
-    for runs, words in (((), "name a run"), ((tmp_path,), "no folder of a run"),
-                        ((tmp_path / "PointDirection__meta_bc__1",), "no checkpoint at")):  # fmt: skip
-        with pytest.raises(buffers.InputError, match=words):
-            adaptation.main(adaptation.Args(runs, tmp_path / "table.md"))

@@ -211,14 +211,21 @@ def test_an_evaluation_plays_each_split_and_reads_two_episodes_of_each_tasks_own
         for task, lengths in enumerate([(3, 5, 4), (9, 2, 6), (4,)])
     ]
     eval_envs = envs.make_evaluation("PointDirection", np.array([[0.1], [0.2], [0.3]]), np.array([[1.0]]), 3, 1, 1)
-    calls, rollout = [], borel.rollout_belief
+    calls, returns, rollout = [], [], borel.rollout_belief
 
     def record(env_list, agent, memory, *rest, **flags):
-        calls.append((memory, [env.unwrapped.task[0] for env in env_list]))
-        return rollout(env_list, agent, memory, *rest, **flags)
+        paths, after = rollout(env_list, agent, memory, *rest, **flags)
+        if flags.get("frozen"):
+            assert torch.equal(after, memory) and torch.equal(memory, calls[2][0])  # what it was after two episodes
+            assert [env.unwrapped.task[0] for env in env_list] == [1.0]
+            returns.append(np.mean([path["rewards"].sum() for path in paths]))
+        else:
+            calls.append((memory, [env.unwrapped.task[0] for env in env_list]))
+        return paths, after
 
     monkeypatch.setattr(borel, "rollout_belief", record)
-    results, _, paths = borel.evaluate(agent, trajectories, eval_envs, args)
+    results, scalars, paths = borel.evaluate(agent, trajectories, eval_envs, args)
+    assert [scalars["eval/test/frozen_belief_return"]] == returns
     assert list(results) == [("test", "online"), ("train", "online"), ("train", "offline")]
     assert [numbers for numbers, *_ in results.values()] == [[0], [0, 1, 2], [0, 1, 2]]
     assert [angles for _, angles in calls] == 3 * [[1.0]] + 4 * [[0.1, 0.2, 0.3]]

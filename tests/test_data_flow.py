@@ -172,8 +172,9 @@ def sign_and_record(patch, script, log):
     spy(patch, script, "evaluate", place="evaluate", log=log)
     if hasattr(script, "generate_rewards"):
 
-        def label(rewards, agent, obs, actions, h, noise_z):
-            log.labels.append((obs.clone(), h.clone(), rewards.clone()))
+        def label(rewards, agent, path, h_offline, args, rng):
+            h = script.make_context(h_offline, args)
+            log.labels.append((torch.as_tensor(path["obs"][:-1]), h.clone(), rewards.clone()))
             return rewards
 
         spy(patch, script, "generate_rewards", after=label, place="label", log=log)
@@ -297,7 +298,7 @@ def test_an_evaluation_adapts_to_each_task_by_what_was_seen_of_it(flow):
     after = {"test": 1, "train": 1 if flow.script is pearl else 2}
     if flow.script is borel:  # adapts with every step
         unknown |= (tags == 0) & begins
-        before, after = {"test": 1, "train": 1}, {"test": 2, "train": 3}
+        before, after = {"test": 1, "train": 1}, {"test": 3, "train": 3}  # the last on test tasks: its belief is frozen
         assert own[~begins].all()
     assert (unknown | own).all()
     for split, signs in SPLITS.items():
@@ -573,3 +574,50 @@ def test_new_histories_are_those_of_exploration(flow):
         rows = batch["context"].flatten(0, 1).numpy()
         used |= {(row[SIGN], row[EPISODE]) for row in rows if row[ORIGIN] == COLLECTED}
     assert used and (used <= prior) == (flow.name != "smac, one buffer")
+
+
+# ----- The second phase has no rewards
+
+
+def forbid(*_, **__):
+    raise AssertionError("a reward was used")
+
+
+USES = "float int index bool complex array len iter getitem repr str format hash abs neg pos round trunc"
+USES += " add radd sub rsub mul rmul truediv rtruediv floordiv rfloordiv pow rpow matmul rmatmul eq ne lt le gt ge"
+ForbiddenReward = type("ForbiddenReward", (), {f"__{use}__": forbid for use in USES.split()})
+PAY = {"NaN": lambda: float("nan"), "what must not be touched": ForbiddenReward}
+
+
+@pytest.fixture
+def paid(request, quick, monkeypatch):
+    """Environments pay what the parameter says while data are collected; returns a list of these steps."""
+    signed.register(monkeypatch)
+    steps, pay = [], signed.Signed.pay
+
+    def pay_or_not(env):
+        if env.evaluating:
+            return pay(env)
+        steps.append(env.sign)
+        return PAY[request.param]()
+
+    monkeypatch.setattr(signed.Signed, "pay", staticmethod(pay_or_not))
+    return steps
+
+
+@pytest.mark.parametrize("paid", PAY, indirect=True)
+@pytest.mark.parametrize("name", SELF_SUPERVISED)
+def test_the_self_supervised_phase_never_reads_a_reward(name, paid, tmp_path):
+    signed.start(name, tmp_path, signed.save_data(tmp_path / "data.npz"))
+    checkpoint = signed.load(signed.run_of(name, tmp_path))
+    assert checkpoint["env_steps"] == len(paid) > 100 and np.isfinite(checkpoint["buffer/fields/rewards"]).all()
+
+
+@pytest.mark.parametrize("name", ["smac, true rewards", "pearl"])
+@pytest.mark.parametrize(
+    "paid, error", [("NaN", buffers.InputError), ("what must not be touched", AssertionError)], indirect=["paid"]
+)
+def test_other_runs_do_read_it(name, paid, error, tmp_path):
+    """So the test above can fail."""
+    with pytest.raises(error, match="NaN|a reward was used"):
+        signed.start(name, tmp_path, signed.save_data(tmp_path / "data.npz"))

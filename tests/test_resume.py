@@ -234,3 +234,27 @@ def test_a_run_is_resumed_in_another_place_with_data_that_were_moved(wholes, tmp
     shutil.move(tmp_path / "before", tmp_path / "after")
     signed.resume("smac", tmp_path / "after", tmp_path / "after" / "data.npz")
     assert_equal_runs(run, run_of("smac", tmp_path / "after"))
+
+
+# ----- NaN at an evaluation
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_an_evaluation_that_is_not_finite_stops_the_run_with_one_sentence(name, tmp_path, monkeypatch, no_picture):
+    """At the second evaluation, so that the checkpoint of the first one is there to go on from."""
+    folder, pay, calls, script = run_of(name, tmp_path), signed.Signed.pay, [], RUNS[name][0]
+    data, evaluate = signed.save_data(tmp_path / "data.npz"), script.evaluate
+
+    def count(*args):
+        calls.append(1)
+        return evaluate(*args)
+
+    monkeypatch.setattr(script, "evaluate", count)
+    broken = staticmethod(lambda env: float("nan") if env.evaluating and len(calls) == 2 else pay(env))
+    monkeypatch.setattr(signed.Signed, "pay", broken)
+    first, second = {"smac": (4, 5), "borel": (6, 10)}.get(name, (5, 9))
+    message = "^the test return, the exploration return became NaN or infinite at the evaluation after step "
+    with pytest.raises(buffers.InputError, match=f"{message}{second} of {folder}; continue with: ") as error:
+        signed.start(name, tmp_path, data)
+    assert str(error.value).count("\n") == 0 and load(folder)["step"] == first
+    assert (folder / "eval.csv").read_bytes() == str(load(folder)["eval_csv"]).encode()  # nothing of it was written

@@ -216,8 +216,13 @@ def test_generated_rewards_enter_the_buffer(dataset, tmp_path, short, monkeypatc
     """Each new trajectory's rewards are decoder(s, a, z), one z from offline data of the same task (Eq. 4)."""
     labels, generate = [], smac.generate_rewards
 
-    def record(agent, obs, actions, context, noise_z):
-        labels.append((obs, actions, context, noise_z, generate(agent, obs, actions, context, noise_z)))
+    def record(agent, path, h_offline, args, rng):
+        state = rng.get_state()
+        labels.append((path["obs"][:-1], path["actions"], h_offline, generate(agent, path, h_offline, args, rng)))
+        noise_z = torch.randn(1, args.latent_dim, generator=torch.Generator().set_state(state))
+        labels[-1] = tuple(map(torch.as_tensor, (*labels[-1][:2], smac.make_context(h_offline, args), noise_z))) + (
+            labels[-1][-1],
+        )
         return labels[-1][-1]
 
     monkeypatch.setattr(smac, "generate_rewards", record)
@@ -484,8 +489,11 @@ def test_pictures_hold_what_the_evaluation_saw(dataset, tmp_path, short, monkeyp
     assert events.Tags()["images"] == ["eval/paths"]
     axes = Figure().subplots()
     buffers.draw_paths(axes, {"exploration": arrays["exploration"]})
-    for line, drawn in zip(axes.lines, arrays["exploration"], strict=True):
-        np.testing.assert_array_equal(line.get_xydata(), drawn)
+    (line,) = axes.lines  # all paths in one, with gaps between them
+    for number, drawn in enumerate(arrays["exploration"]):
+        first = number * (HORIZON + 2)
+        np.testing.assert_array_equal(line.get_xydata()[first : first + HORIZON + 1], drawn)
+        assert np.isnan(line.get_xydata()[first + HORIZON + 1]).all()
 
 
 # ----- Stop and resume: see test_resume.py too
@@ -581,7 +589,10 @@ def test_zero_is_a_value_where_it_means_something():
 
 
 def test_presets_hold_for_their_environment_and_flags_override_them():
-    assert smac.PRESETS.keys() == envs.SPECS.keys()
+    assert smac.PRESETS.keys() == envs.SPECS.keys() | {"short"}
+    short, again = parse(["--preset", "short"]), parse(["--preset", "short", "--env-id", "PointDirection"])
+    assert (short.preset, short.offline_steps, short.rl_batch, short.q_hidden) == ("short", 15_000, 64, (300, 300, 300))
+    assert (again.preset, again.offline_steps, again.q_hidden) == ("short", 3_000, (128, 128))  # it is short anyway
     assert parse([]) == smac.Args()
     assert parse(["--env-id", "CheetahVelocity"]).encoder_buffer == "frozen"
     assert parse(["--env-id", "CheetahVelocity", "--encoder-buffer", "all"]).encoder_buffer == "all"
@@ -604,7 +615,7 @@ def test_refuses_a_missing_dataset_and_that_of_another_environment(dataset, tmp_
 def test_refuses_to_overwrite_a_run_and_to_resume_with_other_flags(dataset, tmp_path, short):
     run, _ = start(dataset, tmp_path)
     before = {file.name: file.read_bytes() for file in run.iterdir()}
-    refused("holds a run: continue it with --resume", start, dataset, tmp_path)
+    refused("holds a run: --resume continues it", start, dataset, tmp_path)
     refused("--lr is 0.001 in the run to resume and can not become 0.5", resume, run, "--lr", "0.5")
     refused("--seed is 1 in the run to resume", resume, run, "--seed", "2")
     data, other = buffers.load_dataset("PointDirection", dataset), tmp_path / "other.npz"
