@@ -933,6 +933,8 @@ class Run:
             for part in nodes:
                 node = node.setdefault(part, {})
             node[last] = torch.from_numpy(found[name])
+            if not np.isfinite(found[name]).all():
+                raise InputError(f"{path}: {name} is NaN or infinite")
         try:
             for name, part in self.parts.items():
                 if isinstance(part, torch.Generator):
