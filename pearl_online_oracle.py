@@ -352,6 +352,8 @@ def main(args):
     eval_envs = envs.make_evaluation(args.env_id, train_tasks, test_tasks)
     parts = dict(agent=agent, optimizer=optimizer, buffer=buffer, act_rng=act_rng, rng=rng)
     with buffers.Run(args, __file__, **parts) as run:
+        if args.save_dataset and run.step >= args.dataset_iteration * args.updates_per_iteration:
+            raise buffers.InputError(f"--save-dataset: iteration {args.dataset_iteration} of this run is over")
         sample, learn = run.fast(sample_batch), run.fast(update, args.compile)
 
         for task in run.count("initial data", len(train_tasks) if run.step == 0 else 0):
