@@ -91,11 +91,12 @@ class ReplayBuffer:
     def extend(self, entries: list, rl: bool = True, context: bool = True) -> None:
         """`add` for a list of (task, path)."""
         columns, start = join([path for _, path in entries], self.device), self.used
-        if start + len(columns["obs"]) > self.capacity:
+        end = start + len(columns["obs"])
+        if end > self.capacity:
             raise IndexError(f"the replay buffer holds {self.capacity} transitions and is full")
-        self.used += len(columns["obs"])
         for name, field in self.fields.items():
-            field[start : self.used] = columns[name]
+            field[start:end] = columns[name]
+        self.used = end
         tasks = np.repeat([task for task, _ in entries], [len(path["actions"]) for _, path in entries])
         order = np.argsort(tasks, kind="stable")
         found, firsts = np.unique(tasks[order], return_index=True)
@@ -752,7 +753,7 @@ class Run:
 
     def command(self):
         """The command line that continues the run, from any folder."""
-        words = [sys.executable or "python", self.script, "--resume", self.folder.resolve()]
+        words = ["python", self.script, "--resume", self.folder.resolve()]
         words += ["--env-id", self.args.env_id] * (":" in self.args.env_id)
         for name in ("dataset", "save_dataset"):
             if getattr(self.args, name, None):
@@ -841,7 +842,8 @@ class Run:
                 curves[f"eval/{split}/{context}_context_success"] = np.mean(solved)
             if kl is not None:
                 arrays[f"kl_{split}_{context}_context"] = kl = kl.cpu().numpy()
-                self.check({f"the KL of the {split} {context} context": kl}, "at the evaluation after")
+                large = np.where(kl > 1e19, np.inf, kl)  # which no histogram takes
+                self.check({f"the KL of the {split} {context} context": large}, "at the evaluation after")
                 curves[f"eval/kl_{split}_{context}_context"] = kl.mean()
             words.append(f"{split} ({context} context) {returns.mean():.1f}")
         if hasattr(envs.lookup(self.args.env_id).env_class, "ground_velocity"):
@@ -924,16 +926,14 @@ class Run:
         known = found["precision"] in ("highest", "medium") and re.fullmatch(CSV, found["eval_csv"])
         if not known or any(not 0 <= found[name] <= 2**53 for name in ("step", "env_steps", "summed")):
             raise InputError(f"{path} does not fit this run: its step, table of evaluations or precision is none")
-        tree = {}
+        tree, masks = {}, {f"agent/{name}" for name, _ in self.parts["agent"].named_buffers()}  # they may be -inf
         for name in rules | {name: moments[name] for name in found if name in moments}:
             *nodes, last = name.split("/")
             node = tree
             for part in nodes:
                 node = node.setdefault(part, {})
             node[last] = torch.from_numpy(found[name])
-            bad = (
-                np.isnan(found[name]) if name.startswith("agent/") else ~np.isfinite(found[name])
-            )  # a mask may be -inf
+            bad = np.isnan(found[name]) if name in masks else ~np.isfinite(found[name])
             if bad.any():
                 raise InputError(f"{path}: {name} is NaN or infinite")
         try:

@@ -610,7 +610,8 @@ def test_a_link_in_the_place_of_the_temporary_file_is_not_followed(tmp_path):
 
 
 def test_a_trajectory_without_rewards_is_no_data():
-    buffer, path = buffers.ReplayBuffer(1, 1, 1, 10), make_path(0, 0, 3)
+    buffer, path = buffers.ReplayBuffer(1, 4, 2, 10), make_path(0, 0, 3)
     del path["rewards"]
     with pytest.raises(KeyError, match="rewards"):
         buffer.add(0, path)
+    assert buffer.used == 0
