@@ -154,7 +154,7 @@ def test_the_readmes_example_runs_outside_of_the_repository_and_learns(tmp_path)
     run(second)
     results = buffers.read_csv(tmp_path / "runs" / "Ball__smac_offline_online__1" / "eval.csv")["test", "online"]
     (before, *_, after) = results.values()  # at the end of the offline phase, and of the run; nothing is above 0
-    assert after > before + 2 and after > data + 3 and after > -7
+    assert after > before + 2 and after > data + 3  # seeds 1 to 3: from -9.9, -8.5, -9.7 to -5.1, -4.3, -4.6
     run(["python", "-c", from_python.replace("path/to/this/folder", str(ROOT))], PYTHONPATH="")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["ball.npz", "ball.py", "runs"]
     assert len(list((tmp_path / "runs").iterdir())) == 2
@@ -676,7 +676,8 @@ def test_train_has_the_presets_of_the_command_line(monkeypatch):
     (dict(lr=-1.0), "--lr is -1.0, it must be above 0"), (dict(lr="fast"), "--lr is 'fast', which is not of its type"),
     (dict(q_hidden=[8, 8]), "--q-hidden is [8, 8], which is not of its type"),
     (dict(preset="shrt"), "--preset is 'shrt', which is not of its type"),
-    (dict(tau=2.0), "--tau is 2.0"), (dict(meta_batch=10_000, rl_batch=10_000), "for memory"),
+    (dict(tau=2.0), "--tau is 2.0"),
+    (dict(meta_batch=10_000, rl_batch=10_000), "meta_batch x rl_batch must be at most"),
     (dict(dataset="nowhere.npz"), "there is no dataset at nowhere.npz"),
     (dict(resume="nowhere"), "there is no file nowhere"),
 ])  # fmt: skip
