@@ -91,12 +91,11 @@ class ReplayBuffer:
     def extend(self, entries: list, rl: bool = True, context: bool = True) -> None:
         """`add` for a list of (task, path)."""
         columns, start = join([path for _, path in entries], self.device), self.used
-        self.used += len(columns["obs"])
-        if self.used > self.capacity:
-            self.used = start
+        if start + len(columns["obs"]) > self.capacity:
             raise IndexError(f"the replay buffer holds {self.capacity} transitions and is full")
-        for name, column in columns.items():
-            self.fields[name][start : self.used] = column
+        self.used += len(columns["obs"])
+        for name, field in self.fields.items():
+            field[start : self.used] = columns[name]
         tasks = np.repeat([task for task, _ in entries], [len(path["actions"]) for _, path in entries])
         order = np.argsort(tasks, kind="stable")
         found, firsts = np.unique(tasks[order], return_index=True)
@@ -185,6 +184,7 @@ class ReplayBuffer:
         for name, size in state["sizes"].items():
             listed, context = state["index"]["rl" if name == "rl" else "context"], state["sizes"]["context"]
             fits = (size <= context).all() if name == "offline" else size.sum() == len(listed) <= max(used)
+            fits = fits and (size <= max(used)).all()  # else their sum may not be a sum
             if not fits or (size < self.sizes[name].cpu()).any() or ((listed < 0) | (listed >= max(used))).any():
                 raise InputError(
                     f"its replay buffer's sizes.{name}, or its index, points outside of {used} transitions"
@@ -303,7 +303,6 @@ def write_file(path, write) -> None:
 
 
 FORMAT_VERSION, MAX_TASKS, MAX_PATHS, MAX_TEXT = 1, 10_000, 100_000, 10_000
-MAX_PADDED = 1 << 29  # numbers in all trajectories, were all as long as the longest; BOReL pads them
 PATH_FIELDS = {"obs": np.float32, "actions": np.float32, "rewards": np.float32, "terminals": np.bool_}
 
 
@@ -424,8 +423,6 @@ def check_dataset(path, env_id, data) -> None:
             rows, found = total + lengths.size * (name == "obs"), len(data[f"{part}_{name}"])
             if found != rows:
                 raise InputError(f"{path}: {part}_{name} has {found} rows, expected {rows} by {part}_lengths")
-        if lengths.size * int(lengths.max(initial=0)) * (2 * spec.obs_dim + spec.action_dim + 1) > MAX_PADDED:
-            raise InputError(f"{path}: {part}_lengths: trajectories as long as the longest would not fit into memory")
         if np.abs(data[f"{part}_actions"]).max(initial=0) > 1:
             raise InputError(f"{path}: {part}_actions must lie in [-1, 1]")
         missing = np.setdiff1d(np.arange(num_tasks), tasks)
@@ -526,7 +523,8 @@ def read_flags(args_class, presets, path):
     text = read_npz(path, lambda name, dtype, _: name == "flags" and dtype.itemsize < 4 * MAX_TEXT).get("flags", "")
     try:
         flags = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(text).items() if k not in PATHS}
-        known = preset(args_class, presets, flags["env_id"]) if ":" not in flags["env_id"] else args_class()
+        module = ":" in flags["env_id"]  # a file must not run code, and importing a module does
+        known = args_class() if module else preset(args_class, presets, flags["env_id"], flags.get("preset", ""))
         args = dataclasses.replace(known, **flags)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise InputError(f"{path} does not fit this script: {error}") from None
@@ -674,9 +672,8 @@ class Run:
             raise InputError(f"the path of a run must be printable text in UTF-8, and {self.folder} is not")
         if not args.resume and self.checkpoint.exists():
             raise InputError(f"{self.folder} holds a run: --resume continues it, another --seed makes another")
+        self.precision = matmul_precision(self.device, args.meta_batch * args.rl_batch, args.policy_hidden[0])
         eval_csv = self.restore() if args.resume else ",".join(CSV_COLUMNS) + "\r\n"  # nothing is written before this
-        if not args.resume:
-            self.precision = matmul_precision(self.device, args.meta_batch * args.rl_batch, args.policy_hidden[0])
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock()
         self.file.write(json.dumps(vars(args) | {"precision": self.precision, "versions": versions()}, indent=1))
@@ -684,16 +681,17 @@ class Run:
         write_file(self.folder / "eval.csv", lambda file: file.write(eval_csv.encode()))
 
     def lock(self):
-        """Open args.json, empty, so that no other process writes to this run until it is closed."""
+        """Open args.json, empty, so that nobody else writes to this run until it is closed."""
         try:
             flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)  # not what a link of this name points to
             self.file = open(os.open(self.folder / "args.json", flags, 0o666), "w+")
             if os.name == "posix":  # Windows has no such lock
                 import fcntl
 
-                fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise InputError(f"another process writes to {self.folder}") from None
+            self.file.close()
+            raise InputError(f"another process writes to {self.folder}, or another run of this one") from None
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):  # a file system without locks
                 raise
@@ -754,7 +752,7 @@ class Run:
 
     def command(self):
         """The command line that continues the run, from any folder."""
-        words = [sys.executable and "python", self.script, "--resume", self.folder.resolve()]
+        words = [sys.executable or "python", self.script, "--resume", self.folder.resolve()]
         words += ["--env-id", self.args.env_id] * (":" in self.args.env_id)
         for name in ("dataset", "save_dataset"):
             if getattr(self.args, name, None):
@@ -924,7 +922,7 @@ class Run:
         if found["sha256"] != self.sha256:
             raise InputError(f"the data of {self.folder} are others than in this dataset: name theirs with --dataset")
         known = found["precision"] in ("highest", "medium") and re.fullmatch(CSV, found["eval_csv"])
-        if not known or not 0 <= found["step"] <= 2**53:
+        if not known or any(not 0 <= found[name] <= 2**53 for name in ("step", "env_steps", "summed")):
             raise InputError(f"{path} does not fit this run: its step, table of evaluations or precision is none")
         tree = {}
         for name in rules | {name: moments[name] for name in found if name in moments}:
@@ -933,7 +931,13 @@ class Run:
             for part in nodes:
                 node = node.setdefault(part, {})
             node[last] = torch.from_numpy(found[name])
+            bad = (
+                np.isnan(found[name]) if name.startswith("agent/") else ~np.isfinite(found[name])
+            )  # a mask may be -inf
+            if bad.any():
+                raise InputError(f"{path}: {name} is NaN or infinite")
         try:
+            torch.set_rng_state(tree["torch_rng"])  # nothing here draws from it, but dropout would
             for name, part in self.parts.items():
                 if isinstance(part, torch.Generator):
                     part.set_state(tree[name])
@@ -950,7 +954,6 @@ class Run:
         totals = {name.removeprefix("totals/"): torch.tensor(found[name]) for name in found if name[:7] == "totals/"}
         self.totals = {name: total.to(self.device) for name, total in totals.items()}
         self.precision = found["precision"]
-        torch.set_rng_state(tree["torch_rng"])  # nothing here draws from it, but dropout would
         return found["eval_csv"]
 
     def fast(self, function, compiled=False):
@@ -992,12 +995,12 @@ def matmul_precision(device, rows, width):
                 return "highest"
     finally:
         torch.set_float32_matmul_precision(before)
-    return min(times, key=times.get)
+    return "medium" if times["medium"] < 0.9 * times["highest"] else "highest"  # not by chance where they are the same
 
 
 def record(function):
     """On a GPU: `function` recorded on its fourth call and replayed, one launch in place of hundreds; a record for each
-    set of keyword arguments. If recording fails it says so and goes on as it was.
+    set of keyword arguments. Raises InputError if that fails.
 
     What is recorded keeps the places of its tensors: arguments must be the same objects in every call, or what another
     recorded function returned; every call overwrites what the one before returned.
@@ -1022,10 +1025,7 @@ def record(function):
                 with torch.cuda.graph(graph):  # records, computes nothing
                     records[key] = graph, function(*arguments, **flags)
             except RuntimeError as error:
-                say(f"warning: no CUDA graph, plain steps instead: {InputError(error)}", "stderr")
-                records[key] = None
-        if records[key] is None:
-            return function(*arguments, **flags)
+                raise InputError(f"no CUDA graph can be made ({error}): --no-cuda-graph goes without") from None
         records[key][0].replay()
         return records[key][1]
 
@@ -1095,8 +1095,10 @@ def draw_summary(folder) -> Figure:
     offline = [step for steps in groups.values() for step, transitions in steps if not transitions]
     if offline and max(offline) < last:
         grid[0, 0].axvline(max(offline), color="silver", linestyle="--", label="the self-supervised phase begins")
-    grid[0, 0].set(title=Path(folder).resolve().name, xlabel="gradient step", ylabel="post-adaptation return")
-    grid[0, 0].legend(fontsize=7)
+    grid[0, 0].set(xlabel="gradient step", ylabel="post-adaptation return")
+    grid[0, 0].set_title(Path(folder).resolve().name, parse_math=False)
+    if groups:
+        grid[0, 0].legend(fontsize=7)
     for row, file in zip(grid, files):
         arrays = read_npz(file, lambda name, _, shape: 0 not in shape and len(shape) == (1 if name[:3] == "kl_" else 3))
         ground = {name: array for name, array in arrays.items() if not name.startswith("kl_")}

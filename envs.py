@@ -216,7 +216,7 @@ class Episodes:
         names = ["obs", "actions", "terminals"] + ["rewards"] * read_rewards
         self.records = [{name: [] for name in names} for _ in env_list]
         for record, env, seed in zip(self.records, env_list, seeds):
-            record["obs"].append(np.asarray(env.reset(seed=seed)[0], np.float32))
+            record["obs"].append(np.array(env.reset(seed=seed)[0], np.float32))  # a copy: some change it in place
 
     def last(self, name, numbers) -> torch.Tensor:
         """The last entry of some episodes' obs, actions, rewards or terminals: (len(numbers), .)."""
@@ -242,8 +242,10 @@ class Episodes:
 
     def act(self, i, action):
         """Act in episode i; whether it is over."""
-        obs, reward, terminated, truncated, _ = self.env_list[i].step(action)
-        got = {"obs": np.asarray(obs, np.float32), "actions": action, "terminals": terminated, "rewards": reward}
+        obs, reward, terminated, truncated, _ = self.env_list[i].step(
+            action.copy()
+        )  # copies: some change them in place
+        got = {"obs": np.array(obs, np.float32), "actions": action, "terminals": terminated, "rewards": reward}
         for name, values in self.records[i].items():
             values.append(got[name])
         return terminated or truncated

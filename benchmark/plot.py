@@ -247,7 +247,7 @@ def glance():
     note = f"""{NOTE} On test tasks, online context.
 Of MACAW and BOReL the better of the presets that were run, as in the paper. Of it adaptation: SMAC after the second
 phase with z from its own context / from another task's / from the prior (benchmark/watch.py). Empty: not run.
-Batches of 4 x 64 transitions (the paper: 4 x 256), Sawyer 4 x 128 with one task an iteration, PointDirection 4 x 128."""
+Batches of 4 x 64 transitions (the paper: 4 x 256), Sawyer 4 x 128 and one task an iteration, PointDirection 4 x 128."""
     rows = []
     for env_id in (*DOMAINS, "PointDirection"):
         runs = load(FOLDERS[env_id])

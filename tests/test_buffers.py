@@ -500,16 +500,6 @@ def test_refused_dataset(tmp_path, case):
     assert "d.npz" in str(error.value) and str(error.value).isprintable()
 
 
-def test_one_long_trajectory_among_short_ones_is_refused_before_it_is_padded(tmp_path):
-    """2000 trajectories of 1 step and one of 25,000 would be 2001 x 25,000 x 11 numbers in BOReL."""
-    lengths, tasks = np.array([25_000] + 2000 * [1]), envs.sample_tasks("PointDirection", 2)
-    path = [(0, make_path(0, number % 100, int(length))) for number, length in enumerate(lengths)]
-    for _, p in path[:1]:
-        p["actions"][:] = 0
-    with pytest.raises(InputError, match="rl_lengths: trajectories as long as the longest would not fit into memory"):
-        buffers.save_dataset(tmp_path / "d.npz", "PointDirection", tasks[:1], tasks[1:], path, [], "x")
-
-
 def test_missing_and_damaged_files(tmp_path):
     make_dataset(tmp_path / "d.npz")
     content = (tmp_path / "d.npz").read_bytes()
@@ -617,3 +607,10 @@ def test_a_link_in_the_place_of_the_temporary_file_is_not_followed(tmp_path):
     buffers.write_file(tmp_path / "file", lambda file: file.write(b"new"))
     assert (tmp_path / "file").read_bytes() == b"new" and (tmp_path / "target").read_bytes() == b"precious"
     assert sorted(os.listdir(tmp_path)) == ["file", "target"]
+
+
+def test_a_trajectory_without_rewards_is_no_data():
+    buffer, path = buffers.ReplayBuffer(1, 1, 1, 10), make_path(0, 0, 3)
+    del path["rewards"]
+    with pytest.raises(KeyError, match="rewards"):
+        buffer.add(0, path)

@@ -221,8 +221,8 @@ def flow(request, folders):
 
 
 def over(names):
-    """A test over these runs, whole and resumed."""
-    cases = [case for case in CASES if case[0] in names]
+    """A test over these runs, whole and resumed: a decorator."""
+    cases = [(name, resumed) for name in names for resumed in (False, True)]
     ids = [name + ", resumed" * resumed for name, resumed in cases]
     return pytest.mark.parametrize("flow", cases, ids=ids, indirect=True)
 

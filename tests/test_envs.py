@@ -420,3 +420,25 @@ def test_bad_tasks(env_id):
         with pytest.raises(ValueError, match="positive"):
             env.set_task(np.zeros(size))
     np.testing.assert_array_equal(env.task, before)
+
+
+def test_what_an_environment_changes_in_place_stays_as_it_was_seen():
+    """An environment that returns its state itself, and halves the action that it gets."""
+
+    class InPlace(gym.Env):
+        action_space = gym.spaces.Box(-1, 1, (1,))
+
+        def reset(self, *, seed=None, options=None):
+            self.state = np.zeros(1, np.float32)
+            return self.state, {}
+
+        def step(self, action):
+            action *= 0.5
+            self.state += 1
+            return self.state, 0.0, False, bool(self.state[0] == 3), {}
+
+    episodes = envs.Episodes([InPlace()], torch.Generator().manual_seed(0))
+    while episodes.live:
+        episodes.step(torch.ones(1, 1))
+    (path,) = episodes.paths()
+    assert path["obs"][:, 0].tolist() == [0, 1, 2, 3] and path["actions"][:, 0].tolist() == [1, 1, 1]

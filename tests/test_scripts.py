@@ -329,7 +329,7 @@ def test_the_flags_are_those_of_the_papers_tables():
             slices = pearl.DATASET_SLICES.get(env_id, pearl.DEFAULT_SLICES)
             written = sum(piece[1] for piece in slices if piece)
             # PAPER.md, row 9: of Ant the paper's 400 encoder transitions are not apart
-            assert written == (1200 if env_id == "AntDirection" else transitions)
+            assert written == {"AntDirection": 1200, "HumanoidDirection": 400}.get(env_id, transitions)
             assert parse(pearl, "--env-id", env_id).initial_steps >= written  # so that every task has as many
         for script in (pearl, meta_bc):
             other = parse(script, "--env-id", env_id)
