@@ -75,6 +75,10 @@ class Spec:
         for name in ("obs_dim", "action_dim", "task_dim", "horizon", "num_train_tasks", "num_test_tasks"):
             if type(getattr(self, name)) is not int or getattr(self, name) < 1:
                 raise InputError(f"{name} of a task family is {getattr(self, name)}, expected a whole number above 0")
+        ground = getattr(self.env_class, "ground_velocity", None)
+        if ground and not 0 <= ground[0] <= self.obs_dim - 2:
+            words = f"a column below {self.obs_dim - 1} of its observations, and seconds"
+            raise InputError(f"ground_velocity of {self.env_class} is {ground}, expected {words}")
 
 
 SPECS: dict[str, Spec] = {}  # filled by `register`; the paper's families are at the end of this file

@@ -14,6 +14,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm import tqdm
 
 import borel
@@ -154,7 +155,7 @@ def test_the_readmes_example_runs_outside_of_the_repository_and_learns(tmp_path)
     run(second)
     results = buffers.read_csv(tmp_path / "runs" / "Ball__smac_offline_online__1" / "eval.csv")["test", "online"]
     (before, *_, after) = results.values()  # at the end of the offline phase, and of the run; nothing is above 0
-    assert after > before + 2 and after > data + 3 and after > -7
+    assert after > before + 2 and after > data + 3  # seeds 1 to 3: from -9.9, -8.5, -9.7 to -5.1, -4.3, -4.6
     run(["python", "-c", from_python.replace("path/to/this/folder", str(ROOT))], PYTHONPATH="")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["ball.npz", "ball.py", "runs"]
     assert len(list((tmp_path / "runs").iterdir())) == 2
@@ -221,6 +222,50 @@ def test_every_script_takes_float64_observations_and_rewards_of_shape_1(register
     assert {parameter.dtype for parameter in agent.parameters()} == {torch.float32}
     rows = (run / "eval.csv").read_text().splitlines()
     assert len(rows) > 5 and all(np.isfinite(float(row.split(",")[5])) for row in rows[1:])
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_the_smallest_family_runs(register, tmp_path, quick, script):
+    """One training task, one test task, and episodes of one step, which end with a fall and pay nothing."""
+    sizes = dict(num_train_tasks=1, num_test_tasks=1, horizon=1)
+    register(step=lambda self, action: (self.observation(), 0.0, True, False, {}), **sizes)
+    entries, train_tasks, test_tasks = make_paths(num_tasks=1, episodes=3)
+    buffers.save_dataset(tmp_path / "one.npz", "Mine", train_tasks, test_tasks[:1], entries, [], "test")
+    agent, run = train(script, tmp_path / "one.npz", tmp_path)
+    assert all(torch.isfinite(parameter).all() for parameter in agent.parameters())
+    rows = [row.split(",") for row in (run / "eval.csv").read_text().splitlines()[1:]]
+    assert {(row[2], row[4], float(row[5])) for row in rows} == {("test", "0", 0.0), ("train", "0", 0.0)}
+
+
+def test_a_family_may_say_when_an_episode_succeeds_and_where_it_leads(register, tmp_path, quick):
+    """`sparse`: the last reward is 0 in test tasks, where the task is above 1; `ground_velocity`: columns 1 and 2."""
+
+    def step(self, action):
+        self.t += 1
+        return self.observation(), 0.0 if self.task[0] > 1 else -1.0, False, False, {}
+
+    register(step=step, sparse=True, ground_velocity=(1, 0.5))
+    entries, train_tasks, _ = make_paths()
+    buffers.save_dataset(tmp_path / "a.npz", "Mine", train_tasks, [[2.0]], entries, [], "test")
+    _, run = train(smac, tmp_path / "a.npz", tmp_path)
+    events = EventAccumulator(str(run))
+    events.Reload()
+    success = {tag: events.Scalars(tag)[-1].value for tag in events.Tags()["scalars"] if tag.endswith("success")}
+    assert success == {
+        "eval/test/online_context_success": 1, "eval/train/online_context_success": 0,
+        "eval/train/offline_context_success": 0,
+    }  # fmt: skip
+    with np.load(run / "figures_3.npz") as arrays:
+        ground = arrays["online context"]
+    assert ground.shape[1:] == (5, 2)
+    steps = 0.5 * np.sort(train_tasks, axis=0) * np.arange(1, 6)  # the task is what column 1 shows
+    np.testing.assert_allclose(np.unique(ground[:, :, 0], axis=0), steps[np.argsort(steps[:, 0])], rtol=1e-5)
+
+
+@pytest.mark.parametrize("column", [-1, 2, 9])
+def test_the_velocity_over_ground_must_be_two_columns_of_an_observation(column):
+    family = type("Moving", (Family,), {"ground_velocity": (column, 0.1)})
+    assert f"ground_velocity of {family} is ({column}, 0.1)" in refusal(envs.Spec, family, **SIZES)
 
 
 # ----- What does not fit its row is refused before anything else, in one sentence with both sizes
