@@ -71,6 +71,7 @@ PRESETS = {
     "short": dict(preset="short", vae_steps=1_500, offline_steps=7_500, eval_every=2_500),
 }  # fmt: skip
 EPISODES = 3  # in a meta-trajectory: T of Section 3
+MAX_PADDED = 1 << 27  # numbers in the observations of all meta-trajectories, were all as long as the longest
 
 
 # ===== Networks
@@ -248,6 +249,8 @@ def stack(trajectories, device):
         their lengths (M,); the first row of each task, and M (tasks + 1,).
     """
     rows = [buffers.join(episodes, device) for of_task in trajectories for episodes in of_task]
+    if len(rows) * max(row["obs"].numel() for row in rows) > MAX_PADDED:
+        raise buffers.InputError("the longest meta-trajectory of the dataset is too long to pad all others to it")
     steps = {name: pad_sequence([row[name] for row in rows], batch_first=True) for name in rows[0]}
     lengths = torch.tensor([len(row["obs"]) for row in rows], device=device)
     return steps, lengths, torch.tensor([0] + [len(of_task) for of_task in trajectories], device=device).cumsum(0)

@@ -11,13 +11,16 @@ import contextlib
 import csv
 import ctypes
 import dataclasses
+import errno
 import functools
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import math
 import os
 import platform
+import re
 import shlex
 import shutil
 import signal
@@ -66,7 +69,7 @@ class ReplayBuffer:
             self.fields = {name: torch.empty(capacity, dim, device=device) for name, dim in dims.items()}
             # A task's indices stand in a row, from `starts` on. When its room is full they move to the end, where they
             # have twice as much: all rooms together are less than 4 times the transitions, however many tasks.
-            self.index = {name: torch.empty(4 * capacity, dtype=torch.int32, device=device) for name in lists}
+            self.index = {name: torch.zeros(4 * capacity, dtype=torch.int32, device=device) for name in lists}
         except (RuntimeError, TypeError):  # can't allocate memory; a number of more than 64 bits
             raise InputError(f"a replay buffer for {capacity} transitions does not fit into memory") from None
         self.starts = {name: torch.zeros(num_tasks, dtype=torch.int64, device=device) for name in lists}
@@ -88,12 +91,11 @@ class ReplayBuffer:
     def extend(self, entries: list, rl: bool = True, context: bool = True) -> None:
         """`add` for a list of (task, path)."""
         columns, start = join([path for _, path in entries], self.device), self.used
-        self.used += len(columns["obs"])
-        if self.used > self.capacity:
-            self.used = start
+        if start + len(columns["obs"]) > self.capacity:
             raise IndexError(f"the replay buffer holds {self.capacity} transitions and is full")
-        for name, column in columns.items():
-            self.fields[name][start : self.used] = column
+        self.used += len(columns["obs"])
+        for name, field in self.fields.items():
+            field[start : self.used] = columns[name]
         tasks = np.repeat([task for task, _ in entries], [len(path["actions"]) for _, path in entries])
         order = np.argsort(tasks, kind="stable")
         found, firsts = np.unique(tasks[order], return_index=True)
@@ -169,14 +171,21 @@ class ReplayBuffer:
         return {"fields": fields, "index": index, "sizes": dict(self.sizes)}
 
     def load_state_dict(self, state: dict) -> None:
-        """Inverse of `state_dict`, for tensors of the right types and sizes. Raises InputError."""
+        """Inverse of `state_dict`, for tensors of the right types and sizes. Raises InputError.
+
+        What the buffer holds already, the dataset's transitions, must be the first of those in the state.
+        """
         used = {len(field) for field in state["fields"].values()}
-        if len(used) != 1 or max(used) > self.capacity:
+        if len(used) != 1 or not self.used <= max(used) <= self.capacity:
             raise InputError(f"its replay buffer has {sorted(used)} transitions, expected at most {self.capacity}")
+        for name, field in self.fields.items():
+            if not torch.equal(state["fields"][name][: self.used].to(self.device), field[: self.used]):
+                raise InputError(f"its replay buffer begins with other {name} than the dataset")
         for name, size in state["sizes"].items():
-            listed = state["index"]["rl" if name == "rl" else "context"]
-            fits = size.sum() <= len(listed) if name == "offline" else size.sum() == len(listed)
-            if not fits or (size < 0).any() or ((listed < 0) | (listed >= max(used))).any():
+            listed, context = state["index"]["rl" if name == "rl" else "context"], state["sizes"]["context"]
+            fits = (size <= context).all() if name == "offline" else size.sum() == len(listed) <= max(used)
+            fits = fits and (size <= max(used)).all()  # else their sum may not be a sum
+            if not fits or (size < self.sizes[name].cpu()).any() or ((listed < 0) | (listed >= max(used))).any():
                 raise InputError(
                     f"its replay buffer's sizes.{name}, or its index, points outside of {used} transitions"
                 )
@@ -194,9 +203,13 @@ class ReplayBuffer:
 # ===== Files: .npz without pickle
 
 
-MAX_UNPACKED = 1 << 29  # bytes that all compressed arrays of a file may have together; what is stored plain is no more
-MAX_DIRECTORY = 1 << 20  # bytes of the table of contents
-KINDS = "<f4 <f8 <i4 <i8 |u1 |b1".split()
+MAX_UNPACKED = 1 << 27  # bytes that all compressed arrays of a file may have together; what is stored plain is no more
+MAX_TABLE = 1 << 18  # bytes of the table of contents
+HEADER = re.compile(  # of an array as numpy.savez writes it: type, whether it lies by columns, shape
+    rb"\x93NUMPY\x01\x00..{'descr': '(<[fi][48]|\|[ub]1|<U[1-9]\d{0,8})', 'fortran_order': (True|False), "
+    rb"'shape': \((|\d{1,15},|\d{1,15}(?:, \d{1,15}){1,3})\), } *\n",
+    re.DOTALL,
+)
 
 
 def read_npz(path, accept) -> dict:
@@ -209,50 +222,58 @@ def read_npz(path, accept) -> dict:
     Raises:
         InputError: there is no such file, or it is damaged, or holds anything but plain arrays.
     """
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         raise InputError(f"there is no file {path}")
-    arrays, unpacked, seen = {}, 0, set()
+    arrays = {}
     try:
-        with open(path, "rb") as file:
-            # The table of contents must end where the file ends, so that there is only one, and be small.
-            file.seek(-min(98, os.path.getsize(path)), os.SEEK_END)
-            end = file.read().rjust(98, b"\0")
-            size = end[-58:-50] if end[-42:-38] == b"PK\6\7" else end[-10:-6]
-            if end[-22:-18] != b"PK\5\6" or end[-2:] != b"\0\0" or int.from_bytes(size, "little") > MAX_DIRECTORY:
-                raise ValueError("it is no .npz file, or damaged")
-            with zipfile.ZipFile(file) as archive:
-                for member in archive.infolist():
-                    name = member.filename.removesuffix(".npy")
-                    stored = member.compress_type == zipfile.ZIP_STORED
-                    unpacked += 0 if stored else member.file_size
-                    fits = member.file_size == member.compress_size if stored else member.compress_type == 8
-                    if name in seen or not fits or unpacked > MAX_UNPACKED:
-                        raise ValueError(f"{name} is there twice, packed in a strange way or too large")
-                    seen.add(name)
-                    with archive.open(member) as stream:
-                        version = np.lib.format.read_magic(stream)
-                        read = getattr(np.lib.format, f"read_array_header_{version[0]}_{version[1]}")
-                        shape, by_columns, dtype = read(stream)
-                        size, text = (
-                            math.prod(shape) * dtype.itemsize,
-                            dtype.kind == "U" and shape == () and dtype.itemsize,
-                        )
-                        if not (text or dtype.str in KINDS) or by_columns or len(shape) > 4:
-                            raise ValueError(f"{name} is no plain array")
-                        if stream.tell() + size != member.file_size:
-                            raise ValueError(f"{name} has another size than it says")
-                        if accept(name, dtype, shape):
-                            array = np.frombuffer(bytearray(stream.read(size)), dtype).reshape(shape)
-                            if stream.read(1) or array.nbytes != size:
-                                raise ValueError(f"{name} has another size than it says")
-                            arrays[name] = str(array[()]) if text else array
-                            text and arrays[name].encode()  # raises a ValueError if that is no text
+        with open(path, "rb") as file, open_zip(file) as archive:
+            for member in archive.infolist():
+                name = member.filename.removesuffix(".npy")
+                with archive.open(member) as stream:
+                    head = stream.read(10)
+                    header = HEADER.fullmatch(head + stream.read(int.from_bytes(head[8:], "little")))
+                    if not header:
+                        raise ValueError(f"{name} is no plain array")
+                    dtype, shape = np.dtype(header[1].decode()), tuple(map(int, re.findall(rb"\d+", header[3])))
+                    if stream.tell() + math.prod(shape) * dtype.itemsize != member.file_size:
+                        raise ValueError(f"{name} has another size than it says")
+                    if accept(name, dtype, shape):
+                        data = bytearray()
+                        while chunk := stream.read(1 << 20):
+                            data += chunk
+                        if dtype.kind == "U":
+                            arrays[name] = data.decode("utf-32-le").rstrip("\0")
+                        else:
+                            order = "F" if header[2] == b"True" else "C"
+                            arrays[name] = np.frombuffer(data, dtype).reshape(shape, order=order)
     except InputError:
         raise
     except Exception as error:  # whatever a damaged or hostile file makes zipfile and numpy raise
         reason = error if isinstance(error, (ValueError, OSError, zipfile.BadZipFile)) else type(error).__name__
         raise InputError(f"{path} can not be read: {reason}") from None
     return arrays
+
+
+def open_zip(file):
+    """A zip archive with one table of contents, small and at the end of the file, so that all readers find the same."""
+    length = file.seek(0, os.SEEK_END)
+    file.seek(-min(98, length), os.SEEK_END)
+    end = file.read().rjust(98, b"\0")
+    size, alone = end[-10:-6], True
+    if end[-42:-38] == b"PK\6\7":  # a file of more than 4 GB: another record, just before
+        size, alone = end[-58:-50], end[-98:-94] + end[-34:-26] == b"PK\6\6" + (length - 98).to_bytes(8, "little")
+    alone = alone and end[-22:-18] == b"PK\5\6" and end[-2:] == b"\0\0"  # no comment, which could hold a second one
+    if not alone or int.from_bytes(size, "little") > MAX_TABLE:
+        raise ValueError("it is no .npz file, or damaged")
+    archive = zipfile.ZipFile(file)
+    members = archive.infolist()
+    if {member.compress_type for member in members} - {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}:
+        raise ValueError("it is compressed in a way that numpy does not use")
+    names = {member.filename.removesuffix(".npy") for member in members}
+    unpacked = sum(member.file_size for member in members if member.compress_type == zipfile.ZIP_DEFLATED)
+    if len(names) < len(members) or sum(m.compress_size for m in members) > length or unpacked > MAX_UNPACKED:
+        raise ValueError("its arrays are too large, overlap, or two have one name")
+    return archive
 
 
 def write_file(path, write) -> None:
@@ -281,13 +302,13 @@ def write_file(path, write) -> None:
 # With no encoder trajectories (P = 0) the RL trajectories serve as both buffers.
 
 
-FORMAT_VERSION, MAX_TASKS, MAX_PATHS = 1, 10_000, 1_000_000
+FORMAT_VERSION, MAX_TASKS, MAX_PATHS, MAX_TEXT = 1, 10_000, 100_000, 10_000
 PATH_FIELDS = {"obs": np.float32, "actions": np.float32, "rewards": np.float32, "terminals": np.bool_}
 
 
 def dataset_rules(spec):
     """{array of a dataset: its type, shape, and how long it may be where the shape is open (None)}."""
-    rules = dict.fromkeys(("env_id", "command"), ("U", (), 0)) | {"format_version": ("i8", (), 0)}
+    rules = dict.fromkeys(("env_id", "command"), ("U", (), MAX_TEXT)) | {"format_version": ("i8", (), 0)}
     rules |= {name: ("f8", (None, spec.task_dim), MAX_TASKS) for name in ("train_tasks", "test_tasks")}
     for part in ("rl", "encoder"):
         rules |= {f"{part}_{name}": ("i4", (None,), MAX_PATHS) for name in ("tasks", "lengths")}
@@ -321,7 +342,9 @@ def save_dataset(path, env_id: str, train_tasks, test_tasks, rl: list, encoder: 
             like = np.asarray(rl[0][1][name])  # gives an empty encoder part its number of columns
             arrays[f"{part}_{name}"] = np.concatenate([p[name] for _, p in entries] or [like[:0]]).astype(dtype)
     check_dataset(path, env_id, arrays | {name: str(arrays[name]) for name in ("env_id", "command")})
-    write_file(path, lambda file: np.savez_compressed(file, allow_pickle=False, **arrays))
+    large = sum(array.nbytes for array in arrays.values()) > MAX_UNPACKED  # then `read_npz` would not unpack them
+    path = os.path.expanduser(path)
+    write_file(path, lambda file: (np.savez if large else np.savez_compressed)(file, allow_pickle=False, **arrays))
 
 
 def load_dataset(env_id: str, path=None) -> dict:
@@ -335,16 +358,17 @@ def load_dataset(env_id: str, path=None) -> dict:
     Raises:
         InputError: one sentence that names the file, the field, what was found and what was expected.
     """
-    path = Path(path or Path(__file__).parent / "datasets" / f"{envs.short_name(env_id)}.npz").expanduser()
-    if not path.is_file():
+    path = Path(os.path.expanduser(path or Path(__file__).parent / "datasets" / f"{envs.short_name(env_id)}.npz"))
+    if not os.path.isfile(path):
         raise InputError(f"there is no dataset at {path}: pass --dataset, or make one (see datasets/README.md)")
     rules = dataset_rules(envs.lookup(env_id))
     data = read_npz(path, lambda name, *found: name in rules and check_array(f"{path}: {name}", *found, *rules[name]))
     check_dataset(path, env_id, data)
     digest, result = hashlib.sha256(), {name: data[name] for name in ("train_tasks", "test_tasks", "command")}
     for name in sorted(rules):
-        array = np.array(data[name])
-        digest.update(f"{name} {array.dtype} {array.shape}".encode() + array.tobytes())
+        array = np.asarray(data[name])
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).view(np.uint8))
     for part in ("rl", "encoder"):
         tasks, lengths = data[f"{part}_tasks"].tolist(), data[f"{part}_lengths"].astype(np.int64)
         cuts, obs_cuts = np.cumsum(lengths)[:-1], np.cumsum(lengths + 1)[:-1]
@@ -359,8 +383,8 @@ def check_array(what, dtype, shape, kind, wanted, longest=math.inf) -> bool:
     if not fits or len(shape) != len(wanted) or any(n != w for n, w in zip(shape, wanted) if w is not None):
         expected = f"{'text' if kind == 'U' else np.dtype(kind)} {wanted}".replace("None", "any number")
         raise InputError(f"{what} is {dtype} {shape}, expected {expected}")
-    if None in wanted and shape[0] > longest:
-        raise InputError(f"{what} has {shape[0]} entries, expected at most {longest}")
+    if kind == "U" and dtype.itemsize > 4 * longest or None in wanted and shape[0] > longest:
+        raise InputError(f"{what} has {max(shape, default=dtype.itemsize // 4)} entries, expected at most {longest}")
     return True
 
 
@@ -377,9 +401,7 @@ def check_dataset(path, env_id, data) -> None:
     for name, wanted in (("format_version", FORMAT_VERSION), ("env_id", envs.short_name(env_id))):
         if data[name] != wanted:
             raise InputError(f"{path}: {name} is {data[name]}, expected {wanted}")
-    unpacked, env = sum(np.asarray(array).nbytes for array in data.values()), envs.make(env_id)
-    if unpacked > MAX_UNPACKED:
-        raise InputError(f"{path}: a dataset of {unpacked} bytes, expected at most {MAX_UNPACKED}")
+    env = envs.make(env_id)
     for name in ("train_tasks", "test_tasks"):
         tasks, (low, high) = data[name], spec.task_range
         if not len(tasks) or tasks.min() < low or tasks.max() > high:
@@ -428,16 +450,22 @@ MAY_BE_ZERO = "seed task_seed offline_steps online_iterations lambda_pearl kl_co
 MAY_BE_ZERO = MAY_BE_ZERO.split()
 AT_LEAST = {"rl_batch": 2, "context_batch": 2}  # a mean and a deviation are taken over them
 AT_MOST = {"gamma": 1, "tau": 1, "seed": 2**32, "task_seed": 2**32 - 1}  # and see `bounds`
-PRODUCTS = {"meta_batch rl_batch": 2**20, "vae_tasks vae_trajectories elbo_terms elbo_terms": 2**22}  # for memory
+PRODUCTS = {  # for memory: a gradient step of the largest takes about 1 GB
+    "meta_batch rl_batch": 2**15, "meta_batch context_batch": 2**15, "meta_batch rl_batch latent_dim": 2**24,
+    "vae_tasks vae_trajectories": 2**7, "vae_tasks vae_trajectories elbo_terms elbo_terms": 2**20,
+}  # fmt: skip
 PATHS = ("dataset", "save_dataset", "run_dir", "resume")  # of the command line alone, never from a file
 FREE = (*PATHS, "device", "online_iterations", "compile", "cuda_graph")
 CSV_COLUMNS = ["gradient_step", "env_steps", "split", "context", "task", "return", "exploration_return"]
+NUMBER = r"-?\d+(\.\d+)?(e[-+]\d+)?"
+CSV = rf"{','.join(CSV_COLUMNS)}\r\n(\d{{1,16}},\d{{1,16}},\w+,\w+,\d{{1,16}},{NUMBER},{NUMBER}\r\n)*"  # an eval.csv
 LOG_EVERY = 200  # gradient steps averaged into one point of the loss curves
 
 
 def bounds(name):
     """The least and the most that the numbers of a flag may be."""
-    most = 2048 if name.endswith("_hidden") else 10_000 if name.endswith(("_batch", "_dim")) else 2**53
+    most = 2048 if name.endswith("_hidden") else 10_000 if name.endswith("_batch") else 2**53
+    most = 1000 if name.endswith("_dim") else most
     return AT_LEAST.get(name, 0 if name in MAY_BE_ZERO else math.ulp(0)), AT_MOST.get(name, most)
 
 
@@ -454,11 +482,14 @@ def check_flags(args, before=None) -> None:
         if any(not low <= n <= high for n in numbers if type(n) in (int, float)) or not 0 < len(numbers) <= 10:
             least = "above 0" if low == math.ulp(0) else f"at least {low}"
             raise InputError(f"{flag} is {value}, it must be {least} and at most {high}")
+        most = 2**18 if "value_hidden" in values else 2**22  # MACAW has weights for each task
+        if name.endswith("_hidden") and sum(a * b for a, b in itertools.pairwise(value)) > most:
+            raise InputError(f"{flag} is {value}, which makes more than {most} weights")
     for names, most in PRODUCTS.items():
         if all(name in values for name in names.split()) and math.prod(values[name] for name in names.split()) > most:
-            raise InputError(f"{' x '.join(names.split())} must be at most {most}, for memory")
+            raise InputError(f"{' x '.join(names.split())} must be at most {most} (PRODUCTS in buffers.py)")
     if values.get("save_dataset"):
-        file = Path(args.save_dataset).expanduser().absolute()
+        file = Path(os.path.expanduser(args.save_dataset)).absolute()
         if file.is_dir() or not os.access(file.parent, os.W_OK):
             raise InputError(f"--save-dataset {file} is no file in a folder that can be written to")
     if args.compile and not shutil.which("g++"):
@@ -489,10 +520,11 @@ def preset(args_class, presets, env_id, variant=""):
 
 def read_flags(args_class, presets, path):
     """The flags in a checkpoint or an agent file; one that it does not have takes its default. Raises InputError."""
-    text = read_npz(path, lambda name, *_: name == "flags").get("flags", "")
+    text = read_npz(path, lambda name, dtype, _: name == "flags" and dtype.itemsize < 4 * MAX_TEXT).get("flags", "")
     try:
-        flags = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(text).items()}
-        known = preset(args_class, presets, flags["env_id"]) if ":" not in flags["env_id"] else args_class()
+        flags = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(text).items() if k not in PATHS}
+        module = ":" in flags["env_id"]  # a file must not run code, and importing a module does
+        known = args_class() if module else preset(args_class, presets, flags["env_id"], flags.get("preset", ""))
         args = dataclasses.replace(known, **flags)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise InputError(f"{path} does not fit this script: {error}") from None
@@ -514,17 +546,21 @@ def command_line(args, script, presets) -> str:
 def parse_args(args_class, presets, argv=None, description=None):
     """Flags over the presets of the environment, or over those of the run to resume. Raises InputError."""
     known, _ = tyro.cli(args_class, args=argv, return_unknown_args=True, add_help=False)
-    before = None
-    if known.resume:
-        before = read_flags(args_class, presets, Path(known.resume).expanduser() / "checkpoint.npz")
-        # A file must not run code: a module is imported if the command line names it.
-        if ":" in before.env_id and known.env_id != before.env_id:
-            raise InputError(f"the run's environment is of a module: give --env-id {before.env_id} as well")
-        envs.lookup(before.env_id)
+    before = flags_of_run(args_class, presets, known.resume, known.env_id) if known.resume else None
     default = before or preset(args_class, presets, known.env_id, getattr(known, "preset", ""))
     args = tyro.cli(args_class, args=argv, default=default, description=description)
     check_flags(args, before)
     return args
+
+
+def flags_of_run(args_class, presets, folder, env_id):
+    """The flags of the run in `folder`. Raises InputError, also if its environment is of a module that `env_id`, of the
+    command line, does not name: a file must not run code."""
+    before = read_flags(args_class, presets, Path(os.path.expanduser(folder), "checkpoint.npz"))
+    if ":" in before.env_id and env_id != before.env_id:
+        raise InputError(f"the run's environment is of a module: give --env-id {before.env_id} as well")
+    envs.lookup(before.env_id)
+    return before
 
 
 def launch(main, args_class, presets):
@@ -537,22 +573,24 @@ def launch(main, args_class, presets):
         sys.exit(say("stopped at once; what the last checkpoint does not have is lost", "stderr") or 130)
     finally:
         try:
-            sys.stdout.flush()
-        except OSError:  # whoever read it has gone
+            print(end="", flush=True)
+        except (OSError, ValueError):  # whoever read it has gone
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
-def train(script, env_id="HopperParam", **flags):
+def train(script, **flags):
     """From Python: run a script with its presets and checks, `train(smac_offline_online, env_id="PointDirection")`.
 
     Returns what its `main` returns, the agent. Signals, hooks, threads and precision are then as they were.
     """
-    default = preset(script.Args, script.PRESETS, env_id, flags.get("preset", ""))
-    unknown = sorted(set(flags) - set(vars(default)))
+    known, parts = script.Args(), (script.Args, script.PRESETS)
+    unknown = sorted(set(flags) - set(vars(known)))
     if unknown:
         raise InputError(f"{script.__name__} has no flag {unknown[0]}")
-    args = dataclasses.replace(default, **flags)
-    check_flags(args)
+    known = dataclasses.replace(known, **flags)
+    before = flags_of_run(*parts, known.resume, known.env_id) if known.resume else None
+    args = dataclasses.replace(before or preset(*parts, known.env_id, getattr(known, "preset", "")), **flags)
+    check_flags(args, before)
     return script.main(args)
 
 
@@ -624,17 +662,18 @@ class Run:
 
     def __init__(self, args, script, sha256="", **parts):
         name = f"{envs.short_name(args.env_id)}__{Path(script).stem}__{args.seed}"
-        self.folder = Path(args.resume).expanduser() if args.resume else Path(args.run_dir).expanduser() / name
+        self.folder = Path(os.path.expanduser(args.resume or Path(args.run_dir, name)))
         self.args, self.script, self.sha256, self.parts = args, Path(script).resolve(), sha256, parts
         self.checkpoint, self.device = self.folder / "checkpoint.npz", choose_device(args)
         self.step, self.env_steps, self.totals, self.summed, self.end = 0, 0, {}, 0, 0
         self.stopping, self.evaluation_due, self.sentence = False, False, ""
         check_flags(args)
+        if not str(self.folder).isprintable():  # TensorBoard takes no other paths
+            raise InputError(f"the path of a run must be printable text in UTF-8, and {self.folder} is not")
         if not args.resume and self.checkpoint.exists():
             raise InputError(f"{self.folder} holds a run: --resume continues it, another --seed makes another")
+        self.precision = matmul_precision(self.device, args.meta_batch * args.rl_batch, args.policy_hidden[0])
         eval_csv = self.restore() if args.resume else ",".join(CSV_COLUMNS) + "\r\n"  # nothing is written before this
-        if not args.resume:
-            self.precision = matmul_precision(self.device, args.meta_batch * args.rl_batch, args.policy_hidden[0])
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock()
         self.file.write(json.dumps(vars(args) | {"precision": self.precision, "versions": versions()}, indent=1))
@@ -642,18 +681,19 @@ class Run:
         write_file(self.folder / "eval.csv", lambda file: file.write(eval_csv.encode()))
 
     def lock(self):
-        """Open args.json, empty, so that no other process writes to this run until it is closed."""
+        """Open args.json, empty, so that nobody else writes to this run until it is closed."""
         try:
             flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)  # not what a link of this name points to
             self.file = open(os.open(self.folder / "args.json", flags, 0o666), "w+")
             if os.name == "posix":  # Windows has no such lock
                 import fcntl
 
-                fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise InputError(f"another process writes to {self.folder}") from None
+            self.file.close()
+            raise InputError(f"another process writes to {self.folder}, or another run of this one") from None
         except OSError as error:
-            if error.errno not in (37, 38, 95):  # ENOLCK, ENOSYS, EOPNOTSUPP: a file system without locks
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):  # a file system without locks
                 raise
             say(f"warning: {self.folder} can not be locked: start no second process with it", "stderr")
         self.file.truncate(0)
@@ -683,10 +723,12 @@ class Run:
     def __exit__(self, kind, error, traceback):
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
-        with self.writing() if kind is None else contextlib.suppress(OSError):
-            self.writer.close()
-        threading.excepthook, tqdm.monitor_interval = self.hook, self.monitor
-        self.file.close()
+        try:
+            with self.writing() if kind is None else contextlib.suppress(OSError):
+                self.writer.close()
+        finally:
+            threading.excepthook, tqdm.monitor_interval = self.hook, self.monitor
+            self.file.close()
         if kind is None:
             with self.writing():
                 figure = draw_summary(self.folder)
@@ -700,7 +742,8 @@ class Run:
         try:
             yield
         except OSError as error:
-            reason = f"can not write to {error.filename or self.folder}: {error.strerror or error}"
+            file = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else self.folder
+            reason = f"can not write to {file}: {error.strerror or error}"
             raise InputError(f"{reason}; {self.saved()}") from None
 
     def saved(self):
@@ -709,12 +752,13 @@ class Run:
 
     def command(self):
         """The command line that continues the run, from any folder."""
-        words = [sys.executable and "python", self.script, "--resume", self.folder.resolve()]
+        words = [sys.executable or "python", self.script, "--resume", self.folder.resolve()]
         words += ["--env-id", self.args.env_id] * (":" in self.args.env_id)
         for name in ("dataset", "save_dataset"):
             if getattr(self.args, name, None):
-                words += ["--" + name.replace("_", "-"), Path(getattr(self.args, name)).expanduser().resolve()]
-        return shlex.join(map(str, words))
+                words += ["--" + name.replace("_", "-"), os.path.realpath(os.path.expanduser(getattr(self.args, name)))]
+        there = f"cd {shlex.quote(os.getcwd())} && " * (":" in self.args.env_id)  # where its module is found
+        return there + shlex.join(map(str, words))
 
     def steps(self, end, name):
         """Gradient steps up to number `end`: yields the number of steps made so far, then counts, saves and stops."""
@@ -830,7 +874,13 @@ class Run:
 
     def state(self):
         """Everything that a checkpoint holds, as {name: array}."""
-        tree = {"step": self.step, "env_steps": self.env_steps, "summed": self.summed, "totals": self.totals}
+        tree = {
+            "torch_rng": torch.get_rng_state(),
+            "step": self.step,
+            "env_steps": self.env_steps,
+            "summed": self.summed,
+            "totals": self.totals,
+        }
         for name, part in self.parts.items():
             tree[name] = part.get_state() if isinstance(part, torch.Generator) else part.state_dict()
         return flatten(tree)
@@ -839,8 +889,8 @@ class Run:
         """Write checkpoint.npz. eval.csv goes in too: on disk it may end in half a line, or in lines of later steps."""
         state, words = self.state(), {"flags": self.flags(), "sha256": self.sha256, "precision": self.precision}
         for name, array in state.items():
-            if np.isnan(array).any():
-                raise InputError(f"no checkpoint after step {self.step}, {name} holds NaN; {self.saved()}")
+            if not np.isfinite(array).all():
+                raise InputError(f"no checkpoint after step {self.step}, {name} is NaN or infinite; {self.saved()}")
         with self.writing():
             self.writer.flush()
             words["eval_csv"] = (self.folder / "eval.csv").read_bytes().decode()
@@ -871,22 +921,30 @@ class Run:
                 raise InputError(f"{path} does not fit this run: {name} is missing")
         if found["sha256"] != self.sha256:
             raise InputError(f"the data of {self.folder} are others than in this dataset: name theirs with --dataset")
-        header, *rows = csv.reader(found["eval_csv"].splitlines())
-        if header != CSV_COLUMNS or found["precision"] not in ("highest", "medium") or found["step"] < 0:
+        known = found["precision"] in ("highest", "medium") and re.fullmatch(CSV, found["eval_csv"])
+        if not known or any(not 0 <= found[name] <= 2**53 for name in ("step", "env_steps", "summed")):
             raise InputError(f"{path} does not fit this run: its step, table of evaluations or precision is none")
         tree = {}
-        for name, array in found.items():
+        for name in rules | {name: moments[name] for name in found if name in moments}:
             *nodes, last = name.split("/")
             node = tree
             for part in nodes:
                 node = node.setdefault(part, {})
-            node[last] = array if isinstance(array, str) else torch.from_numpy(array)
+            node[last] = torch.from_numpy(found[name])
+            bad = (
+                np.isnan(found[name]) if name.startswith("agent/") else ~np.isfinite(found[name])
+            )  # a mask may be -inf
+            if bad.any():
+                raise InputError(f"{path}: {name} is NaN or infinite")
         try:
+            torch.set_rng_state(tree["torch_rng"])  # nothing here draws from it, but dropout would
             for name, part in self.parts.items():
                 if isinstance(part, torch.Generator):
                     part.set_state(tree[name])
                 elif part is optimizer:
                     state = {int(i): moment for i, moment in tree.get(name, {}).get("state", {}).items()}
+                    if any(len(moment) < 3 for moment in state.values()):
+                        raise InputError("a state of the optimizer is not complete")
                     part.load_state_dict(part.state_dict() | {"state": state})
                 else:
                     part.load_state_dict(tree[name])
@@ -937,12 +995,12 @@ def matmul_precision(device, rows, width):
                 return "highest"
     finally:
         torch.set_float32_matmul_precision(before)
-    return min(times, key=times.get)
+    return "medium" if times["medium"] < 0.9 * times["highest"] else "highest"  # not by chance where they are the same
 
 
 def record(function):
     """On a GPU: `function` recorded on its fourth call and replayed, one launch in place of hundreds; a record for each
-    set of keyword arguments. If recording fails it says so and goes on as it was.
+    set of keyword arguments. Raises InputError if that fails.
 
     What is recorded keeps the places of its tensors: arguments must be the same objects in every call, or what another
     recorded function returned; every call overwrites what the one before returned.
@@ -967,10 +1025,7 @@ def record(function):
                 with torch.cuda.graph(graph):  # records, computes nothing
                     records[key] = graph, function(*arguments, **flags)
             except RuntimeError as error:
-                say(f"warning: no CUDA graph, plain steps instead: {InputError(error)}", "stderr")
-                records[key] = None
-        if records[key] is None:
-            return function(*arguments, **flags)
+                raise InputError(f"no CUDA graph can be made ({error}): --no-cuda-graph goes without") from None
         records[key][0].replay()
         return records[key][1]
 
@@ -984,8 +1039,8 @@ def draw_paths(axes, ground: dict) -> None:
     """Draw {label: paths (., L+1, 2) in metres} on matplotlib axes, from above, in the colours of Figures 6 and 8."""
     colours = {"offline data": "red", "exploration": "green", "offline context": "blue", "online context": "orange"}
     for label in (label for label in colours if label in ground):
-        lines = axes.plot(*ground[label].T, color=f"tab:{colours[label]}", linewidth=0.6)  # x and y: (L+1, .) each
-        lines[0].set_label(label)
+        line = np.pad(ground[label], ((0, 0), (0, 1), (0, 0)), constant_values=np.nan).reshape(-1, 2)  # one for all
+        axes.plot(*line.T, color=f"tab:{colours[label]}", linewidth=0.6, label=label)
     axes.set(aspect="equal", xlabel="x (m)", ylabel="y (m)")
     axes.legend(fontsize=7, loc="upper left")
 
@@ -1028,21 +1083,24 @@ def draw_summary(folder) -> Figure:
     """The picture of a run: its returns, and for each phase the KLs of Figure 2 and the paths of Figures 6 and 8."""
     groups = read_csv(Path(folder) / "eval.csv")
     last = max((step for steps in groups.values() for step, _ in steps), default=0)
-    files = sorted(Path(folder).glob("figures_*.npz"), key=lambda file: int(file.stem.split("_")[1]))
+    files = [file for file in Path(folder).glob("figures_*.npz") if re.fullmatch(r"figures_\d{1,16}", file.stem)]
+    files.sort(key=lambda file: int(file.stem.split("_")[1]))
     files = [file for file in files if int(file.stem.split("_")[1]) <= last]
     figure = Figure(figsize=(13, 3.6 * max(1, len(files))), layout="constrained")
     grid = figure.subplots(max(1, len(files)), 3, squeeze=False)
     colours = {("test", "online"): "tab:red", ("train", "online"): "tab:orange", ("train", "offline"): "tab:blue"}
     for (split, context), steps in groups.items():
         points = np.array([[step, value] for (step, _), value in steps.items()])
-        grid[0, 0].plot(*points.T, color=colours[split, context], label=f"{split} tasks, {context} context")
+        grid[0, 0].plot(*points.T, color=colours.get((split, context)), label=f"{split} tasks, {context} context")
     offline = [step for steps in groups.values() for step, transitions in steps if not transitions]
     if offline and max(offline) < last:
         grid[0, 0].axvline(max(offline), color="silver", linestyle="--", label="the self-supervised phase begins")
-    grid[0, 0].set(title=Path(folder).resolve().name, xlabel="gradient step", ylabel="post-adaptation return")
-    grid[0, 0].legend(fontsize=7)
+    grid[0, 0].set(xlabel="gradient step", ylabel="post-adaptation return")
+    grid[0, 0].set_title(Path(folder).resolve().name, parse_math=False)
+    if groups:
+        grid[0, 0].legend(fontsize=7)
     for row, file in zip(grid, files):
-        arrays = read_npz(file, lambda *_: True)
+        arrays = read_npz(file, lambda name, _, shape: 0 not in shape and len(shape) == (1 if name[:3] == "kl_" else 3))
         ground = {name: array for name, array in arrays.items() if not name.startswith("kl_")}
         draw_kls(row[1], arrays)
         row[1].set_title(f"after {file.stem.split('_')[1]} gradient steps")

@@ -67,7 +67,9 @@ class Spec:
     presets: Mapping = field(default_factory=dict, hash=False)  # {script: {flag: value}}, of one's own family
 
     def __post_init__(self):
-        missing = [name for name in ("reset", "step", "set_task", "sample_tasks") if not hasattr(self.env_class, name)]
+        if not (isinstance(self.env_class, type) and issubclass(self.env_class, gym.Env)):
+            raise InputError(f"{self.env_class} is no task family: it is no subclass of gymnasium.Env")
+        missing = [name for name in ("set_task", "sample_tasks") if not hasattr(self.env_class, name)]
         if missing:
             raise InputError(f"{self.env_class} is no task family: it has no {', '.join(missing)}")
         for name in ("obs_dim", "action_dim", "task_dim", "horizon", "num_train_tasks", "num_test_tasks"):
@@ -83,6 +85,8 @@ def register(env_id: str, spec: Spec) -> None:
     call stands in a module of one's own."""
     if not env_id.isidentifier():
         raise InputError(f"{env_id!r} can not be the name of a task family: it must be a Python name")
+    if env_id in SPECS and SPECS[env_id].env_class.__module__ == __name__:
+        raise InputError(f"{env_id} is a family of envs.py: one's own needs another name")
     SPECS[env_id] = spec
     gym.registry.pop(f"smac/{env_id}-v0", None)
     gym.register(
@@ -104,14 +108,13 @@ def lookup(env_id: str) -> Spec:
     Raises InputError: there is no such module or key.
     """
     module, _, name = str(env_id).rpartition(":")
-    if module and name not in SPECS:
-        sys.path.append(os.getcwd())
+    if module and module not in sys.modules:
+        if os.getcwd() not in sys.path:
+            sys.path.append(os.getcwd())  # for good: the module may import more when it is used
         try:
             importlib.import_module(module)
         except Exception as error:  # whatever a module of somebody else raises
             raise InputError(f"{env_id}: importing {module} failed, {type(error).__name__}: {error}") from error
-        finally:
-            sys.path.pop()
     if name not in SPECS:
         nearest = ", ".join(difflib.get_close_matches(name, SPECS, n=3, cutoff=0.0))
         raise InputError(f"there is no environment {env_id}, the nearest are {nearest}; one's own is module:Name")
@@ -132,29 +135,32 @@ def make(env_id: str, render_mode: str | None = None) -> gym.Env:
 def check_family(spec: Spec) -> None:
     """Compare tasks, one reset and one step with the row, so that a mistake costs a second. Raises InputError."""
     name = spec.env_class.__name__
+
+    def compare(size, found, wanted):
+        if found != wanted:
+            raise InputError(f"{name}: {size} is {wanted} in its row, but its environment has {found}")
+
     try:
         tasks = np.asarray(spec.env_class.sample_tasks(np.random.RandomState(0), 2))
+        compare("task_dim, of two tasks,", tasks.shape, (2, spec.task_dim))
         env = spec.env_class()
-        env.set_task(tasks[0])
-        (obs, _), shapes = env.reset(seed=0), {"task_dim": (tasks.shape[1:], (spec.task_dim,))}
-        shapes |= {"obs_dim": (np.shape(obs), (spec.obs_dim,))}
-        shapes |= {"action_dim": (env.action_space.shape, (spec.action_dim,))}
-        if all(found == wanted for found, wanted in shapes.values()):
-            next_obs, reward, terminated, *_ = env.step(np.zeros(spec.action_dim, np.float32))
-            shapes["obs_dim of a step"] = (np.shape(next_obs), (spec.obs_dim,))
-            numbers = [*np.ravel(obs), *np.ravel(next_obs), *np.ravel(reward)]
+        env.unwrapped.set_task(tasks[0])
+        obs, _ = env.reset(seed=0)
+        compare("obs_dim", np.shape(obs), (spec.obs_dim,))
+        compare("action_dim", env.action_space.shape, (spec.action_dim,))
+        next_obs, reward, terminated, _, _ = env.step(np.zeros(spec.action_dim, np.float32))
+        compare("obs_dim of a step", np.shape(next_obs), (spec.obs_dim,))
+        if np.asarray(reward).size != 1 or np.asarray(terminated).size != 1:
+            raise InputError(f"{name}: a step pays a reward of shape {np.shape(reward)}, expected one number")
+        with np.errstate(over="ignore"):
+            numbers = np.array([*np.ravel(obs), *np.ravel(next_obs), *np.ravel(reward)], np.float32)
+        if not np.isfinite(numbers).all():
+            raise InputError(f"{name}: an observation or reward is NaN or infinite, or no number of float32")
         env.close()
     except InputError:
         raise
     except Exception as error:  # whatever an environment of somebody else raises
         raise InputError(f"{name} can not be used: {type(error).__name__}: {error}") from error
-    for size, (found, wanted) in shapes.items():
-        if found != wanted:
-            raise InputError(f"{name}: {size} is {wanted} in its row, but its environment has {found}")
-    if np.size(reward) != 1 or np.size(terminated) != 1:
-        raise InputError(f"{name}: a step pays a reward of shape {np.shape(reward)}, expected one number")
-    if not np.isfinite(np.array(numbers, np.float64)).all():
-        raise InputError(f"{name}: an observation or reward is NaN or infinite")
 
 
 def sample_tasks(env_id: str, num_tasks: int, seed: int = 1337) -> np.ndarray:
@@ -210,7 +216,7 @@ class Episodes:
         names = ["obs", "actions", "terminals"] + ["rewards"] * read_rewards
         self.records = [{name: [] for name in names} for _ in env_list]
         for record, env, seed in zip(self.records, env_list, seeds):
-            record["obs"].append(np.asarray(env.reset(seed=seed)[0], np.float32))
+            record["obs"].append(np.array(env.reset(seed=seed)[0], np.float32))  # a copy: some change it in place
 
     def last(self, name, numbers) -> torch.Tensor:
         """The last entry of some episodes' obs, actions, rewards or terminals: (len(numbers), .)."""
@@ -236,8 +242,10 @@ class Episodes:
 
     def act(self, i, action):
         """Act in episode i; whether it is over."""
-        obs, reward, terminated, truncated, _ = self.env_list[i].step(action)
-        got = {"obs": np.asarray(obs, np.float32), "actions": action, "terminals": terminated, "rewards": reward}
+        obs, reward, terminated, truncated, _ = self.env_list[i].step(
+            action.copy()
+        )  # copies: some change them in place
+        got = {"obs": np.array(obs, np.float32), "actions": action, "terminals": terminated, "rewards": reward}
         for name, values in self.records[i].items():
             values.append(got[name])
         return terminated or truncated

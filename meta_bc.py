@@ -84,7 +84,7 @@ class Encoder(nn.Module):
         self.net = mlp([in_dim, *hidden, 2 * latent_dim])
 
     def forward(self, context):
-        """context h (T, C, in_dim) -> mean and standard deviation of z, (T, dz) each."""
+        """context h (T, C, in_dim), of any length C -> mean and standard deviation of z, (T, dz) each."""
         mu, raw = self.net(context).chunk(2, dim=-1)  # (T, C, dz) each
         # Softplus gives each factor's standard deviation (the authors' code: its variance).
         precision = F.softplus(raw).square().clamp(min=1e-7).reciprocal()  # (T, C, dz)
@@ -157,7 +157,7 @@ def cloning_loss(agent, batch, z):
 
 
 def reward_loss(agent, batch, z):
-    """The squared error of L_reward (Eq. 3), on unscaled rewards; `update` adds the KL. z (N, dz) -> scalar."""
+    """The squared error of L_reward (Eq. 3), on unscaled rewards of h'; `update` adds the KL. z (N, dz) -> scalar."""
     # PAPER: sum over h, KL weight 1. CODE: mean over transitions and tasks, KL weight kl_coef.
     return (agent.decoder(batch["obs"], batch["actions"], z) - batch["rewards"]).square().mean()
 
@@ -248,8 +248,8 @@ def evaluate(agent, buffer, eval_envs, args):
         final, exploration, mu, sigma = adapt(env_list, agent, args, rng)
         results[split, "online"] = (tasks, final, exploration, kl_to_prior(mu, sigma))
 
-    # The same training tasks with z ~ q(z | h_offline) instead (Figure 2), h as long as it is online, on average: each
-    # transition more makes the posterior narrower.
+    # The same training tasks with z ~ q(z | h_offline) instead (Figure 2). Each transition more makes the posterior
+    # narrower, so h_offline is as long as the online histories are on average.
     lengths = torch.tensor([sum(len(path["actions"]) for path in pair) for pair in exploration], device=buffer.device)
     h_offline = buffer.sample(tasks, round(lengths.float().mean().item()), buffer_rng, "offline")
     mu, sigma = agent.encoder(make_context(h_offline, args))  # (E, dz)

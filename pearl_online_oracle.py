@@ -74,8 +74,11 @@ PRESETS = {
 }  # fmt: skip
 PRESETS["SawyerManipulation8"] = PRESETS["SawyerManipulation"]
 # The transitions of each task that become the dataset, (RL buffer, encoder buffer) [C.2]; None: RL's serve as both.
-# PAPER: Ant has an encoder part of 400. CODE: one buffer. The paper does not say for Walker, Hopper, Humanoid.
-DATASET_SLICES = {"CheetahVelocity": (("first", 1200), ("last", 400))}
+# PAPER: Ant has an encoder part of 400, Humanoid 1200 transitions. CODE: one buffer, and of Humanoid 400, since 1200 of
+# its 376 numbers take 64 MB. The paper does not say which transitions for Walker, Hopper, Humanoid.
+DATASET_SLICES = {
+    "CheetahVelocity": (("first", 1200), ("last", 400)), "HumanoidDirection": (("last", 400), None),
+}  # fmt: skip
 DEFAULT_SLICES = (("last", 1200), None)
 
 
@@ -102,7 +105,7 @@ class Encoder(nn.Module):
         self.net = mlp([in_dim, *hidden, 2 * latent_dim])
 
     def forward(self, context):
-        """context h (T, C, in_dim) -> mean and standard deviation of z, (T, dz) each."""
+        """context h (T, C, in_dim), of any length C -> mean and standard deviation of z, (T, dz) each."""
         mu, raw = self.net(context).chunk(2, dim=-1)  # (T, C, dz) each
         # Softplus gives each factor's standard deviation (the authors' code: its variance).
         precision = F.softplus(raw).square().clamp(min=1e-7).reciprocal()  # (T, C, dz)
@@ -349,6 +352,8 @@ def main(args):
     eval_envs = envs.make_evaluation(args.env_id, train_tasks, test_tasks)
     parts = dict(agent=agent, optimizer=optimizer, buffer=buffer, act_rng=act_rng, rng=rng)
     with buffers.Run(args, __file__, **parts) as run:
+        if args.save_dataset and run.step >= args.dataset_iteration * args.updates_per_iteration:
+            raise buffers.InputError(f"--save-dataset: iteration {args.dataset_iteration} of this run is over")
         sample, learn = run.fast(sample_batch), run.fast(update, args.compile)
 
         for task in run.count("initial data", len(train_tasks) if run.step == 0 else 0):

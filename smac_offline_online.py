@@ -49,7 +49,7 @@ class Args:
     tau: float = 0.005  # soft target update [Table 1, "eta"]
     lr: float = 3e-4  # Adam's learning rate, all networks [Table 1]
     awr_lambda: float = 100.0  # lambda of Eq. 2 [Table 2, "AWR beta"]
-    awr_weights: Literal["softmax", "exp"] = "softmax"  # Eq. 2: scaled to mean 1 (authors' code), or at most 20
+    awr_weights: Literal["softmax", "exp"] = "softmax"  # Eq. 2: exp scaled to mean 1 (authors), or exp, at most 20
     reward_scale: float = 5.0  # factor on the reward in the Bellman target [Table 2]
     lambda_pearl: float = 1.0  # weight of the PEARL actor loss in the self-supervised phase [Table 2]
     kl_coef: float = 0.1  # weight of the KL term of Eq. 3 (authors' code; it must fit the size of the rewards)
@@ -113,7 +113,7 @@ class Encoder(nn.Module):
         self.net = mlp([in_dim, *hidden, 2 * latent_dim])
 
     def forward(self, context):
-        """context h (T, C, in_dim) -> mean and standard deviation of z, (T, dz) each."""
+        """context h (T, C, in_dim), of any length C -> mean and standard deviation of z, (T, dz) each."""
         mu, raw = self.net(context).chunk(2, dim=-1)  # (T, C, dz) each
         # Softplus gives each factor's standard deviation (the authors' code: its variance).
         precision = F.softplus(raw).square().clamp(min=1e-7).reciprocal()  # (T, C, dz)
@@ -199,7 +199,7 @@ def kl_to_prior(mu, sigma):
     return 0.5 * (mu.square() + sigma.square() - 2 * sigma.log() - 1).sum(-1)
 
 
-# ===== Losses. T tasks, B transitions a task, N = T * B; all pure functions of networks and data
+# ===== Losses. T tasks, B transitions a task, N = T * B; pure functions of networks and a flat batch, (N, .)
 
 
 def critic_loss(agent, batch, z, args):
@@ -238,7 +238,7 @@ def actor_loss(agent, batch, z, q, args, lambda_pearl):
 
 
 def reward_loss(agent, batch, z):
-    """The squared error of L_reward (Eq. 3), on unscaled rewards; `update` adds the KL. z (N, dz) -> scalar."""
+    """The squared error of L_reward (Eq. 3), on unscaled rewards of h'; `update` adds the KL. z (N, dz) -> scalar."""
     # PAPER: sum over h, KL weight 1. CODE: mean over transitions and tasks, KL weight kl_coef.
     return (agent.decoder(batch["obs"], batch["actions"], z) - batch["rewards"]).square().mean()
 
@@ -332,12 +332,12 @@ def explore(env, task, agent, buffer, args, act_rng, rng):
     """[Alg. 1, l. 7] Whole episodes in `task`, to which env is set: with z ~ p(z), then with z ~ q(z | h).
 
     Yields, for each trajectory: number i of the buffer D_i that it shall enter; the trajectory, without rewards unless
-    --oracle-rewards; whether the encoder buffer takes it too.
+    --oracle-rewards; whether the encoder buffer takes it too. Goes on when `main` has added it, so that h may have it.
     """
     num_train = int((buffer.sizes["offline"] > 0).sum())
     for from_prior, num_steps in ((True, args.prior_steps), (False, args.posterior_steps)):
         while num_steps > 0:
-            # PAPER: D_i drawn anew for each trajectory. CODE: D_i of the training task that is explored.
+            # PAPER: D_i drawn anew for each trajectory (l. 8). CODE: D_i of the training task that is explored.
             i = task
             if args.explore_tasks == "test":  # which has no offline data: as in the text, or its own D_i (true rewards)
                 drawn = torch.randint(num_train, (), generator=act_rng)
@@ -382,8 +382,8 @@ def evaluate(agent, buffer, eval_envs, args):
         final, exploration, mu, sigma = adapt(env_list, agent, args, rng)
         results[split, "online"] = (tasks, final, exploration, kl_to_prior(mu, sigma))
 
-    # The same training tasks with z ~ q(z | h_offline) instead (Figure 2), h as long as it is online, on average: each
-    # transition more makes the posterior narrower.
+    # The same training tasks with z ~ q(z | h_offline) instead (Figure 2). Each transition more makes the posterior
+    # narrower, so h_offline is as long as the online histories are on average.
     lengths = torch.tensor([sum(len(path["actions"]) for path in pair) for pair in exploration], device=buffer.device)
     h_offline = buffer.sample(tasks, round(lengths.float().mean().item()), buffer_rng, "offline")
     mu, sigma = agent.encoder(make_context(h_offline, args))  # (E, dz)
@@ -415,7 +415,7 @@ def main(args):
     dataset = buffers.load_dataset(args.env_id, args.dataset)
     explored_tasks = dataset[f"{args.explore_tasks}_tasks"]
     more_tasks = len(explored_tasks) if args.explore_tasks == "test" and args.oracle_rewards else 0  # D_i of their own
-    visit = args.prior_steps + args.posterior_steps + 2 * spec.horizon  # new transitions of a task, at most
+    visit = args.prior_steps + args.posterior_steps + 2 * spec.horizon  # at most, as both parts end with an episode
     more = args.online_iterations * args.tasks_per_iteration * visit
     buffer = buffers.from_dataset(dataset, args.env_id, device, more_tasks, more)
     agent = Agent(spec.obs_dim, spec.action_dim, args).to(device)
@@ -426,16 +426,16 @@ def main(args):
     eval_envs = envs.make_evaluation(args.env_id, dataset["train_tasks"], dataset["test_tasks"])
     parts = dict(agent=agent, optimizer=optimizer, buffer=buffer, act_rng=act_rng, rng=rng)
     with buffers.Run(args, __file__, dataset["sha256"], **parts) as run:
-        sample, learn = run.fast(sample_batch), run.fast(update, args.compile)
+        sample, learn = run.fast(sample_batch), run.fast(update, args.compile)  # the same, but faster
 
-        for _ in run.steps(args.offline_steps, "offline"):  # l. 2
-            batch = sample(buffer, args, rng)  # l. 3: D_i ~ D and two histories h, h' of each
+        for _ in run.steps(args.offline_steps, "offline"):  # l. 2; also counts, saves, and stops at a signal
+            batch = sample(buffer, args, rng)  # l. 3: D_i ~ D, of each a history h (batch["context"]) and h' (the rest)
             run.log(learn(agent, optimizer, batch, args, online=False))  # l. 4 and 5: z ~ q(z | h), train on z and h'
             if run.evaluation_due:
                 run.write(*evaluate(agent, buffer, eval_envs, args))
 
         total_steps = args.offline_steps + args.online_iterations * args.updates_per_iteration
-        for step in run.steps(total_steps, "self-supervised"):  # l. 6
+        for step in run.steps(total_steps, "self-supervised"):  # l. 6, up to that step
             if (step - args.offline_steps) % args.updates_per_iteration == 0:
                 # PAPER: 4 gradient steps per new transition. CODE: 0.8, as five tasks collect, not one. 4 on Sawyer.
                 drawn = torch.randint(len(explored_tasks), (args.tasks_per_iteration,), generator=act_rng)
@@ -443,7 +443,8 @@ def main(args):
                     env.unwrapped.set_task(explored_tasks[task])
                     for i, path, in_context in explore(env, task, agent, buffer, args, act_rng, rng):  # l. 7
                         if not args.oracle_rewards:
-                            h_offline = buffer.sample([i], args.context_batch, rng, "offline")  # l. 8
+                            # l. 8: h_offline ~ D_i, of the part of its encoder buffer that has true rewards
+                            h_offline = buffer.sample([i], args.context_batch, rng, "offline")
                             path["rewards"] = generate_rewards(agent, path, h_offline, args, rng)  # l. 9: labels
                         buffer.add(i, path, context=in_context)  # l. 9: D_i grows
                         run.env_steps += len(path["actions"])

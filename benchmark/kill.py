@@ -1,15 +1,16 @@
 """Kill runs at random moments, resume them, compare: python benchmark/kill.py
 
 Every run is a process forked from this one, on six tasks of PointDirection with small networks. SIGKILL hits it at a
-random time, or as soon after it as checkpoint.tmp is there: within the write of a checkpoint. It is resumed and killed
-again until it ends; then the next one starts, until all kills are done. Each must end with the parameters, optimizer,
-buffer, generators, curves and eval.csv, bit for bit, of a run that was never killed. Linux and macOS only.
+random time, or as soon after it as checkpoint.npz.tmp is there: within the write of a checkpoint. It is resumed and
+killed again until it ends; then the next one starts, until all kills are done. Each must end with the parameters,
+optimizer, buffer, generators, curves and eval.csv, bit for bit, of a run that was never killed. Linux and macOS only.
 """
 
 import dataclasses
+import functools
 import importlib
+import math
 import os
-import re
 import signal
 import sys
 import tempfile
@@ -29,24 +30,27 @@ import envs
 
 SPEC = envs.SPECS["PointDirection"]
 TASKS, TEST_TASKS = 6, 2
-SIZES = "--env-id PointDirection --device cpu --policy-hidden 32 32 --encoder-hidden 32 --rl-batch 32"
-SIZES += " --context-batch 16 --eval-every 50 --checkpoint-every 10"
+SIZES = "--env-id PointDirection --device cpu --policy-hidden 32 32 --rl-batch 32 --eval-every 20"
+ENCODER = "--encoder-hidden 32 --context-batch 16"
 ONLINE = "--q-hidden 32 32 --updates-per-iteration 40 --tasks-per-iteration 2 --prior-steps 50 --posterior-steps 50"
 FLAGS = {
-    "smac_offline_online": f"{SIZES} {ONLINE} --offline-steps 80 --online-iterations 2",
-    "pearl_online_oracle": f"{SIZES} {ONLINE} --online-iterations 4 --initial-steps 50",
-    "meta_bc": f"{SIZES} --offline-steps 160",
+    "smac_offline_online": f"{SIZES} {ENCODER} {ONLINE} --offline-steps 60 --online-iterations 2",
+    "pearl_online_oracle": f"{SIZES} {ENCODER} {ONLINE} --online-iterations 3 --initial-steps 50",
+    "meta_bc": f"{SIZES} {ENCODER} --offline-steps 120",
+    "macaw": f"{SIZES} --context-batch 16 --value-hidden 32 32 --offline-steps 120",
+    "borel": f"{SIZES} --q-hidden 32 32 --vae-steps 20 --vae-tasks 2 --elbo-terms 8 --offline-steps 80",
 }
+PHASES = {  # the number of the first gradient step of each
+    "smac_offline_online": {"offline": 0, "self-supervised": 60}, "pearl_online_oracle": {"PEARL": 0},
+    "meta_bc": {"offline": 0}, "macaw": {"offline": 0}, "borel": {"VAE": 0, "SAC": 20},
+}  # fmt: skip
 
 
 @dataclasses.dataclass
 class Args:
-    kills: tuple[int, int, int] = (50, 10, 10)
-    """kills of SMAC, of PEARL and of meta-BC"""
-    seed: int = 0
-    """seed of the moments"""
-    out: str = "benchmark/results/robustness/kill.md"
-    """where the result goes"""
+    kills: tuple[int, int, int, int, int] = (18, 8, 8, 8, 8)  # kills of SMAC, PEARL, meta-BC, MACAW and BOReL
+    seed: int = 0  # seed of the moments
+    out: str = "benchmark/results/robustness/kill.md"  # where the result goes
 
 
 def start(script, flags, log):
@@ -59,7 +63,10 @@ def start(script, flags, log):
     os.dup2(output, 2)
     try:
         torch.set_num_threads(1)
-        script.main(script.parse_args(flags))
+        buffers.LOG_EVERY, buffers.matmul_precision = 5, lambda *_: "highest"  # not what is faster at the moment
+        envs.make_evaluation = functools.partial(envs.make_evaluation, num_train=2, repeats=1)
+        envs.SPECS["PointDirection"] = dataclasses.replace(SPEC, num_train_tasks=TASKS, num_test_tasks=TEST_TASKS)
+        script.main(buffers.parse_args(script.Args, script.PRESETS, flags))
         sys.stdout.flush()
         os._exit(0)
     except BaseException as error:
@@ -80,11 +87,15 @@ def wait(pid, until=lambda: False):
         time.sleep(0.0002)
 
 
+def is_time(moment, file):
+    """Whether the moment has passed, and there is such a file."""
+    return time.time() > moment and file.exists()
+
+
 def content(run):
-    """What two equal runs share: parts of the checkpoint, points of the curves, eval.csv."""
-    state = torch.load(run / "checkpoint.pt", weights_only=True)
-    kept = {name: state[name] for name in state if name not in ("args", "buffer")}
-    kept |= {"fields": state["buffer"]["fields"], "sizes": state["buffer"]["sizes"]}
+    """What two equal runs share, as bytes: all of the checkpoint, points of the curves, eval.csv."""
+    with np.load(run / "checkpoint.npz") as file:
+        kept = {name: (file[name].dtype.str, file[name].shape, file[name].tobytes()) for name in file.files}
     events = EventAccumulator(str(run), size_guidance={"scalars": 0})
     events.Reload()
     tags = [tag for tag in events.Tags()["scalars"] if tag != "charts/SPS"]
@@ -92,52 +103,52 @@ def content(run):
     return kept | {"eval.csv": (run / "eval.csv").read_bytes()}
 
 
-def same(a, b):
-    """Bit for bit, through dicts, lists and tensors."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b))
-    return torch.equal(a, b) if torch.is_tensor(a) else a == b
+def phase(run, name):
+    """Where a run is by its last checkpoint."""
+    if not (run / "checkpoint.npz").exists():
+        return "before the first checkpoint"
+    with np.load(run / "checkpoint.npz") as file:
+        step = file["step"].item()
+    return [label for label, first in PHASES[name].items() if first <= step][-1]
 
 
 def kill(name, kills, rng, folder):
     """Kill and resume runs of one script.
 
     Returns:
-        Counter of (progress bar, moment) of the kills; for each run that ended, whether it equals one never killed.
+        Counter of (phase, moment) of the kills; for each run that ended, whether it equals one never killed.
     """
-    script = importlib.import_module(name)
-    script.EVAL_REPEATS, script.TRAIN_EVAL_TASKS, script.LOG_EVERY = 1, 3, 10
-    envs.SPECS["PointDirection"] = dataclasses.replace(SPEC, num_train_tasks=TASKS, num_test_tasks=TEST_TASKS)
-    log, flags = folder / "log", FLAGS[name].split()
+    script, log, flags = importlib.import_module(name), folder / "log", FLAGS[name].split()
+    more = []
     if hasattr(script.Args, "dataset"):
-        data = buffers.load_dataset(ROOT / "datasets" / "PointDirection.npz", "PointDirection", SPEC)
+        data = buffers.load_dataset("PointDirection")
         rl = [entry for entry in data["rl"] if entry[0] < TASKS]
         tasks = data["train_tasks"][:TASKS], data["test_tasks"][:TEST_TASKS]
         buffers.save_dataset(folder / "small.npz", "PointDirection", *tasks, rl, [], data["command"])
-        flags += ["--dataset", str(folder / "small.npz")]
+        more = ["--dataset", str(folder / "small.npz")]
     began = time.time()
-    wait(start(script, [*flags, "--run-dir", str(folder / "whole")], log))
+    wait(start(script, [*flags, *more, "--run-dir", str(folder / "whole")], log))
     duration, whole = time.time() - began, folder / "whole" / f"PointDirection__{name}__1"
     expected, counts, equal = content(whole), Counter(), []
     while True:
         run = folder / str(len(equal)) / whole.name
-        temporary = run / "checkpoint.tmp"
+        temporary = run / "checkpoint.npz.tmp"
         temporary.unlink(missing_ok=True)  # what an earlier kill left: from now on it means a write that goes on
-        fresh, resumed = [*flags, "--run-dir", str(run.parent)], ["--resume", str(run)]
-        pid = start(script, resumed if (run / "checkpoint.pt").exists() else fresh, log)
-        moment = time.time() + rng.uniform(0, 0.7 * duration)
-        in_write, left = rng.random() < 0.5, kills - counts.total()
-        if wait(pid, lambda: left and time.time() > moment and (not in_write or temporary.exists())):
-            equal.append(same(content(run), expected))
-            if not left:
+        resumed = (run / "checkpoint.npz").exists()
+        pid = start(
+            script, [*(["--resume", str(run)] if resumed else [*flags, "--run-dir", str(run.parent)]), *more], log
+        )
+        moment, in_write = time.time() + rng.uniform(0, 0.7 * duration), rng.random() < 0.5
+        if counts.total() == kills:
+            moment = math.inf
+        if wait(pid, functools.partial(is_time, moment, temporary if in_write else folder)):
+            equal.append(content(run) == expected)
+            if counts.total() == kills:
                 return counts, equal
         else:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
-            bars = re.findall(r"([\w -]+): +\d+%", log.read_text()) or ["start"]
-            counts[bars[-1], "within the write of a checkpoint" if temporary.exists() else "elsewhere"] += 1
+            counts[phase(run, name), "within the write of a checkpoint" if temporary.exists() else "elsewhere"] += 1
 
 
 def main(args):
@@ -148,13 +159,15 @@ def main(args):
         if kills:
             with tempfile.TemporaryDirectory() as folder:
                 counts, equal = kill(name, kills, rng, Path(folder))
-            lines += [f"| {name}.py | {bar} | {moment} | {n} |" for (bar, moment), n in sorted(counts.items())]
+            lines += [f"| {name}.py | {where} | {moment} | {n} |" for (where, moment), n in sorted(counts.items())]
             result = f"{kills} kills, {len(equal)} runs to their end, {sum(equal)} of them equal, bit for bit, to one"
             ended.append(f"- {name}.py: {result} that was never killed; `{flags}`")
             print(ended[-1], flush=True)
             if not all(equal):
                 sys.exit(f"{name}.py: {equal.count(False)} of {len(equal)} runs differ")
-    text = f"`python benchmark/kill.py --kills {' '.join(map(str, args.kills))} --seed {args.seed}`\n\n"
+    found = buffers.versions()
+    text = f"`python benchmark/kill.py --kills {' '.join(map(str, args.kills))} --seed {args.seed}`, one thread of "
+    text += f"{found['cpu']}; Python {found['python']}, PyTorch {found['torch']}\n\n"
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     Path(args.out).write_text(text + "\n".join([*ended, "", *lines]) + "\n")
 

@@ -38,6 +38,7 @@ METHODS = {  # label of a run: its name and colour in every picture
     "smac_test_tasks_oracle_rewards": ("explores test tasks, true rewards", "mediumslateblue"),
     "smac_goal_data": ("goal-directed data", "darkgreen"),
     "smac_goal_data_slow": ("goal-directed data, lr 3e-4", "darkseagreen"),
+    "smac_goal_data_oracle_rewards": ("goal-directed data, true rewards", "saddlebrown"),
 }  # fmt: skip
 PANELS = {
     "methods (Figure 5)": "smac smac_actor_ablation meta_bc macaw macaw_matched borel borel_matched pearl",
@@ -47,7 +48,7 @@ PANELS = {
     "what enters the encoder buffer": "smac smac_encoder_prior",
     "critics": "smac smac_two_critics",
     "how much it collects": "smac smac_one_task",
-    "data that give the task away": "smac smac_goal_data smac_goal_data_slow",
+    "data that give the task away": "smac smac_goal_data smac_goal_data_slow smac_goal_data_oracle_rewards",
 }
 FOLDERS = {  # the benchmark that stands for an environment
     "HopperParam": "hopper_small", "WalkerParam": "walker_small", "CheetahVelocity": "cheetah_small",
@@ -245,7 +246,8 @@ def glance():
     head = "environment|data|SMAC, offline|after|actor ablation|meta-BC|MACAW|BOReL|Online Oracle|of it adaptation"
     note = f"""{NOTE} On test tasks, online context.
 Of MACAW and BOReL the better of the presets that were run, as in the paper. Of it adaptation: SMAC after the second
-phase with z from its own context / from another task's / from the prior (benchmark/adaptation.py). Empty: not run."""
+phase with z from its own context / from another task's / from the prior (benchmark/watch.py). Empty: not run.
+Batches of 4 x 64 transitions (the paper: 4 x 256), Sawyer 4 x 128 and one task an iteration, PointDirection 4 x 128."""
     rows = []
     for env_id in (*DOMAINS, "PointDirection"):
         runs = load(FOLDERS[env_id])

@@ -93,6 +93,9 @@ BENCHMARKS = {
         "smac_test_tasks_oracle_rewards": (f"{POINT} --explore-tasks test --oracle-rewards", (1, 2, 3)),
         "smac_goal_data": (f"{POINT} --dataset datasets/PointDirectionGoal.npz", (1, 2, 3)),
         "smac_goal_data_slow": (f"{POINT} --dataset datasets/PointDirectionGoal.npz --lr 3e-4", (1, 2, 3)),
+        "smac_goal_data_oracle_rewards": (
+            f"{POINT} --dataset datasets/PointDirectionGoal.npz --oracle-rewards", (1, 2, 3)
+        ),
         "macaw": ("macaw.py --env-id PointDirection", (1, 2, 3)),
         "macaw_matched": ("macaw.py --env-id PointDirection --preset matched", (1, 2, 3)),
         "borel": ("borel.py --env-id PointDirection", (1, 2, 3)),
@@ -157,7 +160,8 @@ def diagnostics(result, file):
     """Write what a run logged beside returns and losses, if anything, as a small CSV: a line for each evaluation."""
     events = EventAccumulator(str(result), size_guidance={"scalars": 0})
     events.Reload()
-    tags = [tag for tag in events.Tags()["scalars"] if tag.startswith(("eval/", "train/")) and "return" not in tag]
+    tags = [tag for tag in events.Tags()["scalars"] if tag.startswith(("eval/", "train/"))]
+    tags = [tag for tag in tags if not tag.endswith(("context_return", "exploration_return"))]  # they are in eval.csv
     curves = {tag: {point.step: f"{point.value:.4g}" for point in events.Scalars(tag)} for tag in sorted(tags)}
     if "eval/test/online_context_return" in events.Tags()["scalars"]:
         steps = sorted({point.step for point in events.Scalars("eval/test/online_context_return")})

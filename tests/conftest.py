@@ -1,25 +1,59 @@
 """One thread, so that results and running times do not depend on the machine's cores; the scripts can be imported."""
 
+import dataclasses
+import functools
 import signal
 import sys
+import threading
 from pathlib import Path
 
+import gymnasium as gym
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import buffers
 import envs
 
 torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
-def keep_signal_handlers():
-    """`main` takes over SIGINT and SIGTERM: give them back."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+def leave_no_trace():
+    """After every test, so after every run: signals, the hook of threads and precision are what they were."""
+
+    def found():
+        handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+        return handlers, threading.excepthook, torch.get_float32_matmul_precision(), torch.get_num_threads()
+
+    before = found()
     yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    assert found() == before
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Small evaluations, a point of the loss curves every 5 steps, and no pictures, which take most of the time."""
+    small = functools.partial(envs.make_evaluation, num_train=3, repeats=1)
+    monkeypatch.setattr(envs, "make_evaluation", small)
+    monkeypatch.setattr(buffers, "LOG_EVERY", 5)
+    monkeypatch.setattr(buffers, "draw_summary", lambda folder: Figure(figsize=(1, 1)))
+    monkeypatch.setattr(buffers.SummaryWriter, "add_figure", lambda *_: None)
+
+
+@pytest.fixture
+def short(quick, monkeypatch):
+    """The same, and episodes of PointDirection have 10 steps."""
+    set_sizes(monkeypatch, "PointDirection", horizon=10)
+
+
+def set_sizes(monkeypatch, env_id, **sizes):
+    """Change the row of a family."""
+    spec, name = dataclasses.replace(envs.SPECS[env_id], **sizes), f"smac/{env_id}-v0"
+    monkeypatch.setitem(envs.SPECS, env_id, spec)
+    monkeypatch.setitem(gym.registry, name, gym.registry[name])  # to be put back
+    envs.register(env_id, spec)
 
 
 @pytest.fixture
@@ -28,9 +62,9 @@ def drawers():
     it stays closed in the test task, and open in the training task."""
     scene = dict.fromkeys(envs.TASK_COLUMNS, 0) | dict(side=1, bottom_drawer=1, button=1, object=-1)
     scene["behaviour"] = envs.BEHAVIOURS.index("open_bottom_drawer")
-    pairs = {}
+    eval_envs = {}
     for split, task in (("test", scene), ("train", scene | {"bottom_open": 1})):
         env = envs.make("SawyerManipulation")
         env.unwrapped.set_task(list(task.values()))
-        pairs[split] = [(0, env)]
-    return pairs
+        eval_envs[split] = [0], [env]
+    return eval_envs

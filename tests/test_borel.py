@@ -1,27 +1,34 @@
 """BOReL: a belief that only looks back, the estimate of the ELBO, hyper-states, losses by hand, resuming, learning."""
 
 import csv
+import functools
 import json
 import math
+import os
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.distributions import Normal, kl_divergence
 
 import borel
+import buffers
 import envs
 
 OBS, ACTION, DZ = 4, 2, 3
-SMALL = "--env-id PointDirection --q-hidden 16 --policy-hidden 16 --rl-batch 8 --elbo-terms 4 --latent-dim 3"
+SMALL = (
+    "--env-id PointDirection --q-hidden 16 --policy-hidden 16 --rl-batch 8 --elbo-terms 4 --latent-dim 3 --vae-tasks 2"
+)
 
 
 @pytest.fixture
-def quick(monkeypatch):
-    for name, value in (("EVAL_REPEATS", 1), ("TRAIN_EVAL_TASKS", 3), ("LOG_EVERY", 5)):
-        monkeypatch.setattr(borel, name, value)
+def small(quick, monkeypatch):
+    """Two test tasks, three training tasks, one meta-episode each."""
+    monkeypatch.setattr(envs, "make_evaluation", functools.partial(envs.make_evaluation, num_test=2, repeats=1))
 
 
 def make_agent(**flags):
@@ -45,7 +52,7 @@ def make_episode(length, fall=False, seed=0):
 
 def make_steps(length, seed=0):
     """One meta-trajectory of random steps, (1, L, .) each."""
-    return {name: x[None] for name, x in borel.concatenate([make_episode(length, seed=seed)], "cpu").items()}
+    return {name: x[None] for name, x in buffers.join([make_episode(length, seed=seed)], "cpu").items()}
 
 
 def test_the_belief_uses_nothing_of_what_comes_later():
@@ -122,7 +129,7 @@ def test_hyper_states_at_the_starts_and_ends_of_episodes():
     buffer = borel.make_hyper_buffer(agent, [[episodes, [alone]]], OBS, ACTION)
     obs, next_obs = buffer.fields["obs"].numpy(), buffer.fields["next_obs"].numpy()
 
-    steps = {name: x[None] for name, x in borel.concatenate(episodes, "cpu").items()}
+    steps = {name: x[None] for name, x in buffers.join(episodes, "cpu").items()}
     with torch.no_grad():
         belief = agent.encoder.belief(agent.encoder(steps, torch.zeros(1, 128)))[0].numpy()  # (10, 2 dz)
     prior = agent.encoder.belief.bias.detach().numpy()
@@ -179,16 +186,16 @@ def test_the_belief_runs_on_through_the_meta_episode(monkeypatch):
     agent, _ = make_agent()
     calls, rollout = [], borel.rollout_belief
 
-    def record(env_list, agent, memory, generator, deterministic=False):
-        calls.append((memory, deterministic, *rollout(env_list, agent, memory, generator, deterministic)))
+    def record(env_list, agent, memory, rng, deterministic=False):
+        calls.append((memory, deterministic, *rollout(env_list, agent, memory, rng, deterministic)))
         return calls[-1][2:]
 
     monkeypatch.setattr(borel, "rollout_belief", record)
-    pairs = envs.make_evaluation("PointDirection", np.array([[0.0]]), np.array([[1.0], [2.0]]), 1, 1)["test"]
-    final, exploration, memory = borel.adapt_belief([env for _, env in pairs], agent, torch.Generator().manual_seed(0))
+    _, env_list = envs.make_evaluation("PointDirection", np.array([[0.0]]), np.array([[1.0], [2.0]]), repeats=1)["test"]
+    final, exploration, memory = borel.adapt_belief(env_list, agent, torch.Generator().manual_seed(0))
     assert len(final) == 2 and [len(episodes) for episodes in exploration] == [2, 2]
     for i, episodes in enumerate(exploration):
-        steps = {name: x[None] for name, x in borel.concatenate(episodes, "cpu").items()}
+        steps = {name: x[None] for name, x in buffers.join(episodes, "cpu").items()}
         with torch.no_grad():
             assert torch.allclose(memory[i], agent.encoder(steps, torch.zeros(1, 128))[0, -1], atol=1e-5)
     assert (calls[0][0] == 0).all() and torch.equal(calls[1][0], calls[0][3])
@@ -196,40 +203,57 @@ def test_the_belief_runs_on_through_the_meta_episode(monkeypatch):
     assert [deterministic for _, deterministic, _, _ in calls] == [False, False, True]
 
 
-def test_an_evaluation_reads_two_episodes_of_each_tasks_own_data(quick, monkeypatch):
+def test_an_evaluation_plays_each_split_and_reads_two_episodes_of_each_tasks_own_data(monkeypatch):
     """Episodes of different lengths, of which the shorter ones are padded; a task's last ones may be one only."""
     agent, args = make_agent()
     trajectories = [
         [[make_episode(length, seed=10 * task + i) for i, length in enumerate(lengths)]]
         for task, lengths in enumerate([(3, 5, 4), (9, 2, 6), (4,)])
     ]
-    eval_envs = envs.make_evaluation("PointDirection", np.array([[0.1], [0.2], [0.3]]), np.array([[1.0]]), 3, 1)
-    calls, rollout = [], borel.rollout_belief
+    eval_envs = envs.make_evaluation("PointDirection", np.array([[0.1], [0.2], [0.3]]), np.array([[1.0]]), 3, 1, 1)
+    calls, returns, rollout = [], [], borel.rollout_belief
 
-    def record(env_list, agent, memory, *args, **kwargs):
-        calls.append(memory)
-        return rollout(env_list, agent, memory, *args, **kwargs)
+    def record(env_list, agent, memory, *rest, **flags):
+        paths, after = rollout(env_list, agent, memory, *rest, **flags)
+        if flags.get("frozen"):
+            assert torch.equal(after, memory) and torch.equal(memory, calls[2][0])  # what it was after two episodes
+            assert [env.unwrapped.task[0] for env in env_list] == [1.0]
+            returns.append(np.mean([path["rewards"].sum() for path in paths]))
+        else:
+            calls.append((memory, [env.unwrapped.task[0] for env in env_list]))
+        return paths, after
 
     monkeypatch.setattr(borel, "rollout_belief", record)
-    rows, _, arrays = borel.evaluate(agent, trajectories, eval_envs, args)
-    assert [row[2] for row in rows] == [(0,), (0, 1, 2), (0, 1, 2)]
+    results, scalars, paths = borel.evaluate(agent, trajectories, eval_envs, args)
+    assert [scalars["eval/test/frozen_belief_return"]] == returns
+    assert list(results) == [("test", "online"), ("train", "online"), ("train", "offline")]
+    assert [numbers for numbers, *_ in results.values()] == [[0], [0, 1, 2], [0, 1, 2]]
+    assert [angles for _, angles in calls] == 3 * [[1.0]] + 4 * [[0.1, 0.2, 0.3]]
     for task in range(3):
-        steps = borel.concatenate(trajectories[task][0][:2], "cpu")
+        steps = buffers.join(trajectories[task][0][:2], "cpu")
         with torch.no_grad():
             memory = agent.encoder({name: x[None] for name, x in steps.items()}, torch.zeros(1, 128))[0, -1]
             mu, log_var = agent.encoder.belief(memory).double().chunk(2)
-        assert torch.allclose(calls[-1][task], memory, atol=1e-5)
+        assert torch.allclose(calls[-1][0][task], memory, atol=1e-5)
         kl = kl_divergence(Normal(mu, (0.5 * log_var).exp()), Normal(torch.zeros(DZ), 1.0)).sum().item()
-        assert arrays["kl_train_offline_context"][task] == pytest.approx(kl, rel=1e-3)
+        assert results["train", "offline"][3][task].item() == pytest.approx(kl, rel=1e-3)
+    assert [len(path["actions"]) for path in paths] == [3, 5, 4, 9, 2, 6, 4]
 
 
-def test_success_is_the_behaviour_achieved_in_the_last_step(drawers):
+def test_success_is_the_behaviour_achieved_in_the_last_step(drawers, tmp_path):
     path = {"obs": np.zeros((4, 13), np.float32), "actions": np.zeros((3, 4), np.float32)}
     path |= {"rewards": -np.ones(3, np.float32), "terminals": np.zeros(3, np.float32)}
-    args = borel.Args(env_id="SawyerManipulation", policy_hidden=(8,), q_hidden=(8,), latent_dim=DZ)
+    sizes = {"policy_hidden": (8,), "q_hidden": (8,), "latent_dim": DZ}
+    args = borel.Args(env_id="SawyerManipulation", device="cpu", run_dir=str(tmp_path), **sizes)
     torch.manual_seed(0)
-    _, scalars, _ = borel.evaluate(borel.Agent(13, 4, args), [[[path, path]]], drawers, args)
-    assert {name: value for name, value in scalars.items() if name.endswith("success")} == {
+    agent = borel.Agent(13, 4, args)
+    with buffers.Run(args, borel.__file__, agent=agent, optimizer=torch.optim.Adam(agent.parameters())) as run:
+        for _ in run.steps(1, "VAE"):
+            run.write(*borel.evaluate(agent, [[[path, path]]], drawers, args))
+    events = EventAccumulator(str(run.folder))
+    events.Reload()
+    found = {tag: events.Scalars(tag)[0].value for tag in events.Tags()["scalars"] if tag.endswith("success")}
+    assert found == {
         "eval/test/online_context_success": 0, "eval/train/online_context_success": 1,
         "eval/train/offline_context_success": 1,
     }  # fmt: skip
@@ -253,45 +277,66 @@ def test_the_vae_descends_both_terms():
     assert bias.grad[0].item() == pytest.approx((at[0] - at[1]) / 2e-2, rel=1e-2)
 
 
-def start(folder, *flags):
-    agent = borel.main(borel.parse_args([*SMALL.split(), "--device", "cpu", "--run-dir", str(folder), *flags]))
+def parse(arguments):
+    return buffers.parse_args(borel.Args, borel.PRESETS, arguments)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    """Four tasks of the shipped data: two meta-trajectories each."""
+    data, file = buffers.load_dataset("PointDirection"), tmp_path_factory.mktemp("data") / "small.npz"
+    entries = [(task, path) for task, path in data["rl"] if task < 4]
+    buffers.save_dataset(file, "PointDirection", data["train_tasks"][:4], data["test_tasks"], entries, [], "test")
+    return file
+
+
+def start(dataset, folder, *flags):
+    flags = [*SMALL.split(), "--device", "cpu", "--dataset", str(dataset), "--run-dir", str(folder), *flags]
+    agent = borel.main(parse(flags))
     return Path(folder) / "PointDirection__borel__1", agent
 
 
-def test_a_run_evaluates_and_resumes_bit_for_bit(tmp_path, quick, monkeypatch):
-    """One run goes through, the other breaks off once in each stage."""
-    flags = "--vae-steps 10 --offline-steps 14 --eval-every 12 --checkpoint-every 7 --hyperparameters smac".split()
-    whole, agent = start(tmp_path / "whole", *flags)
+def test_preset_stands_for_flags_that_others_override():
+    own, matched = (parse(["--env-id", "HopperParam", *more]) for more in ([], ["--preset", "matched"]))
+    assert (own.q_hidden, own.policy_hidden, own.meta_batch, own.lr) == ((256, 256), (256, 256), 16, 3e-4)
+    assert (matched.q_hidden, matched.policy_hidden, matched.meta_batch) == ((300,) * 3, (300,) * 3, 4)
+    point = parse(["--env-id", "PointDirection", "--preset", "matched", "--lr", "0.5"])
+    assert (point.q_hidden, point.meta_batch, point.lr, point.vae_steps) == ((128, 128), 4, 0.5, 1_000)
 
-    def break_off(stage, run):
-        step, calls = getattr(borel, stage), []
 
-        def stop_at_the_ninth(*args):
-            calls.append(1)
-            if len(calls) == 9:
-                raise KeyboardInterrupt
-            return step(*args)
-
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(borel, stage, stop_at_the_ninth)
-            run()
-
+def test_a_run_evaluates_and_resumes_bit_for_bit(dataset, tmp_path, small, monkeypatch):
+    """One run goes through, the other is stopped once in each stage."""
+    flags = "--vae-steps 10 --offline-steps 14 --eval-every 12 --preset matched".split()
+    whole, agent = start(dataset, tmp_path / "whole", *flags)
     part = tmp_path / "part" / whole.name
 
-    def resume():
-        return borel.main(borel.parse_args(["--env-id", "PointDirection", "--resume", str(part)]))
+    def stopped(stage, number, run):
+        step, calls = getattr(borel, stage), []
 
-    break_off("update_vae", lambda: start(tmp_path / "part", *flags))  # its last checkpoint: step 7
-    break_off("update", resume)  # step 14, 4 steps into stage 2
+        def stop_at(*args):
+            calls.append(1)
+            if len(calls) == number:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return step(*args)
+
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+            patch.setattr(borel, stage, stop_at)
+            run()
+        return str(end.value)
+
+    def resume():
+        return borel.main(parse(["--resume", str(part), "--dataset", str(dataset)]))
+
+    assert "stopped after step 7;" in stopped("update_vae", 7, lambda: start(dataset, tmp_path / "part", *flags))
+    assert "stopped after step 14;" in stopped("update", 4, resume)  # four steps into stage 2
     resumed = resume()
     assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in agent.state_dict().items())
     assert (whole / "eval.csv").read_bytes() == (part / "eval.csv").read_bytes()
     with open(whole / "eval.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 3 * (20 + 3 + 3)  # after 10, 12, 24 steps: all test tasks, 3 training tasks with either context
-    groups = torch.load(whole / "checkpoint.pt", weights_only=True)["optimizer"]["param_groups"]
-    assert [group["lr"] for group in groups] == [3e-3, 1e-3]  # VAE, SAC
-    saved = json.loads((whole / "args.json").read_text())
+    # After 10, 12, 24 steps: 2 test tasks, 3 training tasks with either context
+    assert len(rows) == 3 * (2 + 3 + 3) and sorted({int(row["gradient_step"]) for row in rows}) == [10, 12, 24]
+    saved = json.loads((part / "args.json").read_text())
     assert saved["meta_batch"] == 4 and saved["q_hidden"] == [16]  # SMAC's value; a flag that is given comes first
 
 
@@ -310,16 +355,25 @@ def test_it_learns_to_infer_the_task_and_to_act_on_it():
     optimizer, generator = torch.optim.Adam(agent.parameters(), lr=3e-3), torch.Generator().manual_seed(0)
     stacked = borel.stack(trajectories, "cpu")
     errors = []
-    for _ in range(400):
+    for _ in range(300):
         batch = borel.sample_vae_batch(stacked, args, generator)
         errors.append(borel.update_vae(agent, optimizer, batch, args)["losses/reward"].item())
     assert np.mean(errors[:10]) > 0.25 and np.mean(errors[-10:]) < 0.15  # the rewards' variance is 1/3
     buffer = borel.make_hyper_buffer(agent, trajectories, 1, 1)
-    for _ in range(200):
+    for _ in range(80):
         borel.update(agent, optimizer, borel.sample_batch(buffer, args, generator), args)
     for task, sign in enumerate((1, -1)):
-        steps = {name: x[None] for name, x in borel.concatenate(trajectories[task][0][:2], "cpu").items()}
+        steps = {name: x[None] for name, x in buffers.join(trajectories[task][0][:2], "cpu").items()}
         with torch.no_grad():
             memory = agent.encoder(steps, torch.zeros(1, 128))[:, -1]
             mean, _ = agent.policy(torch.zeros(1, 1), agent.encoder.belief(memory))
         assert sign * torch.tanh(mean).item() > 0.5
+
+
+def test_one_long_trajectory_among_short_ones_is_refused_before_it_is_padded():
+    """2000 meta-trajectories of one step and one of 25,000: padded they would be 2001 x 25,000 x 4 observed numbers."""
+    trajectories = [[[make_episode(length)] for length in [25_000] + 2000 * [1]]]
+    with pytest.raises(buffers.InputError, match="the longest meta-trajectory of the dataset is too long to pad"):
+        borel.stack(trajectories, "cpu")
+    steps, lengths, _ = borel.stack([trajectories[0][1:]], "cpu")
+    assert steps["obs"].shape[:2] == (2000, 1) and lengths.tolist() == 2000 * [1]

@@ -1,10 +1,9 @@
 """The replay buffer, and the dataset file: what comes in goes out again, and what is damaged or hostile is refused."""
 
+import hashlib
 import io
 import os
 import pickle
-import re
-import time
 import zipfile
 from pathlib import Path
 
@@ -30,12 +29,12 @@ def make_path(task, number, length):
     return dict(obs=obs, actions=actions, rewards=(100 * number + steps[:-1]).astype(np.float32), terminals=terminals)
 
 
-def make_buffer(num_tasks=3, capacity=100, **tables):
+def make_buffer(num_tasks=3, capacity=100, **lists):
     """Task t has the trajectories 10 t + 0, 1, 2 of lengths 4, 1 and 3."""
     buffer = ReplayBuffer(num_tasks, OBS, ACTION, capacity)
     for number, length in enumerate((4, 1, 3)):
         for task in range(num_tasks):
-            buffer.add(task, make_path(task, 10 * task + number, length), **tables)
+            buffer.add(task, make_path(task, 10 * task + number, length), **lists)
     return buffer
 
 
@@ -102,7 +101,7 @@ def test_each_source_draws_from_its_own_transitions():
     numbers = {s: set(draw(buffer, [0], 300, s)["obs"][0, :, 1].int().tolist()) for s in ("rl", "context", "offline")}
     assert numbers == {"rl": {1, 3, 4}, "context": {2, 3, 4}, "offline": {2, 3}}
     assert set(draw(buffer, [1], 300, "rl")["obs"][0, :, 1].int().tolist()) == {1, 3}
-    assert buffer.used == 21  # a transition in both tables is stored once
+    assert buffer.used == 21  # a transition in both lists is stored once
 
 
 def test_clear_context_empties_one_encoder_buffer_and_keeps_the_rest():
@@ -153,66 +152,177 @@ def test_paths_of_the_encoder_buffer():
     assert [len(p["actions"]) for p in buffer.paths(0, "last", 3, "rl")] == [3]
 
 
-def test_state_dict_round_trip(tmp_path):
+def test_join_makes_columns_of_trajectories():
+    paths = [make_path(1, 7, 2), make_path(2, 8, 1)]
+    columns = buffers.join(paths)
+    assert {name: x.dtype for name, x in columns.items()} == dict.fromkeys(columns, torch.float32)
+    assert columns["obs"].tolist() == [[1, 7, 0, 0], [1, 7, 1, -1], [2, 8, 0, 0]]
+    assert columns["next_obs"].tolist() == [[1, 7, 1, -1], [1, 7, 2, -2], [2, 8, 1, -1]]
+    assert columns["rewards"].tolist() == [[700], [701], [800]]
+    assert columns["terminals"].tolist() == [[0], [1], [0]]
+    assert columns["actions"].shape == (3, 2)
+    unread = [{name: path[name] for name in ("obs", "actions", "terminals")} for path in paths]
+    assert buffers.join(unread).keys() == {"obs", "next_obs", "actions", "terminals"}
+
+
+def test_lists_grow_in_any_order_and_stay_within_their_room():
+    """Hundreds of trajectories of twenty tasks in random order, against lists of Python."""
+    rng, lengths = np.random.default_rng(0), [1, 2, 5, 13]
+    buffer, expected, number = ReplayBuffer(20, OBS, ACTION, 2000), {"rl": {}, "context": {}}, 0
+    while buffer.used < 1980:
+        task, length = int(rng.integers(20) ** 2 // 20), int(rng.choice(lengths))  # tasks of very different sizes
+        lists = [("rl",), ("context",), ("rl", "context")][rng.integers(3)]
+        if rng.random() < 0.02:
+            buffer.clear_context(task)
+            expected["context"][task] = []
+        buffer.add(task, make_path(task, number, length), rl="rl" in lists, context="context" in lists)
+        for name in lists:
+            expected[name].setdefault(task, []).append((number, length))
+        number += 1
+        if number % 100 == 0:  # as a resumed run, in which every list fills its room
+            other = ReplayBuffer(20, OBS, ACTION, 2000)
+            other.load_state_dict(buffer.state_dict())
+            buffer = other
+    for name in ("rl", "context"):
+        assert buffer.ends[name] <= len(buffer.index[name]) == 8000
+        for task in range(20):
+            found = buffer.paths(task, "first", 2000, name)
+            added = [make_path(task, number, length) for number, length in expected[name].get(task, [])]
+            assert_same_paths(found, added)
+
+
+def test_extend_is_add_of_each():
+    entries = [(task, make_path(task, number, length)) for task, number, length in ((1, 5, 3), (0, 6, 1), (1, 7, 2))]
+    one, each = ReplayBuffer(2, OBS, ACTION, 20), ReplayBuffer(2, OBS, ACTION, 20)
+    one.extend(entries, context=False)
+    for entry in entries:
+        each.add(*entry, context=False)
+    for task, expected in ((0, [entries[1][1]]), (1, [entries[0][1], entries[2][1]])):
+        assert_same_paths(one.paths(task, "first", 20), expected)
+        assert_same_paths(each.paths(task, "first", 20), expected)
+    assert one.sizes["context"].tolist() == [0, 0] and one.used == 6
+
+
+def test_memory_grows_with_the_transitions_and_not_with_the_tasks():
+    buffer = ReplayBuffer(10_000, OBS, ACTION, 1000)
+    tensors = [*buffer.fields.values(), *buffer.index.values(), *buffer.starts.values(), *buffer.sizes.values()]
+    # 12 numbers and two lists of four indices for each transition; five numbers of 8 bytes for each task
+    assert sum(x.numel() * x.element_size() for x in tensors) == 1000 * (4 * 12 + 2 * 4 * 4) + 10_000 * 5 * 8
+
+
+def test_a_buffer_that_can_not_be_is_refused():
+    for capacity in (10**15, 10**30):
+        with pytest.raises(InputError, match=f"a replay buffer for {capacity} transitions does not fit into memory"):
+            ReplayBuffer(3, OBS, ACTION, capacity)
+
+
+def test_state_dict_round_trip():
     buffer = make_buffer()
     buffer.mark_offline()
     buffer.add(1, make_path(1, 40, 2), context=False)
-    torch.save(buffer.state_dict(), tmp_path / "state.pt")
-    state = torch.load(tmp_path / "state.pt", weights_only=True)
-    assert len(state["fields"]["obs"]) == 26 and state["tables"]["rl"].shape == (3, 10)  # cut to what is used
+    state = buffer.state_dict()
+    assert len(state["fields"]["obs"]) == 26  # cut to what is used
+    assert {name: len(listed) for name, listed in state["index"].items()} == {"rl": 26, "context": 24}
     other = ReplayBuffer(3, OBS, ACTION, 40)  # a longer or shorter run has another capacity
     other.load_state_dict(state)
     for b in (buffer, other):
         b.add(2, make_path(2, 41, 5))
+        b.add(0, make_path(0, 42, 1))
     for source in ("rl", "context", "offline"):
         ours, theirs = (draw(b, [0, 1, 2], 64, source) for b in (buffer, other))
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert_same_paths(other.paths(2, "last", 5), [make_path(2, 41, 5)])
 
 
-def test_state_dict_is_a_copy():
-    buffer = make_buffer()
-    state = buffer.state_dict()
-    buffer.fields["obs"].zero_()
-    buffer.sizes["rl"].zero_()
-    assert state["fields"]["obs"].any() and state["sizes"]["rl"].tolist() == [8, 8, 8]
+def rows(state, name):
+    return state["fields"][name].clone()
+
+
+OUTSIDE = "sizes.{}, or its index, points outside of .24. transitions"
+SPOILED = [  # (what the message says, how the state of `make_buffer` is changed)
+    ("has .26. transitions, expected at most 25",
+     lambda s: s["fields"].update({name: torch.cat([x, x[:2]]) for name, x in s["fields"].items()})),
+    ("has .23, 24. transitions", lambda s: s["fields"].update(rewards=s["fields"]["rewards"][1:])),
+    (OUTSIDE.format("rl"), lambda s: s["sizes"].update(rl=torch.tensor([8, 8, 9]))),
+    (OUTSIDE.format("rl"), lambda s: s["sizes"].update(rl=torch.tensor([-8, 16, 16]))),
+    (OUTSIDE.format("rl"), lambda s: s["index"]["rl"].__setitem__(3, 24)),
+    (OUTSIDE.format("rl"), lambda s: s["index"]["rl"].__setitem__(3, -1)),
+    (OUTSIDE.format("rl"), lambda s: (  # each twice
+        s["index"].update(rl=s["index"]["rl"].repeat(2)), s["sizes"].update(rl=torch.tensor([16, 16, 16])))),
+    (OUTSIDE.format("context"), lambda s: s["index"].update(context=s["index"]["context"][1:])),
+    (OUTSIDE.format("offline"), lambda s: s["sizes"].update(offline=torch.tensor([9, 7, 8]))),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("message, change", SPOILED)
+def test_a_state_that_no_buffer_has_is_refused(message, change):
+    buffer = make_buffer(capacity=25)
+    buffer.mark_offline()
+    state = {name: dict(part) for name, part in buffer.state_dict().items()}
+    state["index"] = {name: listed.clone() for name, listed in state["index"].items()}
+    change(state)
+    with pytest.raises(InputError, match=message):
+        ReplayBuffer(3, OBS, ACTION, 25).load_state_dict(state)
+
+
+def test_a_state_must_begin_with_what_is_there():
+    state = make_buffer().state_dict()
+    buffer = ReplayBuffer(3, OBS, ACTION, 100)
+    buffer.add(0, make_path(0, 0, 4))
+    buffer.load_state_dict(state)
+    assert buffer.used == 24
+    other = ReplayBuffer(3, OBS, ACTION, 100)
+    other.add(0, make_path(0, 0, 4) | {"rewards": np.array([0, 1, 2, 4], np.float32)})
+    with pytest.raises(InputError, match="begins with other rewards than the dataset"):
+        other.load_state_dict(state)
+    with pytest.raises(InputError, match="has .24. transitions"):  # fewer than there are
+        make_buffer(num_tasks=4).load_state_dict(state)
 
 
 @pytest.mark.parametrize("size", [1, 3, 7, 200, 65_537, 1_000_003, 8_388_607, 8_388_609, 16_777_215])
 def test_the_largest_random_number_still_gives_an_index_in_range(size, monkeypatch):
-    for drawn in (0.0, 1 - 2**-24):  # the smallest and the largest float32 in [0, 1) that torch.rand gives
+    for drawn, first, last in ((0.0, 0, 0), (1 - 2**-24, max(0, size - 2), size - 1)):
+        # The smallest and the largest float32 in [0, 1) that torch.rand gives; transition i has reward i
         buffer = ReplayBuffer(1, 1, 1, 1)
-        buffer.tables["rl"] = torch.zeros(1, size, dtype=torch.int32)
+        buffer.index["rl"] = torch.arange(size, dtype=torch.int32)
+        buffer.fields = {"rewards": torch.arange(size, dtype=torch.float64)[:, None]}
         buffer.sizes["rl"][0] = size
-        monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.full(shape, drawn))
-        buffer.fields["obs"][0], buffer.tables["rl"][0, -1 if drawn else 0] = 5.0, 0
-        assert draw(buffer, [0], 3)["obs"].flatten().tolist() == [5.0] * 3  # indexing would raise beyond the end
-        index = (torch.rand(1, 1) * buffer.sizes["rl"][:, None]).long().item()
-        assert index == 0 if not drawn else size - 2 <= index <= size - 1
+        monkeypatch.setattr(torch, "rand", lambda *shape, drawn=drawn, **_: torch.full(shape, drawn))
+        found = draw(buffer, [0], 3)["rewards"].flatten().tolist()  # indexing would raise beyond the end
+        assert len(set(found)) == 1 and first <= found[0] <= last
+
+
+def test_an_empty_list_gives_something_and_no_error():
+    buffer = ReplayBuffer(2, OBS, ACTION, 10)
+    buffer.add(0, make_path(0, 3, 2))
+    assert draw(buffer, [1], 4)["obs"][0].tolist() == 4 * [[0, 3, 0, 0]]  # the first transition there is
 
 
 # ----- Dataset files
 
 
-def make_dataset(path, encoder=False, num_tasks=3, obs_dim=OBS):
-    """A small valid PointDirection dataset; returns its trajectories."""
+def make_dataset(path, encoder=False, num_tasks=3, command="python make.py --seed 1"):
+    """A small valid PointDirection dataset; returns its tasks and trajectories."""
     lengths = (4, 1, 3)
     rl = [(task, make_path(task, 3 * task + i, n)) for i, n in enumerate(lengths) for task in range(num_tasks)]
     enc = [(task, make_path(task, 50 + task, 2)) for task in range(num_tasks)] if encoder else []
     tasks = envs.sample_tasks("PointDirection", num_tasks + 2)
-    buffers.save_dataset(
-        path, "PointDirection", tasks[:num_tasks], tasks[num_tasks:], rl, enc, "python make.py --seed 1"
-    )
+    buffers.save_dataset(path, "PointDirection", tasks[:num_tasks], tasks[num_tasks:], rl, enc, command)
     return tasks, rl, enc
 
 
 def load(path):
-    return buffers.load_dataset(path, "PointDirection", SPEC)
+    return buffers.load_dataset("PointDirection", path)
+
+
+def fields(path):
+    with np.load(path) as file:
+        return {name: file[name] for name in file.files}
 
 
 def changed(path, **arrays):
     """Write the dataset again with some fields replaced, or left out where the value is None."""
-    with np.load(path) as file:
-        data = {name: file[name] for name in file.files} | arrays
+    data = fields(path) | arrays
     np.savez(path, **{name: value for name, value in data.items() if value is not None})
 
 
@@ -230,35 +340,103 @@ def test_dataset_round_trip(tmp_path, encoder):
 
 
 @pytest.mark.parametrize("encoder", [False, True])
-def test_filling_a_buffer_from_a_dataset(tmp_path, encoder):
+def test_a_buffer_from_a_dataset(tmp_path, encoder):
     make_dataset(tmp_path / "d.npz", encoder)
-    buffer = ReplayBuffer(3, OBS, ACTION, 30)
-    buffers.fill_from_dataset(buffer, load(tmp_path / "d.npz"))
+    buffer = buffers.from_dataset(load(tmp_path / "d.npz"), "PointDirection", more_tasks=1, more=10)
     assert buffer.used == 24 + 6 * encoder  # stored once where both buffers share it
-    assert buffer.sizes["rl"].tolist() == [8] * 3
-    assert buffer.sizes["context"].tolist() == buffer.sizes["offline"].tolist() == [2 if encoder else 8] * 3
+    assert buffer.capacity == buffer.used + 10
+    assert buffer.sizes["rl"].tolist() == [8] * 3 + [0]
+    assert buffer.sizes["context"].tolist() == [2 if encoder else 8] * 3 + [0]
+    assert buffer.sizes["offline"].tolist() == [2 if encoder else 8] * 3 + [0]
     assert_same_paths(buffer.paths(1, "first", 99), [make_path(1, 3 + i, n) for i, n in enumerate((4, 1, 3))])
     numbers = set(draw(buffer, [1], 200, "offline")["obs"][0, :, 1].int().tolist())
     assert numbers == ({51} if encoder else {3, 4, 5})
+    buffer.add(1, make_path(1, 99, 10))
+    offline = [make_path(1, 51, 2)] if encoder else [make_path(1, 3 + i, n) for i, n in enumerate((4, 1, 3))]
+    assert_same_paths(buffer.offline_paths(1), offline)
 
 
-def test_a_task_that_the_environment_does_not_know_is_refused(tmp_path):
+def test_the_hash_is_of_what_a_dataset_says_and_not_of_its_file(tmp_path):
+    make_dataset(tmp_path / "d.npz", encoder=True)
+    digest = load(tmp_path / "d.npz")["sha256"]
+    whole = fields(tmp_path / "d.npz")
+    changed(tmp_path / "d.npz")  # the same, not compressed
+    assert load(tmp_path / "d.npz")["sha256"] == digest
+    changed(
+        tmp_path / "d.npz", more=np.zeros(100), **{name: np.asfortranarray(x) for name, x in whole.items() if x.ndim}
+    )
+    assert load(tmp_path / "d.npz")["sha256"] == digest
+    expected = hashlib.sha256()
+    for name in sorted(whole):
+        expected.update(f"{name} {whole[name].dtype} {whole[name].shape}".encode() + whole[name].tobytes())
+    assert digest == expected.hexdigest()
+    others = {  # all that a dataset consists of
+        "train_tasks": whole["train_tasks"][::-1], "test_tasks": whole["test_tasks"][::-1],
+        "rl_tasks": 2 - whole["rl_tasks"], "rl_terminals": ~whole["rl_terminals"],
+        "encoder_rewards": whole["encoder_rewards"] + 1, "rl_obs": whole["rl_obs"] * 2,
+        "encoder_lengths": whole["encoder_lengths"][::-1], "rl_actions": -whole["rl_actions"],
+        "command": np.array("python other.py"),
+    }  # fmt: skip
+    for name, array in others.items():
+        np.savez(tmp_path / "other.npz", **whole | {name: array})
+        same = np.array_equal(array, whole[name])
+        assert (load(tmp_path / "other.npz")["sha256"] == digest) == same, name
+    assert not np.array_equal(others["rl_tasks"], whole["rl_tasks"])
+
+
+def test_what_save_dataset_writes_is_read_whatever_its_order_and_size(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    path = {"obs": rng.normal(size=(4, 9)).T, "actions": rng.uniform(-1, 1, (2, 8)).T}  # by columns
+    path |= {"rewards": rng.normal(size=8), "terminals": np.zeros(8)}
+    tasks = envs.sample_tasks("PointDirection", 3)
+    for room in (1 << 27, 100):
+        monkeypatch.setattr(buffers, "MAX_UNPACKED", room)
+        buffers.save_dataset(tmp_path / "d.npz", "PointDirection", tasks[:1], tasks[1:], [(0, path)], [], "x")
+        ((task, found),) = load(tmp_path / "d.npz")["rl"]
+        for name in path:
+            np.testing.assert_array_equal(found[name], path[name].astype(found[name].dtype))
+        with zipfile.ZipFile(tmp_path / "d.npz") as archive:  # what is too large to be unpacked is not packed
+            assert {info.compress_type for info in archive.infolist()} == {8 if room > 100 else 0}
+
+
+def test_a_dataset_is_written_where_the_flag_says(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    make_dataset("~/d.npz")
+    assert len(load("~/d.npz")["rl"]) == len(load(tmp_path / "d.npz")["rl"]) == 9
+
+
+def test_save_dataset_refuses_what_load_dataset_would(tmp_path):
+    tasks, rl, _ = make_dataset(tmp_path / "d.npz")
+    for entries, message in (
+        (rl[:2], "rl has no transition of task 2"),
+        ([(0, path | {"actions": path["actions"] + 2}) for _, path in rl], r"rl_actions must lie in \[-1, 1\]"),
+        ([(0, path | {"obs": path["obs"][:-1]}) for _, path in rl], "rl_obs has 15 rows, expected 24|rl_obs has"),
+    ):
+        with pytest.raises(InputError, match=message):
+            buffers.save_dataset(tmp_path / "e.npz", "PointDirection", tasks[:3], tasks[3:], entries, [], "x")
+    assert not (tmp_path / "e.npz").exists()
+
+
+def test_a_task_that_the_environment_does_not_know_is_refused(tmp_path, monkeypatch):
     tasks, *_ = make_dataset(tmp_path / "d.npz")
 
-    def set_task(task):
+    def set_task(env, task):
         if task == tasks[-1]:
             raise ValueError("there is no such task")
 
+    monkeypatch.setattr(envs.PointDirection, "set_task", set_task)
     with pytest.raises(InputError, match="d.npz: test_tasks: there is no such task"):
-        buffers.load_dataset(tmp_path / "d.npz", "PointDirection", SPEC, set_task)
+        load(tmp_path / "d.npz")
 
 
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
 def test_shipped_dataset_is_valid(file):
     with np.load(file) as data:
         env_id = data["env_id"].item()
+    if env_id.startswith("Sawyer"):
+        pytest.importorskip("pybullet")
     spec = envs.SPECS[env_id]
-    dataset = buffers.load_dataset(file, env_id, spec, envs.make(env_id).unwrapped.set_task)
+    dataset = buffers.load_dataset(env_id, file)
     assert (len(dataset["train_tasks"]), len(dataset["test_tasks"])) == (spec.num_train_tasks, spec.num_test_tasks)
     tasks = envs.sample_tasks(env_id, spec.num_train_tasks + spec.num_test_tasks)
     np.testing.assert_allclose(np.concatenate([dataset["train_tasks"], dataset["test_tasks"]]), tasks)
@@ -267,6 +445,7 @@ def test_shipped_dataset_is_valid(file):
 
 def test_there_is_a_shipped_dataset():
     assert "PointDirection.npz" in [file.name for file in SHIPPED]
+    assert len(buffers.load_dataset("PointDirection")["rl"]) == 300  # found without a path
 
 
 def with_value(array, index, value):
@@ -276,45 +455,49 @@ def with_value(array, index, value):
 
 
 REFUSED = {  # name: (what is changed, given the file's fields; what the message must say)
-    "missing field": (lambda d: dict(rl_rewards=None), r"rl_rewards is missing, expected float32 \(24,\)"),
+    "missing field": (lambda d: dict(rl_rewards=None), "rl_rewards is missing"),
     "other environment": (lambda d: dict(env_id=np.array("HopperParam")), "env_id is HopperParam, expected Point"),
     "other version": (lambda d: dict(format_version=np.array(2)), "format_version is 2, expected 1"),
-    "version is an array": (lambda d: dict(format_version=np.array([1])), r"format_version is \[1\], expected 1"),
+    "version is an array": (lambda d: dict(format_version=np.array([1])), r"is int64 \(1,\), expected int64 \(\)"),
     "tasks of other dtype": (lambda d: dict(train_tasks=d["train_tasks"].astype("f4")), "is float32 .*, exp.* float64"),
-    "tasks of other shape": (lambda d: dict(test_tasks=np.ones((2, 3))), r"is float64 \(2, 3\), expected .* \(2, 1\)"),
-    "tasks are a vector": (lambda d: dict(train_tasks=np.ones(3)), r"is float64 \(3,\), expected float64 \(3, 1\)"),
-    "no test task": (lambda d: dict(test_tasks=np.ones((0, 1))), r"is float64 \(0, 1\), expected float64 \(1, 1\)"),
-    "tasks out of range": (lambda d: dict(train_tasks=d["train_tasks"] + 1e3), r"must lie in \[-100.0, 100.0\]"),
+    "tasks of other shape": (lambda d: dict(test_tasks=np.ones((2, 3))), r"is float64 \(2, 3\), .* \(any number, 1\)"),
+    "tasks are a vector": (lambda d: dict(train_tasks=np.ones(3)), r"is float64 \(3,\), .* float64 \(any number, 1\)"),
+    "no test task": (lambda d: dict(test_tasks=np.ones((0, 1))), "test_tasks must hold a task at least"),
+    "too many tasks": (lambda d: dict(test_tasks=np.ones((10_001, 1))), "test_tasks has 10001 .*, expected at most"),
+    "tasks out of range": (lambda d: dict(train_tasks=d["train_tasks"] + 1e3), r"numbers in \[-100.0, 100.0\]"),
     "tasks with NaN": (lambda d: dict(test_tasks=np.array([[np.nan]])), "test_tasks is NaN or infinite"),
     "numbers of other dtype": (lambda d: dict(rl_tasks=d["rl_tasks"].astype("i8")), "rl_tasks is int64 .*, exp"),
-    "lengths too many": (lambda d: dict(rl_lengths=np.append(d["rl_lengths"], np.int32(1))), r"rl_tasks is .* \(9,\)"),
+    "lengths too many": (lambda d: dict(rl_lengths=np.append(d["rl_lengths"], np.int32(1))), "_tasks has 9 .* has 10"),
+    "too many paths": (lambda d: dict(rl_lengths=np.ones(100_001, "i4")), "rl_lengths has 100001 .*, expected at most"),
     "obs of other dtype": (lambda d: dict(rl_obs=d["rl_obs"].astype("f8")), "rl_obs is float64 .*, expected float32"),
     "terminals of other dtype": (lambda d: dict(rl_terminals=d["rl_rewards"]), "rl_terminals is float32"),
     "obs of another env": (lambda d: dict(rl_obs=d["rl_obs"][:, :3]), r"rl_obs is .*3\), expected .*4\)"),
-    "rewards too short": (lambda d: dict(rl_rewards=d["rl_rewards"][:-1]), r"float32 \(23,\), expected .*\(24,\)"),
+    "rewards too short": (lambda d: dict(rl_rewards=d["rl_rewards"][:-1]), "rl_rewards has 23 rows, expected 24"),
     "NaN reward": (lambda d: dict(rl_rewards=with_value(d["rl_rewards"], 3, np.nan)), "rl_rewards is NaN or inf"),
     "infinite obs": (lambda d: dict(encoder_obs=with_value(d["encoder_obs"], 3, np.inf)), "encoder_obs is NaN or inf"),
     "action": (lambda d: dict(rl_actions=with_value(d["rl_actions"], 3, -1.01)), r"rl_actions must lie in \[-1, 1\]"),
     "task number": (lambda d: dict(rl_tasks=with_value(d["rl_tasks"], 2, 3)), r"rl_tasks within 0\.\.2"),
     "negative number": (lambda d: dict(encoder_tasks=with_value(d["encoder_tasks"], 2, -1)), r"encoder_tasks within 0"),
     "length 0": (lambda d: dict(rl_lengths=with_value(d["rl_lengths"], 2, 0)), "rl_lengths must be at least 1"),
-    "huge lengths": (lambda d: dict(rl_lengths=np.full(9, 2**31 - 1, "i4")), r"rl_obs is .*, expected float32 \(193"),
+    "huge lengths": (lambda d: dict(rl_lengths=np.full(9, 2**31 - 1, "i4")), "rl_obs has 33 .*, expected 19327352832"),
     "task without data": (lambda d: dict(rl_tasks=d["rl_tasks"] % 2), "rl has no transition of task 2"),
     "task without context": (lambda d: dict(encoder_tasks=d["encoder_tasks"] % 2), "encoder has no transition of task"),
-    "env id with a line break": (lambda d: dict(env_id=np.array("Point\nDirection")), "env_id is"),
+    "env id with a line break": (lambda d: dict(env_id=np.array("Point\nDirection")), "env_id is Point Direction"),
+    "env id for the terminal": (lambda d: dict(env_id=np.array("\x1b[31mX")), r"env_id is \?\[31mX, expected"),
+    "a long command": (lambda d: dict(command=np.array("x" * 10_001)), "command has 10001 entries, expected at most"),
+    "no text": (lambda d: dict(command=np.array(1)), r"command is int64 \(\), expected text"),
+    "no data": (lambda d: {f"rl_{n}": d[f"rl_{n}"][:0] for n in (*buffers.PATH_FIELDS, "tasks", "lengths")}, "no tran"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused_dataset(tmp_path, case):
     make_dataset(tmp_path / "d.npz", encoder=True)
-    with np.load(tmp_path / "d.npz") as file:
-        data = {name: file[name] for name in file.files}
     change, message = REFUSED[case]
-    changed(tmp_path / "d.npz", **change(data))
+    changed(tmp_path / "d.npz", **change(fields(tmp_path / "d.npz")))
     with pytest.raises(InputError, match=message) as error:
         load(tmp_path / "d.npz")
-    assert "d.npz" in str(error.value) and len(str(error.value).splitlines()) == 1
+    assert "d.npz" in str(error.value) and str(error.value).isprintable()
 
 
 def test_missing_and_damaged_files(tmp_path):
@@ -324,13 +507,17 @@ def test_missing_and_damaged_files(tmp_path):
     (tmp_path / "empty.npz").write_bytes(b"")
     (tmp_path / "cut.npz").write_bytes(content[: len(content) // 2])
     (tmp_path / "folder.npz").mkdir()
+    (tmp_path / "loop.npz").symlink_to(tmp_path / "loop.npz")
+    os.mkfifo(tmp_path / "fifo.npz")  # reading it would wait for ever
     np.save(tmp_path / "array.npy", np.ones(3))
     with zipfile.ZipFile(tmp_path / "zip.npz", "w") as archive:
         archive.writestr("hello.txt", "hello")
     for name, message in {
         "absent.npz": "there is no dataset at .*absent.npz", "folder.npz": "there is no dataset",
-        "text.npz": "can not be read as a dataset", "empty.npz": "can not be read", "cut.npz": "can not be read",
-        "array.npy": "can not be read", "zip.npz": "format_version is missing",
+        "loop.npz": "there is no dataset", "fifo.npz": "there is no dataset", "a/" * 3000: "there is no dataset",
+        "~nobody_of_this_name/d.npz": "there is no dataset",
+        "text.npz": "text.npz can not be read: it is no .npz file", "empty.npz": "can not be read: it is no .npz",
+        "cut.npz": "can not be read", "array.npy": "can not be read", "zip.npz": "hello.txt is no plain array",
     }.items():  # fmt: skip
         with pytest.raises(InputError, match=message) as error:
             load(tmp_path / name)
@@ -354,7 +541,7 @@ def test_a_dataset_can_not_run_code(tmp_path):
     for field in ("rl_obs", "env_id"):
         make_dataset(tmp_path / "d.npz")
         changed(tmp_path / "d.npz", **{field: np.array([Hostile(tmp_path / "created")], object)})
-        with pytest.raises(InputError, match="can not be read as a dataset"):
+        with pytest.raises(InputError, match=f"can not be read: {field} is no plain array"):
             load(tmp_path / "d.npz")
     with zipfile.ZipFile(tmp_path / "raw.npz", "w") as archive:  # a bare pickle where an array should be
         archive.writestr("format_version.npy", pickle.dumps(Hostile(tmp_path / "created")))
@@ -365,11 +552,11 @@ def test_a_dataset_can_not_run_code(tmp_path):
 
 def test_a_file_that_declares_too_much_is_refused_before_it_is_unpacked(tmp_path, monkeypatch):
     make_dataset(tmp_path / "d.npz")
-    changed(tmp_path / "d.npz", more=np.zeros(100_000))
+    np.savez_compressed(tmp_path / "d.npz", **fields(tmp_path / "d.npz"), more=np.zeros(100_000))
     load(tmp_path / "d.npz")
-    monkeypatch.setattr(buffers, "MAX_BYTES", 100_000)
-    monkeypatch.setattr(np, "load", lambda *_, **__: pytest.fail("unpacked"))
-    with pytest.raises(InputError, match="declares 8.* bytes, more than the 100000 allowed"):
+    monkeypatch.setattr(buffers, "MAX_UNPACKED", 800_000)
+    monkeypatch.setattr(zipfile.ZipFile, "open", lambda *_: pytest.fail("unpacked"))
+    with pytest.raises(InputError, match="can not be read: its arrays are too large"):
         load(tmp_path / "d.npz")
 
 
@@ -380,46 +567,50 @@ def test_an_array_that_declares_more_than_it_holds_is_refused(tmp_path):
     np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": (10**14,)})
     with zipfile.ZipFile(tmp_path / "d.npz", "a") as archive:
         archive.writestr("rl_rewards.npy", header.getvalue())
-    with pytest.raises(InputError, match="can not be read as a dataset"):
+    with pytest.raises(InputError, match="rl_rewards has another size than it says"):
         load(tmp_path / "d.npz")
 
 
-def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
-    make_dataset(tmp_path / "d.npz")
-    before = (tmp_path / "d.npz").read_bytes()
-    monkeypatch.setattr(np, "savez_compressed", lambda file, **_: (file.write_bytes(b"half"), 1 / 0))
-    with pytest.raises(ZeroDivisionError):
-        make_dataset(tmp_path / "d.npz", encoder=True)
-    assert (tmp_path / "d.npz").read_bytes() == before
+ARRAYS = [np.array("ab\u00e9"), np.array(""), np.array(1.5), np.arange(6).reshape(1, 2, 1, 3), np.zeros((0, 4), "f4")]
+ARRAYS += [np.array([True, False]), np.arange(6, dtype="u1").reshape(2, 3).T, np.zeros((2, 3), "i4")]
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_damage_never_causes_anything_but_one_clear_sentence(tmp_path, seed):
-    """Flipped bits, overwritten bytes and cuts: the file loads or is refused, quickly."""
-    rng, refused = np.random.default_rng(seed), 0
-    make_dataset(tmp_path / "good.npz", encoder=True)
-    if seed == 2:
-        changed(tmp_path / "good.npz")  # uncompressed: the damage reaches the arrays' headers
-    good = (tmp_path / "good.npz").read_bytes()
-    for _ in range(60):
-        bad = bytearray(good)
-        kind = rng.integers(4)
-        for at in rng.integers(0, len(bad), rng.integers(1, 5)):
-            if kind == 0:
-                bad[at] ^= 1 << rng.integers(8)
-            if kind == 1:
-                bad[at] = rng.integers(256)
-        if kind == 2:
-            bad = bad[: rng.integers(len(bad))]
-        if kind == 3:
-            at = len(bad) - 1 - rng.integers(1200)  # the directory at the end of the archive
-            bad[at] ^= 1 << rng.integers(8)
-        (tmp_path / "bad.npz").write_bytes(bad)
-        start = time.time()
-        try:
-            load(tmp_path / "bad.npz")
-        except InputError as error:
-            refused += 1
-            assert len(str(error).splitlines()) == 1 and re.search("bad.npz", str(error))
-        assert time.time() - start < 10
-    assert refused > 20 and sorted(os.listdir(tmp_path)) == ["bad.npz", "good.npz"]
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize("array", ARRAYS, ids=lambda array: f"{array.dtype} {array.shape}")
+def test_the_reader_gives_what_numpy_wrote(tmp_path, array, save):
+    save(tmp_path / "a.npz", a=array, b=np.ones(3))
+    seen = []
+    found = buffers.read_npz(tmp_path / "a.npz", lambda *which: seen.append(which) or which[0] == "a")
+    assert seen == [("a", array.dtype, array.shape), ("b", np.ones(3).dtype, (3,))] and list(found) == ["a"]
+    if array.dtype.kind == "U":
+        assert found["a"] == array.item()
+    else:
+        assert found["a"].dtype == array.dtype and found["a"].flags.writeable
+        np.testing.assert_array_equal(found["a"], array, strict=True)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    (tmp_path / "file").write_bytes(b"old")
+
+    def fail(file):
+        file.write(b"half")
+        raise OSError("the disk is full")
+
+    with pytest.raises(OSError, match="the disk is full"):
+        buffers.write_file(tmp_path / "file", fail)
+    assert (tmp_path / "file").read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]
+
+
+def test_a_link_in_the_place_of_the_temporary_file_is_not_followed(tmp_path):
+    (tmp_path / "target").write_bytes(b"precious")
+    (tmp_path / "file.tmp").symlink_to(tmp_path / "target")
+    buffers.write_file(tmp_path / "file", lambda file: file.write(b"new"))
+    assert (tmp_path / "file").read_bytes() == b"new" and (tmp_path / "target").read_bytes() == b"precious"
+    assert sorted(os.listdir(tmp_path)) == ["file", "target"]
+
+
+def test_a_trajectory_without_rewards_is_no_data():
+    buffer, path = buffers.ReplayBuffer(1, 1, 1, 10), make_path(0, 0, 3)
+    del path["rewards"]
+    with pytest.raises(KeyError, match="rewards"):
+        buffer.add(0, path)

@@ -9,6 +9,7 @@ import gymnasium as gym
 import mujoco
 import numpy as np
 import pytest
+import torch
 from gymnasium.utils.env_checker import check_env
 
 import envs
@@ -73,11 +74,11 @@ FAMILIES = {
 @pytest.mark.parametrize("env_id", FAMILIES)
 def test_reward_observation_termination(env_id):
     formula, steps = FAMILIES[env_id]
-    env, rng = envs.make(env_id), np.random.default_rng(0)
+    env, rng, over = envs.make(env_id), np.random.default_rng(0), True
     inner, falls, ends = env.unwrapped, 0, 0
     tasks = envs.sample_tasks(env_id, 20)
     for step in range(steps):
-        if step == 0 or terminated or truncated:
+        if over:
             task = tasks[ends % 20]
             inner.set_task(task)
             env.reset(seed=step)
@@ -89,7 +90,8 @@ def test_reward_observation_termination(env_id):
         assert obs.dtype == np.float32 and obs.shape == (envs.SPECS[env_id].obs_dim,)
         assert reward == pytest.approx(expected[1], abs=1e-9)
         assert terminated == expected[2]
-        falls, ends = falls + terminated, ends + (terminated or truncated)
+        over = terminated or truncated
+        falls, ends = falls + terminated, ends + over
     assert falls == 0 if env_id == "CheetahVelocity" else falls >= 3
 
 
@@ -289,7 +291,14 @@ def test_cheetah_is_the_stock_model(tmp_path, monkeypatch):
     assert wide.vis.global_.offwidth == 1024
 
 
-@pytest.mark.parametrize("env_id", envs.GROUND_VELOCITY)
+GROUND = [env_id for env_id, spec in envs.SPECS.items() if hasattr(spec.env_class, "ground_velocity")]
+
+
+def test_the_direction_families_are_the_ones_whose_paths_can_be_drawn():
+    assert GROUND == ["AntDirection", "HumanoidDirection", "PointDirection"]
+
+
+@pytest.mark.parametrize("env_id", GROUND)
 def test_paths_over_ground(env_id):
     """Figures 6 and 8: the integral of the observed velocity is where the robot is (sampled once a step: roughly)."""
     env, rng, paths, places = envs.make(env_id), np.random.default_rng(1), [], []
@@ -312,12 +321,88 @@ def test_paths_over_ground(env_id):
         assert np.linalg.norm(observed - moved) < 0.15 * np.abs(np.diff(place, axis=0)).sum()
 
 
+# ----- Evaluation: its tasks, and episodes side by side
+
+
+def test_an_evaluation_has_every_test_task_and_evenly_spaced_training_tasks():
+    """Training tasks by their first number: of twelve in order, the second, fifth, eighth and eleventh, the middles."""
+    angles = np.array([5, 3, 8, 1, 11, 2, 9, 12, 4, 10, 7, 6]) / 10.0
+    train, test = angles[:, None], np.array([[0.3], [0.1]])
+    pairs = envs.make_evaluation("PointDirection", train, test, num_train=4, num_test=100, repeats=2)
+    assert list(pairs) == ["test", "train"]  # "train" comes last: `evaluate` uses what is left of the loop
+    expected = {"test": [0.3, 0.3, 0.1, 0.1], "train": [0.2, 0.2, 0.5, 0.5, 0.8, 0.8, 1.1, 1.1]}
+    for split, rows in (("test", test), ("train", train)):
+        numbers, env_list = pairs[split]
+        assert sorted(env.unwrapped.task[0] for env in env_list) == sorted(expected[split])
+        assert [env.unwrapped.task[0] for env in env_list] == [rows[number, 0] for number in numbers]
+        assert numbers == sorted(numbers) and numbers[::2] == numbers[1::2]
+        assert len({id(env.unwrapped) for env in env_list}) == len(env_list)  # each has a simulation of its own
+    numbers, env_list = envs.make_evaluation("PointDirection", train, test, 10, 1, 3)["test"]
+    assert len(set(numbers)) == 1 and len(env_list) == 3
+    numbers, _ = envs.make_evaluation("PointDirection", test, test, num_train=10, repeats=1)["train"]
+    assert numbers in ([0, 1], [1, 0])  # no more than there are
+
+
+class Countdown(gym.Env):
+    """Ends after `length` steps, by a fall or at a limit; pays 10 * length + step."""
+
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (2,), np.float32)
+    action_space = gym.spaces.Box(-1, 1, (1,), np.float32)
+
+    def __init__(self, length, falls):
+        self.length, self.falls, self.seeds = length, falls, []
+
+    def reset(self, *, seed=None, options=None):
+        self.seeds.append(seed)
+        self.t = 0
+        return np.array([self.length, 0.0]), {}
+
+    def step(self, action):
+        self.t += 1
+        over = self.t == self.length
+        reward = 10.0 * self.length + self.t
+        return np.array([self.length, action[0]]), reward, over and self.falls, over and not self.falls, {}
+
+
+def test_episodes_run_side_by_side_until_each_has_ended():
+    env_list = [Countdown(3, True), Countdown(1, False), Countdown(2, True)]
+    episodes, lives = envs.Episodes(env_list, torch.Generator().manual_seed(0)), []
+    while episodes.live:
+        lives.append(list(episodes.live))
+        assert episodes.obs()[:, 0].tolist() == [[3, 1, 2][i] for i in episodes.live]
+        episodes.step(torch.tensor([[0.1 * len(lives) + i] for i in episodes.live]))
+        assert episodes.last("rewards", lives[-1]).tolist() == [[10 * [3, 1, 2][i] + len(lives)] for i in lives[-1]]
+    assert lives == [[0, 1, 2], [0, 2], [0]]
+    for number, (path, length, terminals) in enumerate(zip(episodes.paths(), (3, 1, 2), ([0, 0, 1], [0], [0, 1]))):
+        actions = np.array([0.1 * (t + 1) + number for t in range(length)])
+        np.testing.assert_allclose(path["actions"], actions[:, None], rtol=1e-6)
+        np.testing.assert_allclose(path["obs"], [[length, a] for a in [0, *actions]], rtol=1e-6)
+        assert path["rewards"].tolist() == [10 * length + t + 1 for t in range(length)]
+        assert path["terminals"].tolist() == terminals
+        assert {value.dtype for value in path.values()} == {np.dtype(np.float32)}
+    seeds = [env.seeds[0] for env in env_list]
+    assert len(set(seeds)) == 3 and seeds == torch.randint(2**31 - 1, (3,), generator=torch.manual_seed(0)).tolist()
+
+
+def test_rewards_may_be_dropped_unread():
+    class Unreadable(Countdown):
+        def step(self, action):
+            obs, _, *rest = super().step(action)
+            return obs, float("nan"), *rest
+
+    episodes = envs.Episodes([Unreadable(2, True)], torch.Generator().manual_seed(0), read_rewards=False)
+    while episodes.live:
+        episodes.step(torch.zeros(len(episodes.live), 1))
+    (path,) = episodes.paths()
+    assert path.keys() == {"obs", "actions", "terminals"} and len(path["actions"]) == 2
+
+
 # ----- Errors
 
 
 def test_unknown_environment():
     for call in (lambda: envs.make("HoperParam"), lambda: envs.sample_tasks("HoperParam", 3)):
-        with pytest.raises(ValueError, match="'HoperParam'.*HopperParam"):
+        with pytest.raises(envs.InputError, match="no environment HoperParam, the nearest are HopperParam,"):
             call()
 
 
@@ -335,3 +420,25 @@ def test_bad_tasks(env_id):
         with pytest.raises(ValueError, match="positive"):
             env.set_task(np.zeros(size))
     np.testing.assert_array_equal(env.task, before)
+
+
+def test_what_an_environment_changes_in_place_stays_as_it_was_seen():
+    """An environment that returns its state itself, and halves the action that it gets."""
+
+    class InPlace(gym.Env):
+        action_space = gym.spaces.Box(-1, 1, (1,))
+
+        def reset(self, *, seed=None, options=None):
+            self.state = np.zeros(1, np.float32)
+            return self.state, {}
+
+        def step(self, action):
+            action *= 0.5
+            self.state += 1
+            return self.state, 0.0, False, bool(self.state[0] == 3), {}
+
+    episodes = envs.Episodes([InPlace()], torch.Generator().manual_seed(0))
+    while episodes.live:
+        episodes.step(torch.ones(1, 1))
+    (path,) = episodes.paths()
+    assert path["obs"][:, 0].tolist() == [0, 1, 2, 3] and path["actions"][:, 0].tolist() == [1, 1, 1]

@@ -409,10 +409,13 @@ def test_kl_is_a_sum_over_z_for_each_task():
 
 
 def test_generated_rewards_are_the_decoders_with_one_z_for_the_trajectory():
-    agent, _ = make_agent()
-    batch, noise_z = flatten(make_batch()), torch.tensor([[0.5, -1.5]]).double()
-    context = make_batch()["context"][:1]
-    generated = smac.generate_rewards(agent, batch["obs"], batch["actions"], context, noise_z)
+    agent, args = make_agent()
+    batch, context = flatten(make_batch()), make_batch()["context"][:1]
+    names, columns = ("obs", "actions", "rewards"), context.split([OBS, ACTION, 1], dim=-1)
+    path = {"obs": torch.cat([batch["obs"], torch.zeros(1, OBS)]).numpy(), "actions": batch["actions"].numpy()}
+    rng = torch.Generator().manual_seed(3)
+    generated = smac.generate_rewards(agent, path, dict(zip(names, columns)), args, rng)
+    noise_z = torch.randn(1, LATENT, generator=rng.manual_seed(3))
     factors = np_mlp(agent.encoder.net, context)[0]
     precision = np.log1p(np.exp(factors[:, LATENT:])) ** -2.0
     mu = (precision * factors[:, :LATENT]).sum(0) / precision.sum(0)

@@ -2,27 +2,32 @@
 
 import copy
 import csv
+import functools
+import json
 import math
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import buffers
 import envs
 import macaw
 
 OBS, ACTION, T, B = 4, 2, 2, 5
-POINT_DATA = str(Path(macaw.__file__).parent / "datasets" / "PointDirection.npz")
+DATA = Path(macaw.__file__).parent / "datasets" / "PointDirection.npz"
 SMALL = "--env-id PointDirection --policy-hidden 16 --value-hidden 16 --rl-batch 16 --context-batch 16".split()
 
 
 @pytest.fixture
-def quick(monkeypatch):
-    for name, value in (("EVAL_REPEATS", 1), ("TRAIN_EVAL_TASKS", 3), ("LOG_EVERY", 5)):
-        monkeypatch.setattr(macaw, name, value)
+def small(quick, monkeypatch):
+    """Two test tasks, three training tasks, one meta-episode each."""
+    monkeypatch.setattr(envs, "make_evaluation", functools.partial(envs.make_evaluation, num_test=2, repeats=1))
 
 
 @pytest.fixture
@@ -49,8 +54,12 @@ def tiny(monkeypatch):
 
 
 def start(folder, *flags):
-    agent = macaw.main(macaw.parse_args([*SMALL, "--device", "cpu", "--run-dir", str(folder), *flags]))
+    agent = macaw.main(parse([*SMALL, "--device", "cpu", "--run-dir", str(folder), *flags]))
     return Path(folder) / "PointDirection__macaw__1", agent
+
+
+def parse(arguments):
+    return buffers.parse_args(macaw.Args, macaw.PRESETS, arguments)
 
 
 def read(run):
@@ -85,7 +94,7 @@ def test_inner_steps_are_gradient_steps_on_every_parameter(tiny, weight_transfor
                     parameter -= math.log(1 + math.exp(raw_lr)) * parameter.grad
         return macaw.unadapted(layers, 1)
 
-    for task in range(T):
+    def check(task):
         by_hand, data = copy.deepcopy(agent), {name: x[task : task + 1] for name, x in batch.items()}
         new_value = descend(by_hand.value, lambda value: macaw.value_loss(value, data))
         adv = data["returns"] - macaw.mlp_of(new_value, data["obs"]).detach()
@@ -94,6 +103,9 @@ def test_inner_steps_are_gradient_steps_on_every_parameter(tiny, weight_transfor
         for old, new, ours in zip(before, [*new_value, *new_policy], [*value, *policy], strict=True):
             torch.testing.assert_close(ours[task : task + 1], new)
             assert not torch.allclose(old, new)
+
+    for task in range(T):
+        check(task)
 
 
 @pytest.mark.parametrize("weight_transform", [True, False])
@@ -143,7 +155,7 @@ def test_returns_are_discounted_within_each_trajectory():
     assert columns["obs"][:, 0].tolist() == [0, OBS, 0] and columns["actions"].shape == (3, ACTION)
 
 
-def test_the_batch_holds_the_returns_of_its_own_transitions(tmp_path, quick):
+def test_the_batch_holds_the_returns_of_its_own_transitions(tmp_path, small, monkeypatch):
     """They are added to the buffer after it is filled: the order must be the buffer's."""
     seen, sample_batch = [], macaw.sample_batch
 
@@ -151,19 +163,26 @@ def test_the_batch_holds_the_returns_of_its_own_transitions(tmp_path, quick):
         seen.append(buffer)
         return sample_batch(buffer, *rest)
 
-    macaw.sample_batch = keep
-    try:
-        start(tmp_path, "--offline-steps", "1")
-    finally:
-        macaw.sample_batch = sample_batch
-    buffer = seen[0]
-    for task in (0, 7):
-        index, total = buffer.tables["rl"][task, : int(buffer.sizes["rl"][task])].long(), []
-        for path in buffer.offline_paths(task):
-            total += [sum(0.99**k * r for k, r in enumerate(path["rewards"][t:])) for t in range(len(path["rewards"]))]
-        np.testing.assert_allclose(buffer.fields["returns"][index, 0], total, rtol=1e-4, atol=1e-4)
-    batch = sample_batch(buffer, macaw.Args(meta_batch=50), torch.Generator().manual_seed(0))
-    assert len(batch["outer"]["obs"]) == 50  # tasks are drawn without replacement
+    monkeypatch.setattr(macaw, "sample_batch", keep)
+    start(tmp_path, "--offline-steps", "1")
+    buffer, expected = seen[0], {}
+    with np.load(DATA) as data:  # without the reader of buffers.py
+        lengths, tasks, rewards = (data[f"rl_{name}"] for name in ("lengths", "tasks", "rewards"))
+        last = np.cumsum(lengths + 1) - 1
+        pairs = np.concatenate([np.delete(data["rl_obs"], last, axis=0), data["rl_actions"]], axis=1)
+    for task, length, end in zip(tasks.tolist(), lengths.tolist(), lengths.cumsum().tolist()):
+        for t in range(end - length, end):  # no observation and action of this dataset is there twice
+            total = sum(0.99**k * reward for k, reward in enumerate(rewards[t:end].tolist()))
+            expected[pairs[t].tobytes()] = task, total
+    assert len(expected) == buffer.used == 50 * 6 * 50
+    batch, found = sample_batch(buffer, macaw.Args(meta_batch=50), torch.Generator().manual_seed(0)), {}
+    for name, part in batch.items():
+        rows = torch.cat([part["obs"], part["actions"]], dim=-1).numpy()  # (50, B, o + a)
+        numbers, returns = np.moveaxis([[expected[row.tobytes()] for row in of_task] for of_task in rows], -1, 0)
+        np.testing.assert_allclose(part["returns"][..., 0], returns, rtol=1e-4, atol=1e-4)
+        assert (numbers == numbers[:, :1]).all()
+        found[name] = numbers[:, 0].tolist()
+    assert found["inner"] == found["outer"] and sorted(found["inner"]) == list(range(50))  # the same tasks, each once
 
 
 def test_the_third_episode_is_of_the_policy_adapted_to_the_first_two(monkeypatch):
@@ -172,13 +191,13 @@ def test_the_third_episode_is_of_the_policy_adapted_to_the_first_two(monkeypatch
     args = macaw.Args(env_id="PointDirection", inner_lr=0.1, **sizes)
     agent, played, play = macaw.Agent(OBS, ACTION, args), [], macaw.play
 
-    def record(env_list, policy, generator, deterministic=False):
-        played.append((policy, deterministic, play(env_list, policy, generator, deterministic)))
+    def record(env_list, policy, rng, deterministic=False):
+        played.append((policy, deterministic, play(env_list, policy, rng, deterministic)))
         return played[-1][-1]
 
     monkeypatch.setattr(macaw, "play", record)
-    pairs = envs.make_evaluation("PointDirection", np.array([[0.0]]), np.array([[1.0], [2.0]]), 1, 1)["test"]
-    final, exploration = macaw.meta_episode([env for _, env in pairs], agent, args, torch.Generator().manual_seed(0))
+    _, env_list = envs.make_evaluation("PointDirection", np.array([[0.0]]), np.array([[1.0], [2.0]]), repeats=1)["test"]
+    final, exploration = macaw.meta_episode(env_list, agent, args, torch.Generator().manual_seed(0))
     (first, _, one), (second, _, two), (third, _, three) = played
     assert [how for _, how, _ in played] == [False, False, True] and final == three
     for i in range(2):
@@ -191,16 +210,61 @@ def test_the_third_episode_is_of_the_policy_adapted_to_the_first_two(monkeypatch
     assert sum((before - after).abs().sum() for before, after in zip(first, third)) > 0.01
 
 
-def test_success_is_the_behaviour_achieved_in_the_last_step(drawers):
+def test_an_evaluation_plays_each_split_in_its_own_environments_and_adapts_to_that_tasks_data(monkeypatch):
+    """Every transition of task i has the observation i: what is adapted to shows whose data it is."""
+    args = macaw.Args(env_id="PointDirection", policy_hidden=(8,), value_hidden=(8,), context_batch=7)
+    torch.manual_seed(0)
+    agent, buffer, asked, acted = macaw.Agent(OBS, ACTION, args), buffers.ReplayBuffer(5, OBS, ACTION, 50), [], []
+    for task in range(5):
+        path = {"obs": np.full((11, OBS), task), "actions": np.zeros((10, ACTION)), "rewards": np.zeros(10)}
+        buffer.add(task, path | {"terminals": np.zeros(10)})
+    buffer.mark_offline()
+    buffer.fields["returns"] = torch.zeros(50, 1)
+    train, test = np.arange(5)[:, None] / 10.0, np.array([[3.0], [2.0]])
+    eval_envs = envs.make_evaluation("PointDirection", train, test, num_train=3, repeats=2)
+    inner_steps, play = macaw.inner_steps, macaw.play
+
+    def record_steps(agent, batch):
+        asked.append(batch)
+        return inner_steps(agent, batch)
+
+    def record_play(env_list, *rest, **flags):
+        acted.append(env_list)
+        return play(env_list, *rest, **flags)
+
+    monkeypatch.setattr(macaw, "inner_steps", record_steps)
+    monkeypatch.setattr(macaw, "play", record_play)
+    results, scalars, paths = macaw.evaluate(agent, buffer, eval_envs, args)
+    assert list(results) == [("test", "online"), ("train", "online"), ("train", "offline")] and scalars == {}
+    numbers = results["train", "offline"][0]
+    assert results["test", "online"][0] == [0, 0, 1, 1] and numbers == results["train", "online"][0]
+    angles = [[env.unwrapped.task[0] for env in env_list] for env_list in acted]
+    assert angles[:3] == 3 * [[3.0, 3.0, 2.0, 2.0]] and angles[3:] == 4 * [[number / 10.0 for number in numbers]]
+    assert len(numbers) == 6 and len(set(numbers)) == 3
+    assert asked[-1]["obs"].shape == (6, 7, OBS)
+    assert asked[-1]["obs"][:, :, 0].tolist() == [7 * [float(number)] for number in numbers]
+    assert sorted({path["obs"][0, 0] for path in paths}) == sorted(set(numbers))
+    assert results["train", "offline"][2] is results["train", "online"][2] and results["train", "offline"][3] is None
+
+
+def test_success_is_the_behaviour_achieved_in_the_last_step(drawers, tmp_path):
     path = {"obs": np.zeros((4, 13), np.float32), "actions": np.zeros((3, 4), np.float32)}
     path |= {"rewards": -np.ones(3, np.float32), "terminals": np.zeros(3, np.float32)}
-    args = macaw.Args(env_id="SawyerManipulation", policy_hidden=(8,), value_hidden=(8,), weight_transform=False)
+    sizes = {"policy_hidden": (8,), "value_hidden": (8,), "weight_transform": False}
+    args = macaw.Args(env_id="SawyerManipulation", device="cpu", run_dir=str(tmp_path), **sizes)
     buffer = buffers.ReplayBuffer(1, 13, 4, 3)
     buffer.add(0, path)
+    buffer.mark_offline()
     buffer.fields |= macaw.transitions([path], args, "cpu")
     torch.manual_seed(0)
-    _, scalars, _ = macaw.evaluate(macaw.Agent(13, 4, args), buffer, drawers, args)
-    assert {name: value for name, value in scalars.items() if name.endswith("success")} == {
+    agent = macaw.Agent(13, 4, args)
+    with buffers.Run(args, macaw.__file__, agent=agent, optimizer=torch.optim.Adam(agent.parameters())) as run:
+        for _ in run.steps(1, "offline"):
+            run.write(*macaw.evaluate(agent, buffer, drawers, args))
+    events = EventAccumulator(str(run.folder))
+    events.Reload()
+    found = {tag: events.Scalars(tag)[0].value for tag in events.Tags()["scalars"] if tag.endswith("success")}
+    assert found == {
         "eval/test/online_context_success": 0, "eval/train/online_context_success": 1,
         "eval/train/offline_context_success": 1,
     }  # fmt: skip
@@ -208,39 +272,36 @@ def test_success_is_the_behaviour_achieved_in_the_last_step(drawers):
 
 def test_preset_stands_for_flags_that_others_override():
     given = ["--env-id", "HopperParam", "--preset", "matched", "--policy-lr", "0.01"]
-    args = macaw.parse_args(macaw.expand(given))
+    args = parse(given)
     assert (args.preset, args.policy_hidden, args.weight_transform) == ("matched", (300, 300, 300), False)
     assert (args.policy_lr, args.value_lr, args.meta_batch) == (0.01, 3e-4, 4)
-    assert macaw.expand(given[:2]) == given[:2] and macaw.parse_args(given[:2]).weight_transform
-    resumed = ["--preset", "matched", "--resume", "runs/of-another-environment"]
-    assert macaw.expand(resumed) == resumed  # the checkpoint has the flags
+    assert parse(given[:2]).weight_transform and parse(given[:2]).meta_batch == 5
+    point = parse(["--env-id", "PointDirection", "--preset", "matched"])  # SMAC's sizes on that environment
+    assert (point.policy_hidden, point.rl_batch, point.policy_lr) == ((128, 128), 128, 1e-3)
+    assert (point.meta_batch, point.weight_transform, point.offline_steps) == (4, False, 3_000)
 
 
-def test_a_run_evaluates_and_resumes_bit_for_bit(tmp_path, quick):
-    flags = "--offline-steps 20 --eval-every 10 --checkpoint-every 7".split()
+def test_a_run_evaluates_and_resumes_bit_for_bit(tmp_path, small, monkeypatch):
+    flags = "--offline-steps 20 --eval-every 10 --preset matched".split()
     whole, agent = start(tmp_path / "whole", *flags)
     update, calls = macaw.update, []
 
-    def stop_after_nine(*args):
+    def stop_at_the_fourteenth(*args):
         calls.append(1)
-        if len(calls) == 9:
-            raise KeyboardInterrupt
+        if len(calls) == 14:
+            os.kill(os.getpid(), signal.SIGTERM)
         return update(*args)
 
-    macaw.update = stop_after_nine
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            start(tmp_path / "part", *flags)
-    finally:
-        macaw.update = update
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="stopped after step 14"):
+        patch.setattr(macaw, "update", stop_at_the_fourteenth)
+        start(tmp_path / "part", *flags)
     part = tmp_path / "part" / whole.name
-    resumed = macaw.main(macaw.parse_args(["--env-id", "PointDirection", "--resume", str(part)]))
+    resumed = macaw.main(parse(["--resume", str(part)]))
     assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in agent.state_dict().items())
     assert (whole / "eval.csv").read_bytes() == (part / "eval.csv").read_bytes()
-    assert len(read(whole)) == 2 * (20 + 3 + 3)  # two evaluations: all test tasks, 3 training tasks with either context
-    groups = torch.load(whole / "checkpoint.pt", weights_only=True)["optimizer"]["param_groups"]
-    assert [group["lr"] for group in groups] == [1e-4, 1e-5, 1e-3]  # policy, value, inner learning rates
-    assert sum(len(group["params"]) for group in groups) == len(list(agent.parameters()))
+    assert len(read(whole)) == 2 * (2 + 3 + 3)  # two evaluations: 2 test tasks, 3 training tasks with either context
+    saved = json.loads((part / "args.json").read_text())
+    assert (saved["preset"], saved["meta_batch"], saved["policy_hidden"]) == ("matched", 4, [16])
 
 
 @pytest.fixture(scope="module")
@@ -249,7 +310,7 @@ def trained(tmp_path_factory):
     flags = "--policy-hidden 32 32 --value-hidden 32 32 --policy-lr 1e-3 --value-lr 1e-3 --rl-batch 128"
     flags = [*flags.split(), *"--context-batch 128 --offline-steps 100".split()]
     run, agent = start(tmp_path_factory.mktemp("trained"), *flags)
-    return agent, macaw.parse_args([*SMALL, *flags]), run
+    return agent, parse([*SMALL, *flags]), run
 
 
 def test_adaptation_raises_the_return_on_training_tasks(trained):
@@ -262,7 +323,7 @@ def test_adaptation_raises_the_return_on_training_tasks(trained):
 def test_adaptation_raises_the_return_on_unseen_tasks_if_the_data_explore(trained):
     """Six trajectories of the dataset with the rewards of a test task bring 17, 20 and 18 for seeds 1, 2, 3."""
     (agent, args, _), returns = trained, []
-    dataset = buffers.load_dataset(POINT_DATA, "PointDirection", envs.SPECS["PointDirection"])
+    dataset = buffers.load_dataset("PointDirection")
     for i, task in enumerate(dataset["test_tasks"]):
         env = envs.make("PointDirection")
         env.unwrapped.set_task(task)

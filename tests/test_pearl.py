@@ -1,5 +1,6 @@
-"""PEARL: its losses against numbers computed by hand, the buffers it keeps, the dataset it writes, resuming."""
+"""PEARL: its losses against numbers computed by hand, the buffers it keeps, and the dataset it writes."""
 
+import copy
 import csv
 import math
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import set_sizes
 
 import buffers
 import envs
@@ -15,24 +17,31 @@ import pearl_online_oracle as pearl
 OBS, ACTION, T, B = 4, 2, 2, 3
 SMALL = [
     *"--env-id PointDirection --q-hidden 16 16 --policy-hidden 16 16 --encoder-hidden 16 --rl-batch 16".split(),
-    *"--context-batch 8 --latent-dim 3 --online-iterations 3 --updates-per-iteration 6 --eval-every 12".split(),
-    *"--checkpoint-every 6 --initial-steps 50 --prior-steps 50 --posterior-steps 60 --tasks-per-iteration 2".split(),
-    *"--device cpu".split(),
+    *"--context-batch 8 --latent-dim 3 --online-iterations 3 --updates-per-iteration 6 --eval-every 6".split(),
+    *"--initial-steps 10 --prior-steps 10 --posterior-steps 12 --tasks-per-iteration 2 --device cpu".split(),
 ]
+HORIZON, TRAIN_TASKS, TEST_TASKS = 10, 6, 2
 
 
 @pytest.fixture
-def quick(monkeypatch):
-    """Few tasks, small evaluations."""
-    spec = envs.Spec(OBS, ACTION, 1, 50, 6, 2)
-    monkeypatch.setitem(envs.SPECS, "PointDirection", spec)
-    for name, value in (("EVAL_REPEATS", 2), ("TRAIN_EVAL_TASKS", 3), ("LOG_EVERY", 5)):
-        monkeypatch.setattr(pearl, name, value)
+def few_tasks(short, monkeypatch):
+    """PointDirection with short episodes and few tasks."""
+    set_sizes(monkeypatch, "PointDirection", num_train_tasks=TRAIN_TASKS, num_test_tasks=TEST_TASKS)
+
+
+def parse(arguments):
+    return buffers.parse_args(pearl.Args, pearl.PRESETS, [str(word) for word in arguments])
 
 
 def start(folder, *flags):
-    agent = pearl.main(pearl.parse_args([*SMALL, "--run-dir", str(folder), *(str(flag) for flag in flags)]))
+    agent = pearl.main(parse([*SMALL, "--run-dir", folder, *flags]))
     return Path(folder) / "PointDirection__pearl_online_oracle__1", agent
+
+
+def load(run):
+    """All arrays of the checkpoint, by their flat names."""
+    with np.load(run / "checkpoint.npz", allow_pickle=False) as file:
+        return dict(file)
 
 
 def setting(seed=0, **flags):
@@ -126,6 +135,20 @@ def test_update_moves_every_network_and_the_target_by_tau():
         assert agent.get_parameter(name).grad_fn is None  # or the graph would grow with every step
 
 
+def test_the_kl_is_a_mean_over_tasks_and_enters_with_its_weight():
+    agent, batch, args = setting(kl_coef=3.0)
+    expected = copy.deepcopy(agent)
+    mu, sigma = expected.encoder(batch["context"])
+    kls = [sum(0.5 * (m**2 + s**2 - 1) - s.log() for m, s in zip(*rows)) for rows in zip(mu, sigma)]  # of each task
+    assert len(kls) == T and abs(kls[0] - kls[1]) > 0.1
+    z = (mu + sigma * batch["noise_z"]).repeat_interleave(B, 0)
+    (pearl.soft_critic_loss(expected, flatten(batch), z, args)[0] + 3.0 * (kls[0] + kls[1]) / 2).backward()
+    info = pearl.update(agent, torch.optim.SGD(agent.parameters(), lr=0.0), batch, args)
+    assert info["losses/kl"].item() == pytest.approx((kls[0] + kls[1]).item() / 2, rel=1e-5)
+    for mine, theirs in zip(agent.encoder.parameters(), expected.encoder.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad)
+
+
 def test_kl_weight_pulls_the_posterior_to_the_prior():
     kl = []
     for kl_coef in (0.0, 100.0):
@@ -137,45 +160,60 @@ def test_kl_weight_pulls_the_posterior_to_the_prior():
     assert kl[1] < 0.5 * kl[0]
 
 
-def test_a_run_writes_the_dataset_and_resumes_bit_for_bit(tmp_path, quick, monkeypatch):
+def test_a_run_writes_the_dataset(tmp_path, few_tasks, monkeypatch):
     assert pearl.DEFAULT_SLICES == (("last", 1200), None)  # C.2; more than there is in this run
-    monkeypatch.setattr(pearl, "DEFAULT_SLICES", (("last", 100), None))
-    whole, agent = start(tmp_path / "whole", "--save-dataset", tmp_path / "d.npz", "--dataset-iteration", 2)
-    start(tmp_path / "part", "--online-iterations", 2)
-    part = tmp_path / "part" / whole.name
-    state = torch.load(part / "checkpoint.pt", weights_only=True)["buffer"]  # after two iterations
-    resumed = pearl.main(pearl.parse_args(["--resume", str(part), "--online-iterations", "3"]))
-    assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in agent.state_dict().items())
-    assert (whole / "eval.csv").read_bytes() == (part / "eval.csv").read_bytes()
-    with open(whole / "eval.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == 2 * (2 + 3) and {row["gradient_step"] for row in rows} == {"12", "18"}
+    monkeypatch.setattr(pearl, "DEFAULT_SLICES", (("last", 25), None))
+    file, flags = tmp_path / "d.npz", ("--task-seed", 5, "--dataset-iteration", 2)
+    whole, _ = start(tmp_path / "whole", "--save-dataset", file, *flags)
+    part, _ = start(tmp_path / "part", "--online-iterations", 1, *flags)
+    pearl.main(parse(["--resume", part, "--online-iterations", 2, "--save-dataset", tmp_path / "resumed.npz"]))
+    state = load(part)  # after two iterations
+    assert load(whole)["step"] == 18 and state["step"] == 12
 
-    dataset = buffers.load_dataset(tmp_path / "d.npz", "PointDirection", envs.SPECS["PointDirection"])
-    tasks = envs.sample_tasks("PointDirection", 8)
+    dataset, resumed = (buffers.load_dataset("PointDirection", path) for path in (file, tmp_path / "resumed.npz"))
+    for (task, one), (number, other) in zip(dataset["rl"], resumed["rl"], strict=True):
+        assert task == number and all(np.array_equal(one[name], other[name]) for name in one)
+    tasks = envs.sample_tasks("PointDirection", 8, seed=5)
     assert np.array_equal(dataset["train_tasks"], tasks[:6]) and np.array_equal(dataset["test_tasks"], tasks[6:])
     assert dataset["encoder"] == [] and {task for task, _ in dataset["rl"]} == set(range(6))
     for task, path in dataset["rl"]:  # rewards are those of the task
         direction = np.array([np.cos(tasks[task, 0]), np.sin(tasks[task, 0])])
         assert np.allclose(path["rewards"], path["obs"][1:, 2:] @ direction, atol=1e-5)
-    for task in range(6):  # and the transitions are the last
-        size = int(state["sizes"]["rl"][task])
-        index = state["tables"]["rl"][task, max(0, size - 100) : size].long()
+    sizes = state["buffer/sizes/rl"]
+    assert sizes.min() < 25 < sizes.max()
+    for task, last in enumerate(np.cumsum(sizes)):  # and the transitions are the last
+        index = state["buffer/index/rl"][last - min(25, sizes[task]) : last]
         actions = np.concatenate([path["actions"] for number, path in dataset["rl"] if number == task])
-        assert len(actions) == min(size, 100) and np.array_equal(actions, state["fields"]["actions"][index])
-    command = str(np.load(tmp_path / "d.npz")["command"])
+        assert np.array_equal(actions, state["buffer/fields/actions"][index])
+    command = dataset["command"]
     assert command.startswith("python pearl_online_oracle.py --env-id PointDirection ")
-    args = vars(pearl.parse_args(command.split()[2:]))
-    given = vars(pearl.parse_args([*SMALL, "--save-dataset", str(tmp_path / "d.npz"), "--dataset-iteration", "2"]))
-    assert args == given | {"run_dir": str(tmp_path / "whole")} and "--gamma" not in command
+    words = [*SMALL, "--save-dataset", file, *flags, "--run-dir", tmp_path / "whole"]
+    assert parse(command.split()[2:]) == parse(words) and "--gamma" not in command
 
 
-def test_the_encoder_buffer_holds_the_last_exploration_and_the_rl_buffer_everything(tmp_path, quick):
-    run, _ = start(tmp_path)
-    sizes = torch.load(run / "checkpoint.pt", weights_only=True)["buffer"]["sizes"]
-    visits = (sizes["rl"] - 50) / 150  # 50 steps at the start; a visit adds one episode of 50 and two of 50
-    assert visits.sum() == 3 * 2 and torch.equal(visits, visits.round())
-    assert torch.equal(sizes["context"], torch.full((6,), 50))
+def test_a_dataset_is_never_written_where_a_checkpoint_says(tmp_path, few_tasks):
+    """Only where the command line does, also after a resume."""
+    run, _ = start(tmp_path, "--save-dataset", tmp_path / "d.npz", "--dataset-iteration", 2)
+    (tmp_path / "d.npz").unlink()
+    pearl.main(parse(["--resume", run, "--online-iterations", 4]))
+    assert not (tmp_path / "d.npz").exists() and load(run)["step"] == 24
+    message = "--dataset-iteration is 2 in the run to resume and can not become 5"
+    with pytest.raises(buffers.InputError, match=message):
+        parse(["--resume", run, "--save-dataset", tmp_path / "e.npz", "--dataset-iteration", 5])
+
+
+def test_refuses_to_write_a_dataset_of_an_iteration_that_never_comes(tmp_path, few_tasks):
+    with pytest.raises(buffers.InputError, match="--dataset-iteration 40 comes after the last"):
+        start(tmp_path, "--save-dataset", tmp_path / "d.npz", "--dataset-iteration", 40)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_encoder_buffer_holds_the_last_exploration_and_the_rl_buffer_everything(tmp_path, few_tasks):
+    state = load(start(tmp_path)[0])
+    rl, context = state["buffer/sizes/rl"], state["buffer/sizes/context"]
+    visits = (rl - HORIZON) / (3 * HORIZON)  # an episode at the start; a visit adds one with the prior and two more
+    assert visits.sum() == 3 * 2 and np.array_equal(visits, visits.round()) and state["env_steps"] == rl.sum()
+    assert context.tolist() == [HORIZON] * TRAIN_TASKS
 
 
 def test_cheetah_takes_the_first_of_one_buffer_and_the_last_of_the_other(tmp_path):
@@ -190,33 +228,16 @@ def test_cheetah_takes_the_first_of_one_buffer_and_the_last_of_the_other(tmp_pat
         stored[episode % 2].append(path)
     args = pearl.Args(env_id="CheetahVelocity", save_dataset=str(tmp_path / "c.npz"))
     pearl.write_dataset(buffer, np.array([[1.0], [2.0]]), np.array([[0.5]]), args)
-    dataset = buffers.load_dataset(tmp_path / "c.npz", "CheetahVelocity", spec)
+    dataset = buffers.load_dataset("CheetahVelocity", tmp_path / "c.npz")
     for task in range(2):
         for part, wanted in (("rl", stored[task][:6]), ("encoder", stored[task][-2:])):
             found = [path for number, path in dataset[part] if number == task]
             assert all(np.array_equal(a["obs"], b["obs"]) for a, b in zip(found, wanted, strict=True))
 
 
-def test_it_learns_the_point_mass(tmp_path):
-    """At the end seeds 1, 2, 3 have 24, 21, 17 on test and 35, 26, 19 on train tasks; an untrained one about 0."""
-    flags = "--env-id PointDirection --rl-batch 64 --online-iterations 8 --updates-per-iteration 350 --eval-every 2800"
-    run = tmp_path / "PointDirection__pearl_online_oracle__1"
-    pearl.main(pearl.parse_args([*flags.split(), "--run-dir", str(tmp_path)]))
-    with open(run / "eval.csv", newline="") as file:
+def test_it_learns_the_point_mass(tmp_path, quick):
+    """XX; an untrained one about 0."""
+    flags = dict(rl_batch=64, online_iterations=8, updates_per_iteration=350, eval_every=2800, device="cpu")
+    buffers.train(pearl, env_id="PointDirection", run_dir=str(tmp_path), **flags)
+    with open(tmp_path / "PointDirection__pearl_online_oracle__1" / "eval.csv", newline="") as file:
         assert np.mean([float(row["return"]) for row in csv.DictReader(file)]) > 12
-
-
-def test_a_finished_run_can_be_looked_at(tmp_path, quick, capsys):
-    run, _ = start(tmp_path)
-    before = (run / "eval.csv").read_bytes()
-    capsys.readouterr()
-    pearl.main(pearl.parse_args(["--resume", str(run), "--eval-only", "--capture-video"]))
-    assert len(capsys.readouterr().out.splitlines()) == 1 + 2 + 3
-    assert (run / "video.gif").stat().st_size > 1000 and (run / "eval.csv").read_bytes() == before
-
-
-def test_success_is_the_behaviour_achieved_in_the_last_step(drawers):
-    args = pearl.Args(env_id="SawyerManipulation", policy_hidden=(8,), q_hidden=(8,), encoder_hidden=(8,))
-    torch.manual_seed(0)
-    _, scalars, _ = pearl.evaluate(pearl.Agent(13, 4, args), drawers, args)
-    assert scalars == {"eval/test/online_context_success": 0, "eval/train/online_context_success": 1}

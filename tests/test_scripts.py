@@ -1,17 +1,24 @@
-"""What holds for every algorithm script: copies of a function are identical, no flag without a reader, house style."""
+"""What holds for every script: copies are identical, no flag without a reader, the texts agree with code and files."""
 
 import ast
+import csv
+import io
 import itertools
 import re
+import shlex
 import shutil
+import tokenize
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import borel
 import buffers
 import envs
+import macaw
 import meta_bc
 import pearl_online_oracle as pearl
 import smac_offline_online as smac
@@ -20,16 +27,24 @@ from benchmark import plot
 ROOT = Path(__file__).resolve().parent.parent
 OURS = {file.stem for file in ROOT.glob("*.py")}
 TREES = {file.name: ast.parse(file.read_text()) for file in sorted(ROOT.glob("*.py"))}
+MODULES = {f"{module.__name__}.py": module for module in (smac, pearl, meta_bc, macaw, borel)}
 SCRIPTS = [
     name
     for name, tree in TREES.items()
     if any(isinstance(node, ast.ClassDef) and node.name == "Args" for node in tree.body)
 ]
-MAY_DIFFER = {"Args", "Agent", "update", "main", "evaluate", "sample_batch"}
+LINES = dict(zip(MODULES, (460, 400, 320, 400, 520)))
+MAY_DIFFER = {"Args", "Agent", "update", "main", "evaluate", "sample_batch", "rollout"}
+READ_BY_RUN = "eval_every run_dir resume device cuda_graph preset".split()  # by `Run` and `parse_args`, for all scripts
 
 
 def source(name):
     return (ROOT / name).read_text()
+
+
+def tree_of(script, name):
+    (node,) = (node for node in TREES[script].body if getattr(node, "name", None) == name)
+    return node
 
 
 def definitions(name):
@@ -45,42 +60,94 @@ def definitions(name):
 def comments(text):
     """Comments, those on adjacent lines joined to one."""
     found, previous = [], -2
-    for number, line in enumerate(text.splitlines()):
-        match = re.match(r"\s*# ?(.*)", line)
-        if match and previous == number - 1:
-            found[-1] += " " + match[1]
-        elif match:
-            found.append(match[1])
-        previous = number if match else previous
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.COMMENT:
+            words, number = token.string.lstrip("# "), token.start[0]
+            joined = previous == number - 1 and token.line.strip() == token.string
+            found[-1:] = [f"{found[-1]} {words}"] if joined else [*found[-1:], words]
+            previous = number
     return found
 
 
+def help_texts(script):
+    """{flag: the comment behind it}; a flag is one line."""
+    lines, texts = source(script).splitlines(), {}
+    for node in tree_of(script, "Args").body:
+        assert isinstance(node, ast.AnnAssign) and node.lineno == node.end_lineno, ast.unparse(node)
+        texts[node.target.id] = lines[node.lineno - 1][node.end_col_offset :].strip()
+    return texts
+
+
+# ----- Shape
+
+
 def test_the_scripts_are_found():
-    assert {"smac_offline_online.py", "pearl_online_oracle.py"} <= set(SCRIPTS)
+    assert set(SCRIPTS) == set(MODULES)
+
+
+@pytest.mark.parametrize("script, most", LINES.items())
+def test_a_script_is_short_and_its_main_is_one_flat_function(script, most):
+    main = tree_of(script, "main")
+    assert len(source(script).splitlines()) <= most
+    assert main.end_lineno - main.lineno + 1 <= 60
+    inside = [node for node in ast.walk(main) if isinstance(node, (ast.FunctionDef, ast.Lambda, ast.ClassDef))]
+    assert inside == [main] and not any(isinstance(node, (ast.Global, ast.Nonlocal)) for node in ast.walk(main))
 
 
 @pytest.mark.parametrize("one, other", list(itertools.combinations(SCRIPTS, 2)))
 def test_copies_of_a_function_are_identical(one, other):
     ours, theirs = definitions(one), definitions(other)
     common = (ours.keys() & theirs.keys()) - MAY_DIFFER
-    assert {"mlp", "Encoder", "Policy", "QFunctions"} & ours.keys() & theirs.keys() <= common
     assert sorted(name for name in common if ours[name] != theirs[name]) == []
+
+
+def test_smac_pearl_and_meta_bc_have_the_same_networks_and_meta_episode():
+    ours = definitions("smac_offline_online.py")
+    shared = "mlp Encoder Policy make_context tanh_gaussian_log_prob kl_to_prior prior adapt".split()
+    for script, names in {
+        "pearl_online_oracle.py": [*shared, "QFunctions"],
+        "meta_bc.py": [*shared, "Decoder", "reward_loss", "rollout", "evaluate"],
+        "borel.py": "mlp Policy QFunctions tanh_gaussian_log_prob kl_to_prior".split(),
+    }.items():
+        assert [name for name in names if definitions(script).get(name) != ours[name]] == [], script
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_flag_is_read_and_has_a_help_text(script):
-    (args,) = (node for node in TREES[script].body if isinstance(node, ast.ClassDef) and node.name == "Args")
-    fields = [node.target.id for node in args.body if isinstance(node, ast.AnnAssign)]
+    texts = help_texts(script)
     read = {
         node.attr
         for node in ast.walk(TREES[script])
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in ("args", "known")
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "args"
     }
-    assert fields and [name for name in fields if name not in read] == []
-    assert sorted(read - set(fields)) == []  # nor a reader without a flag
-    for field, text in zip(args.body[::2], args.body[1::2]):
-        assert isinstance(field, ast.AnnAssign), ast.unparse(field)
-        assert isinstance(text, ast.Expr) and isinstance(text.value.value, str), f"no help text: {field.target.id}"
+    assert sorted(set(texts) - read) == sorted(set(READ_BY_RUN))
+    assert sorted(read - set(texts)) == []  # nor a reader without a flag
+    assert [flag for flag, text in texts.items() if not re.match(r"# \S.{5}", text)] == []
+
+
+def test_what_a_script_leaves_to_the_run_is_read_there():
+    words = set(re.findall(r"\b(?:args|known)\.(\w+)", source("buffers.py")))
+    assert set(READ_BY_RUN) - words == {"preset"} and 'getattr(known, "preset", "")' in source("buffers.py")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_shows_the_comment_behind_each_flag(script, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "250")
+    module = MODULES[script]
+    with pytest.raises(SystemExit) as end:
+        buffers.parse_args(module.Args, module.PRESETS, ["--help"], description=module.__doc__)
+    shown = re.sub(r"[^\w]+", " ", capsys.readouterr().out)
+    assert end.value.code == 0
+    for flag, text in help_texts(script).items():
+        assert re.sub(r"[^\w]+", " ", text).strip() in shown, flag
+
+
+def test_the_same_flag_has_the_same_type_in_every_script():
+    types = defaultdict(set)
+    for script in SCRIPTS:
+        for node in tree_of(script, "Args").body:
+            types[node.target.id].add(ast.unparse(node.annotation))
+    assert {flag: kinds for flag, kinds in types.items() if len(kinds) > 1 and flag != "preset"} == {}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -103,13 +170,6 @@ def test_shared_files_import_no_script(name):
 
 
 @pytest.mark.parametrize("name", TREES)
-def test_departures_from_the_paper_say_what_the_code_does(name):
-    for comment in comments(source(name)):
-        assert comment.count("PAPER:") == comment.count("CODE:"), comment
-        assert not comment.count("PAPER:") or comment.index("PAPER:") < comment.index("CODE:")
-
-
-@pytest.mark.parametrize("name", TREES)
 def test_house_style(name):
     text = source(name)
     assert not re.search(r"\b(TODO|FIXME|XXX|breakpoint|pdb)\b", text)
@@ -117,11 +177,45 @@ def test_house_style(name):
     assert [number for number, line in enumerate(text.splitlines(), 1) if len(line) > 120] == []
 
 
-def test_the_readme_lists_every_departure_from_the_paper():
-    rows = re.findall(r"\w+\.py", " ".join(re.findall(r"^\| \d+ \| ([^|]*) \|", source("README.md"), re.M)))
-    for name in sorted(OURS):
-        tagged = len(re.findall(r"# PAPER: ", source(f"{name}.py")))
-        assert rows.count(f"{name}.py") == tagged, name
+# ----- PAPER.md and README.md
+
+
+def departures():
+    """The rows of PAPER.md's table: (number, files)."""
+    rows = re.findall(r"^\| (\d+) \| ([^|]*) \|", source("PAPER.md").split("\n## ")[1], re.M)
+    return [(int(number), re.findall(r"\w+\.py", files)) for number, files in rows]
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_departures_from_the_paper_say_what_the_code_does(name):
+    for comment in comments(source(name)):
+        assert comment.count("PAPER:") == comment.count("CODE:"), comment
+        assert not comment.count("PAPER:") or comment.index("PAPER:") < comment.index("CODE:")
+
+
+def test_paper_md_lists_every_departure():
+    named = [file for _, files in departures() for file in files]
+    for name in sorted(TREES):
+        assert named.count(name) == sum(comment.count("PAPER:") for comment in comments(source(name))), name
+    numbers = [number for number, _ in departures()]
+    assert numbers == list(range(1, len(numbers) + 1))
+    assert set(named) <= set(TREES) and f", of {len(numbers)} in [PAPER.md](PAPER.md)" in flowing(source("README.md"))
+    for row in re.findall(r"\b[Rr]ows? (\d+)", source("PAPER.md")):
+        assert int(row) in numbers
+
+
+def flowing(text):
+    """A text without its line breaks."""
+    return " ".join(text.split())
+
+
+def test_paper_md_and_readme_name_flags_that_exist():
+    known = {flag for module in MODULES.values() for flag in vars(module.Args())}
+    known |= {"help", "video", "out", "parallel", "check", "logdir"}  # of benchmark/, ruff and TensorBoard
+    for file in ("PAPER.md", "README.md", "datasets/README.md"):
+        flags = set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)", source(file)))
+        named = {flag.removeprefix("no-").replace("-", "_") for flag in flags}
+        assert named and named <= known, file
 
 
 def test_the_readme_names_functions_that_exist():
@@ -131,15 +225,65 @@ def test_the_readme_names_functions_that_exist():
     assert len(named) > 8 and named <= {name for pair in defined for name in pair}
 
 
-@pytest.mark.parametrize("name", ["point_direction", "hopper_small", "hopper_param", "cheetah_small", "sawyer_small"])
-def test_the_readmes_tables_are_those_of_the_results(name, tmp_path, monkeypatch):
+def test_the_readmes_links_lead_somewhere():
+    for file in ("README.md", "PAPER.md", "datasets/README.md", "benchmark/results/README.md"):
+        for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", source(file)):
+            assert target.startswith("https://") or (ROOT / file).parent.joinpath(target).exists(), (file, target)
+
+
+TABLES = [
+    (file, table, text.strip())
+    for file in ("README.md", "benchmark/results/README.md")
+    for table, text in re.findall(r"<!-- table: (\S+) -->\n(.*?)<!-- end -->", source(file), re.S)
+]
+
+
+def test_every_table_has_its_place():
+    names = [name.removesuffix(".md") for _, name, _ in TABLES]
+    made = [file.parent.name for file in plot.RESULTS.glob("*/table.md")]
+    assert sorted(names) == sorted([*(f"{name}/table" for name in made), "glance"])
+
+
+@pytest.mark.parametrize("file, name, text", TABLES, ids=[name for _, name, _ in TABLES])
+def test_tables_in_the_texts_are_those_of_the_results(file, name, text, tmp_path, monkeypatch, capsys):
     results = tmp_path / "benchmark" / "results"
-    results.mkdir(parents=True)
-    shutil.copytree(plot.RESULTS / name, results / name, ignore=shutil.ignore_patterns("*.md", "*.png"))
+    shutil.copytree(plot.RESULTS, results, ignore=shutil.ignore_patterns("table.md", "glance.md", "*.png", "speed"))
     (tmp_path / "datasets").symlink_to(ROOT / "datasets")
     monkeypatch.setattr(plot, "RESULTS", results)
-    plot.main(name)
-    assert (results / name / "table.md").read_text().strip() in source("README.md")
+    monkeypatch.setattr(plot, "picture", lambda *_, **__: None)  # they take a second each
+    plot.main(name.split("/")[0])
+    made = (results / name).with_suffix(".md").read_text().strip()
+    assert text == made
+
+
+def returns(name, label, seed):
+    """{gradient step: return on test tasks, mean over tasks}, without the reader of benchmark/plot.py."""
+    cells = defaultdict(list)
+    with open(ROOT / "benchmark" / "results" / name / f"{label}__{seed}.csv", newline="") as file:
+        for row in csv.DictReader(file):
+            if (row["split"], row["context"]) == ("test", "online"):
+                cells[int(row["gradient_step"])].append(float(row["return"]))
+    return {step: np.mean(values) for step, values in cells.items()}
+
+
+def test_claims_at_a_glance_are_those_of_the_results():
+    """The figures of the prose that carry most: what share of the gain, and SMAC against the oracle at equal steps."""
+    text = flowing(source("README.md"))
+    (share,) = re.findall(r"the labels give (\d+) % of the gain that true rewards give", text)
+    before, after, oracle = (
+        np.mean([returns("point_direction", label, seed)[step] for seed in (1, 2, 3)])
+        for label, step in (("smac", 3_000), ("smac", 12_600), ("smac_oracle_rewards", 12_600))
+    )
+    assert int(share) == round(100 * (after - before) / (oracle - before))
+    (claimed,) = re.findall(r"At equal gradient steps the smaller batch has (\d+), three oracle seeds (\d+)", text)
+    for value, label in zip(claimed, ("smac", "pearl")):  # each the mean of three evaluations, the last at 100,000
+        curves = [returns("hopper_small", label, seed) for seed in (1, 2, 3)]
+        steps = [sorted(step for step in curve if step <= 100_000)[-3:] for curve in curves]
+        assert all(last[-1] == 100_000 for last in steps)
+        assert int(value) == round(np.mean([[c[step] for step in last] for c, last in zip(curves, steps)]))
+
+
+# ----- Batches, flags and data
 
 
 @pytest.mark.parametrize("script, may_be_empty", [(smac, True), (pearl, False), (meta_bc, False)])
@@ -160,6 +304,10 @@ def test_a_batch_has_the_transitions_of_one_buffer_and_the_context_of_the_other(
     assert seen == set(tasks)
 
 
+def parse(module, *words):
+    return buffers.parse_args(module.Args, module.PRESETS, list(words))
+
+
 def test_the_flags_are_those_of_the_papers_tables():
     """Table 1, and of Table 2: horizon, AWR beta, reward scale, tasks, transitions a task, lambda_pearl."""
     columns = {
@@ -168,7 +316,7 @@ def test_the_flags_are_those_of_the_papers_tables():
         "HopperParam": (200, 100, 5, 50, 5, 1200, 1), "HumanoidDirection": (200, 100, 5, 50, 5, 1200, 1),
     }  # fmt: skip
     for env_id, (horizon, beta, scale, train, test, transitions, lambda_pearl) in columns.items():
-        args, spec = smac.parse_args(["--env-id", env_id]), envs.SPECS[env_id]
+        args, spec = parse(smac, "--env-id", env_id), envs.SPECS[env_id]
         assert (args.rl_batch, args.context_batch, args.meta_batch, args.latent_dim) == (256, 64, 4, 5)
         assert args.q_hidden == args.policy_hidden == (300,) * 3
         assert args.decoder_hidden == (64,) * 2 and args.encoder_hidden == (200,) * 3
@@ -177,14 +325,58 @@ def test_the_flags_are_those_of_the_papers_tables():
         assert args.tasks_per_iteration == (1 if env_id == "SawyerManipulation" else 5)
         assert (spec.horizon, spec.num_train_tasks, spec.num_test_tasks) == (horizon, train, test)
         assert (args.awr_lambda, args.reward_scale, args.lambda_pearl) == (beta, scale, lambda_pearl)
-        if (ROOT / "datasets" / f"{env_id}.npz").exists():
-            data = buffers.load_dataset(ROOT / "datasets" / f"{env_id}.npz", env_id, spec)
-            stored = np.zeros(train)
-            for task, path in data["rl"] + data["encoder"]:
-                stored[task] += len(path["actions"])
-            assert (stored == transitions).all()
+        if env_id != "SawyerManipulation":  # a script of its own makes its data
+            slices = pearl.DATASET_SLICES.get(env_id, pearl.DEFAULT_SLICES)
+            written = sum(piece[1] for piece in slices if piece)
+            # PAPER.md, row 9: of Ant the paper's 400 encoder transitions are not apart
+            assert written == {"AntDirection": 1200, "HumanoidDirection": 400}.get(env_id, transitions)
+            assert parse(pearl, "--env-id", env_id).initial_steps >= written  # so that every task has as many
         for script in (pearl, meta_bc):
-            other = script.parse_args(["--env-id", env_id])
+            other = parse(script, "--env-id", env_id)
             shared = "rl_batch context_batch meta_batch latent_dim policy_hidden encoder_hidden lr gamma tau"
             for name in shared.split():
                 assert getattr(other, name, getattr(args, name)) == getattr(args, name)
+
+
+FILES = sorted((ROOT / "datasets").glob("*.npz"))
+
+
+@pytest.mark.parametrize("file", FILES, ids=[file.stem for file in FILES])
+def test_a_dataset_holds_what_its_command_makes_and_its_readme_says(file):
+    """Read without buffers.py: tasks, transitions of each task, and the command, three times the same."""
+    with np.load(file, allow_pickle=False) as data:
+        command, env_id = shlex.split(str(data["command"])), str(data["env_id"])
+        tasks = {name: len(data[f"{name}_tasks"]) for name in ("train", "test")}
+        held = {
+            part: np.bincount(data[f"{part}_tasks"], data[f"{part}_lengths"], tasks["train"])
+            for part in ("rl", "encoder")
+        }
+    assert not any(word.startswith(("/", "~")) for word in command)  # no path of a machine
+    spec = envs.SPECS[env_id]
+    if command[1] == "pearl_online_oracle.py":
+        slices = pearl.DATASET_SLICES.get(env_id, pearl.DEFAULT_SLICES)
+        made = {part: piece[1] if piece else 0 for part, piece in zip(held, slices)}
+    else:  # episodes a task and steps an episode, the scripts' own constants
+        episodes, steps = {"make_point_direction.py": (6, 50), "make_sawyer.py": (50, 75)}[Path(command[1]).name]
+        made = {"rl": episodes * steps, "encoder": 0}
+    for part, number in made.items():
+        assert (held[part] == number).all(), part
+    assert tasks == {"train": spec.num_train_tasks, "test": spec.num_test_tasks}
+
+    (row,) = re.findall(rf"^\| {file.name} \| (.*) \| (.*) \| `(.*)` \|$", source("datasets/README.md"), re.M)
+    assert row[0] == f"{tasks['train']} + {tasks['test']}"
+    total = {part: f"{made[part] * tasks['train']:,}" for part in made}
+    assert row[1] == total["rl"] + f", encoder {total['encoder']}" * (made["encoder"] > 0)
+    said, stored = shlex.split(row[2]), command
+    for words in (said, stored):  # what does not change the data
+        for flag in ("--run-dir", "--eval-every", "--checkpoint-every", "--save-dataset"):
+            if flag in words:
+                del words[words.index(flag) : words.index(flag) + 2]
+    assert said[:2] == stored[:2] and sorted(said) == sorted(stored)
+    if said[1] == "pearl_online_oracle.py":
+        assert parse(pearl, *said[2:]).env_id == env_id  # it still can be given
+
+
+def test_what_has_no_dataset_is_listed_as_such():
+    rows = re.findall(r"^\| (\w+)\.npz \|", source("datasets/README.md"), re.M)
+    assert sorted(rows) == [file.stem for file in FILES]

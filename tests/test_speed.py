@@ -3,6 +3,7 @@
 import shutil
 import sys
 import sysconfig
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import buffers
 import envs
 import smac_offline_online as smac
 from benchmark import speed
@@ -90,12 +92,63 @@ def test_the_cuda_graph_ends_at_the_same_parameters(online):
         optimizer = torch.optim.Adam(trained, lr=args.lr, fused=True, capturable=True)
         buffer = speed.random_buffer(spec, num_tasks=5, device="cuda")
 
-        def take_step():
-            return smac.update(agent, optimizer, smac.sample_batch(buffer, args, generator), args, online)
-
-        step = smac.cuda_graph(take_step, generator) if graph else take_step
-        info = [{name: value.item() for name, value in step().items()} for _ in range(20)]
+        sample, learn = smac.sample_batch, smac.update
+        if graph:
+            sample, learn = buffers.record(sample), buffers.record(learn)
+        info = []
+        for _ in range(20):
+            step = learn(agent, optimizer, sample(buffer, args, generator), args, online=online)
+            info.append({name: value.item() for name, value in step.items()})
         results.append((agent.state_dict(), info))
     for name, value in results[0][0].items():
         torch.testing.assert_close(value, results[1][0][name], rtol=1e-3, atol=1e-5)
     assert results[0][1][-1] == pytest.approx(results[1][1][-1], rel=1e-2)
+
+
+# ----- The precision of products, and `Run.fast`
+
+
+@pytest.mark.parametrize("slow, expected", [("highest", "medium"), ("medium", "highest")])
+def test_the_faster_precision_is_taken(monkeypatch, slow, expected):
+    """Each product at the precision `slow` takes 5 ms more, which is far more than it takes."""
+    products, product = [], torch.Tensor.__matmul__
+
+    def matmul(x, w):
+        if x.dtype == torch.float32:
+            products.append((torch.get_float32_matmul_precision(), tuple(x.shape), tuple(w.shape)))
+            time.sleep(0.005 * (products[-1][0] == slow))
+        return product(x, w)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", matmul)
+    before = torch.get_float32_matmul_precision()
+    assert buffers.matmul_precision.__wrapped__(torch.device("cpu"), 96, 40) == expected
+    assert torch.get_float32_matmul_precision() == before
+    assert {precision for precision, *_ in products} == {"highest", "medium"}
+    assert {(x, w) for _, x, w in products} == {((96, 40), (40, 40))}
+
+
+def test_a_precision_that_is_less_exact_is_not_taken(monkeypatch):
+    """Products at "medium" are rounded to bfloat16, as they are on some CPUs, and cost no time at all."""
+    product = torch.Tensor.__matmul__
+
+    def matmul(x, w):
+        if x.dtype == torch.float32 and torch.get_float32_matmul_precision() == "medium":
+            return product(x.bfloat16(), w.bfloat16()).float()
+        time.sleep(0.002)
+        return product(x, w)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", matmul)
+    assert buffers.matmul_precision.__wrapped__(torch.device("cpu"), 64, 32) == "highest"
+
+
+def test_a_step_runs_in_the_runs_precision_and_leaves_the_old_one(set_up, tmp_path):
+    agent, optimizer, batches, args = set_up
+    args.run_dir, args.device = str(tmp_path), "cpu"
+    with buffers.Run(args, smac.__file__, agent=agent, optimizer=optimizer) as run:
+        run.precision, before = "medium", torch.get_float32_matmul_precision()
+        assert before == "highest"
+        assert run.fast(torch.get_float32_matmul_precision)() == "medium"
+        assert torch.get_float32_matmul_precision() == before
+        with pytest.raises(ZeroDivisionError):
+            run.fast(lambda: 1 / 0)()
+        assert torch.get_float32_matmul_precision() == before
