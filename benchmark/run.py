@@ -3,20 +3,26 @@
 Starts the runs of one row of BENCHMARKS with one thread each, --parallel at a time, and copies eval.csv, args.json and
 the diagnostics in TensorBoard's files of each into benchmark/results/{name}/, of a run that was stopped as well. Called
 again, it goes on with runs that have a checkpoint, and does not make results again that are there already; it says so
-where they are of a run that did not end.
+where they are of a run that did not end. With --ray the runs are tasks of a Ray cluster, see benchmark/README.md.
 """
 
+import contextlib
 import csv
+import ctypes
 import dataclasses
+import importlib.util
 import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
+from typing import Optional
 
 import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -145,6 +151,9 @@ class Args:
     parallel: int = 2  # runs side by side, one thread each
     run_dir: str = "runs/benchmark"  # where the runs write; a run that was stopped goes on from its checkpoint
     agents: bool = False  # of runs that end keep what acting needs, too: results/{name}/agents/{label}__{seed}.npz
+    results: str = "benchmark/results"  # where the evidence goes
+    ray: Optional[str] = None  # address of a Ray cluster, "auto" from one of its machines, "local" for this one alone
+    gpus_per_run: float = 0.0  # with --ray: share of a GPU for each run
 
 
 def diagnostics(result, file):
@@ -170,53 +179,110 @@ def is_finished(results):
     return results.read_text().splitlines()[-1].startswith(f"{planned},")
 
 
-def run(name, label, command, seed, run_dir, keep_agent=False):
-    """Start or continue one run; copy what it wrote."""
-    out = ROOT / "benchmark" / "results" / name
+def run(name, label, command, seed, args):
+    """Start or continue one run; copy what it wrote. Returns a line about it. Raises InputError: it failed."""
+    out = ROOT / args.results / name
     script, *flags = shlex.split(command)
     env_id = flags[flags.index("--env-id") + 1]
-    folder = ROOT / run_dir / name / label
+    folder = ROOT / args.run_dir / name / label
     result = folder / f"{env_id}__{Path(script).stem}__{seed}"
-    line = [sys.executable, script, *flags, "--seed", str(seed), "--run-dir", str(folder.relative_to(ROOT))]
+    if args.ray:
+        wait_until_free(result / "args.json")
+    line = [sys.executable, script, *flags, "--seed", str(seed), "--run-dir", os.path.relpath(folder, ROOT)]
     if (result / "checkpoint.npz").exists():
-        line = [sys.executable, script, *flags, "--resume", str(result.relative_to(ROOT))]
+        line = [sys.executable, script, *flags, "--resume", os.path.relpath(result, ROOT)]
     elif (kept := out / f"{label}__{seed}.csv").exists():
-        if not is_finished(kept):
-            print(f"{name} {label} seed {seed} is unfinished and has no checkpoint here; to start anew, delete {kept}")
-        return
+        unfinished = f" is unfinished and has no checkpoint here; to start anew, delete {kept}"
+        return f"{name} {label} seed {seed}{' is there already' if is_finished(kept) else unfinished}"
     folder.mkdir(parents=True, exist_ok=True)
-    start = time.time()
+    start, last = time.time(), ""
     with open(folder / f"{seed}.log", "a") as log:
-        env = os.environ | {"OMP_NUM_THREADS": "1"}
-        process = subprocess.run(line, cwd=ROOT, env=env, stdout=log, stderr=log)
+        env, end = os.environ | {"OMP_NUM_THREADS": "1"}, end_with_parent if args.ray else None
+        pipe = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace")
+        process = subprocess.Popen(line, cwd=ROOT, env=env, preexec_fn=end, **pipe)
+        for text in process.stdout:
+            log.write(text)
+            log.flush()
+            last = text.strip() or last
+            if args.ray:  # for the dashboard
+                print(text, end="", flush=True)
     if (result / "eval.csv").exists():
         out.mkdir(parents=True, exist_ok=True)
         for file, suffix in (("eval.csv", ".csv"), ("args.json", ".json")):
             shutil.copy(result / file, out / f"{label}__{seed}{suffix}")
         diagnostics(result, out / "diagnostics" / f"{label}__{seed}.csv")
-    if process.returncode:
-        *_, reason = [f"exit code {process.returncode}", *(folder / f"{seed}.log").read_text().split("\n")[:-1]]
-        raise buffers.InputError(f"{name} {label} seed {seed} did not end: {reason}")
-    if keep_agent:
+    if process.wait():
+        raise buffers.InputError(f"{name} {label} seed {seed} did not end: {last or process.returncode}")
+    if args.agents:
         dataset = ROOT / flags[flags.index("--dataset") + 1] if "--dataset" in flags else None
         agents.main(agents.Args(result, out / "agents" / f"{label}__{seed}.npz", dataset=dataset))
-    print(f"{name} {label} seed {seed}: {(time.time() - start) / 60:.1f} minutes", flush=True)
+    return f"{name} {label} seed {seed}: {(time.time() - start) / 60:.1f} minutes"
+
+
+# ----- On a Ray cluster
+
+
+def end_with_parent():
+    """In a new process, on Linux: be killed when the worker that started it is."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def wait_until_free(file):
+    """Wait for the lock of a run: what a lost worker started may still be ending."""
+    with contextlib.suppress(ImportError, OSError), open(file, "r+") as held:
+        import fcntl
+
+        fcntl.lockf(held, fcntl.LOCK_EX)
+
+
+def on_ray(jobs, args):
+    """Run as tasks of a cluster whose machines share this folder; a task whose machine is lost starts again elsewhere,
+    and goes on from the run's checkpoint. Yields, as tasks end, a function that gives what `run` returned or raised."""
+    if not importlib.util.find_spec("ray"):
+        raise buffers.InputError("--ray needs Ray: pip install -r benchmark/requirements-cluster.txt")
+    import ray
+
+    here = {"env_vars": {"PYTHONPATH": str(ROOT)}}
+    with ray.init(None if args.ray == "local" else args.ray, log_to_driver=False, runtime_env=here):
+        task = ray.remote(num_cpus=1, num_gpus=args.gpus_per_run, max_retries=-1)(run)
+        waiting = [task.options(name=" ".join(map(str, (*job[:2], job[3])))).remote(*job) for job in jobs]
+        while waiting:
+            (ready,), waiting = ray.wait(waiting)
+            yield partial(result_of, ray, ready)
+
+
+def result_of(ray, task):
+    try:
+        return ray.get(task)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None
+
+
+def here(jobs, args):
+    """The same on this machine, --parallel at a time."""
+    with ThreadPoolExecutor(args.parallel) as pool:
+        for job in as_completed([pool.submit(run, *job) for job in jobs]):
+            yield job.result
 
 
 def main(args):
+    """Make the runs. Raises InputError: there is no such benchmark, or a run failed."""
     if args.name not in BENCHMARKS:
         raise buffers.InputError(f"there is no benchmark {args.name}, only {', '.join(BENCHMARKS)}")
     rows = BENCHMARKS[args.name]
     if unknown := set(args.only) - set(rows):
         raise buffers.InputError(f"{args.name} has no {', '.join(sorted(unknown))}, only {', '.join(rows)}")
-    with ThreadPoolExecutor(args.parallel) as pool:
-        jobs = [
-            pool.submit(run, args.name, label, rows[label][0], seed, args.run_dir, args.agents)
-            for label in args.only or rows
-            for seed in rows[label][1]
-        ]
-        for job in jobs:
-            job.result()
+    labels, failed = args.only or rows, 0
+    jobs = [(args.name, label, rows[label][0], seed, args) for label in labels for seed in rows[label][1]]
+    for result in on_ray(jobs, args) if args.ray else here(jobs, args):
+        try:
+            buffers.say(result())
+        except buffers.InputError as error:
+            failed += 1
+            buffers.say(f"error: {error}", "stderr")
+    if failed:
+        raise buffers.InputError(f"{failed} of {len(jobs)} runs did not end")
 
 
 if __name__ == "__main__":

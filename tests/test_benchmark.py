@@ -1,10 +1,15 @@
 """What benchmark/run.py keeps of a run, and what plot.py reads of it."""
 
 import csv
+import dataclasses
+import fcntl
 import importlib
 import json
+import os
 import shlex
+import signal
 import sys
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,27 +22,28 @@ from benchmark import plot, run, watch
 
 SMALL = "--q-hidden 8 --policy-hidden 8 --encoder-hidden 8 --rl-batch 8 --context-batch 8"
 SHORT = "--offline-steps 20 --online-iterations 1 --updates-per-iteration 10 --eval-every 10"
+ARGS = run.Args("point", run_dir="runs")
 COMMAND = f"smac_offline_online.py --env-id PointDirection {SMALL} {SHORT}"
 
 
-def test_results_of_a_run_that_stopped_and_went_on(tmp_path, monkeypatch, capsys):
-    def call(line, cwd, env, stdout, stderr):
+def test_results_of_a_run_that_stopped_and_went_on(tmp_path, monkeypatch):
+    def call(line, cwd, env, **options):
         """The command that run.py starts, in this process."""
         assert line[0] == sys.executable and line[1] == "smac_offline_online.py" and cwd == tmp_path
-        assert env["OMP_NUM_THREADS"] == "1" and stdout is stderr
+        assert env["OMP_NUM_THREADS"] == "1"
         smac.main(buffers.parse_args(smac.Args, smac.PRESETS, line[2:]))
-        return SimpleNamespace(returncode=0)
+        return SimpleNamespace(stdout=["a line\n"], wait=lambda: 0)
 
     whole = buffers.load_dataset("PointDirection")
     rl, tasks = [entry for entry in whole["rl"] if entry[0] < 2], (whole["train_tasks"][:2], whole["test_tasks"][:2])
     buffers.save_dataset(tmp_path / "few.npz", "PointDirection", *tasks, rl, [], "by hand")
     monkeypatch.setattr(run, "ROOT", tmp_path)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(run, "subprocess", SimpleNamespace(run=call))
+    monkeypatch.setattr(run, "subprocess", SimpleNamespace(Popen=call, PIPE=-1, STDOUT=-2))
     monkeypatch.setattr(buffers, "draw_summary", lambda folder: Figure())
     command = f"{COMMAND} --dataset few.npz"
     out, results = tmp_path / "benchmark" / "results" / "point", tmp_path / "runs" / "point" / "smac"
-    run.run("point", "smac", command, 1, "runs", keep_agent=True)
+    assert "smac seed 1: " in run.run("point", "smac", command, 1, dataclasses.replace(ARGS, agents=True))
     first = (out / "smac__1.csv").read_text()
     curves, offline_end = plot.read(out / "smac__1.csv")
     assert sorted(curves["test", "online"]) == [10, 20, 30] and offline_end == 20
@@ -49,16 +55,16 @@ def test_results_of_a_run_that_stopped_and_went_on(tmp_path, monkeypatch, capsys
     assert list(watch.load(out / "agents" / "smac__1.npz")[3]) == [20, 30]
 
     (out / "smac__1.csv").write_text("of a run that was stopped")
-    run.run("point", "smac", command, 1, "runs")  # from its checkpoint
+    run.run("point", "smac", command, 1, ARGS)  # from its checkpoint
     assert (out / "smac__1.csv").read_text() == first
     for file in results.glob("*/checkpoint.npz"):
         file.unlink()
     for text in (first, first[: first.index("\n30,") + 1]):
         (out / "smac__1.csv").write_text(text)
-        capsys.readouterr()
-        run.run("point", "smac", command, 1, "runs")
+        line = run.run("point", "smac", command, 1, ARGS)
         assert (out / "smac__1.csv").read_text() == text
-        assert ("unfinished" in capsys.readouterr().out) == (text != first)
+        assert ("unfinished" in line) == (text != first) and ("is there already" in line) == (text == first)
+    assert (results / "1.log").read_text() == "a line\na line\n"
 
 
 def test_a_run_that_fails_says_why(tmp_path, monkeypatch):
@@ -69,7 +75,7 @@ def test_a_run_that_fails_says_why(tmp_path, monkeypatch):
     with pytest.raises(
         buffers.InputError, match="point smac seed 3 did not end: error: there is no dataset at nowhere"
     ):
-        run.run("point", "smac", f"{COMMAND} --dataset nowhere", 3, "runs")
+        run.run("point", "smac", f"{COMMAND} --dataset nowhere", 3, ARGS)
     assert "nowhere" in (tmp_path / "runs" / "point" / "smac" / "3.log").read_text()
     assert not (tmp_path / "benchmark").exists()
 
@@ -97,6 +103,59 @@ def test_every_command_can_be_parsed_and_is_the_one_that_made_the_results():
                 compared += len(shared)
         assert not files, f"results of {name} that its table does not have: {sorted(files)}"
     assert compared > 1_000
+
+
+def test_a_lost_run_is_waited_for(tmp_path):
+    """The lock of a run is held until the process that holds it has ended."""
+    file = tmp_path / "args.json"
+    run.wait_until_free(file)  # there is none
+    file.write_text("{}")
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        with open(file, "r+") as held:
+            fcntl.lockf(held, fcntl.LOCK_EX)
+            os.write(writing, b"locked")
+            time.sleep(0.3)
+            os.write(writing, b"over")
+            os._exit(0)
+    assert os.read(reading, 6) == b"locked"
+    run.wait_until_free(file)
+    os.set_blocking(reading, False)
+    assert os.read(reading, 4) == b"over" and file.read_text() == "{}"
+    os.waitpid(child, 0)
+
+
+def test_a_run_ends_with_the_process_that_started_it():
+    """On Linux, as when a worker of the cluster is killed."""
+    if sys.platform != "linux":
+        pytest.skip("other systems have no such signal")
+    reading, writing = os.pipe()
+    worker = os.fork()
+    if not worker:
+        late = f"import os, time; time.sleep(5); os.write({writing}, b'still there')"
+        run.subprocess.Popen([sys.executable, "-c", late], preexec_fn=run.end_with_parent, pass_fds=[writing])
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(worker, 0)
+    os.close(writing)
+    assert os.read(reading, 20) == b""  # nobody is left who could write
+
+
+def test_runs_on_ray_are_those_of_the_plain_runner(tmp_path, monkeypatch):
+    pytest.importorskip("ray")
+    monkeypatch.setitem(run.BENCHMARKS, "point", {"smac": (COMMAND, (1, 2))})
+    run.main(run.Args("point", run_dir=str(tmp_path / "runs"), results=str(tmp_path / "results"), ray="local"))
+    for seed in ("1", "2"):
+        flags = [*shlex.split(COMMAND)[1:], "--seed", seed, "--run-dir", str(tmp_path / "plain")]
+        smac.main(buffers.parse_args(smac.Args, smac.PRESETS, flags))
+        plain = tmp_path / "plain" / f"PointDirection__smac_offline_online__{seed}" / "eval.csv"
+        assert (tmp_path / "results" / "point" / f"smac__{seed}.csv").read_bytes() == plain.read_bytes()
+
+
+def test_ray_is_asked_for_where_it_is_missing(monkeypatch):
+    monkeypatch.setattr(run.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(buffers.InputError, match="pip install -r benchmark/requirements-cluster.txt"):
+        run.main(run.Args("sawyer", ray="local"))
 
 
 def test_results_of_a_run_that_ended_are_told_from_others(tmp_path):
