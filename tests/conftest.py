@@ -52,8 +52,8 @@ def set_sizes(monkeypatch, env_id, **sizes):
     """Change the row of a family."""
     spec, name = dataclasses.replace(envs.SPECS[env_id], **sizes), f"smac/{env_id}-v0"
     monkeypatch.setitem(envs.SPECS, env_id, spec)
-    monkeypatch.setitem(gym.registry, name, gym.registry[name])  # to be put back
-    envs.register(env_id, spec)
+    entry = dataclasses.replace(gym.registry[name], max_episode_steps=spec.horizon)
+    monkeypatch.setitem(gym.registry, name, entry)
 
 
 @pytest.fixture
