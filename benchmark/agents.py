@@ -16,6 +16,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import buffers
+import envs
 from benchmark import watch
 
 
@@ -40,7 +41,7 @@ def main(args):
         arrays |= {f"{step}/{name}": array for name, array in found.items() if name.startswith(kept)}
         arrays["flags"], returns[step] = found.get("flags", ""), found.get("returns", "")
     arrays["returns"] = json.dumps(returns)
-    out = args.out or watch.ROOT / "agents" / f"{flags.env_id}.npz"
+    out = args.out or watch.ROOT / "agents" / f"{envs.short_name(flags.env_id)}.npz"
     out.parent.mkdir(parents=True, exist_ok=True)
     buffers.write_file(out, lambda file: np.savez_compressed(file, allow_pickle=False, **arrays))
     watch.load(out, args.env_id)  # raises if it can not be read

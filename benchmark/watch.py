@@ -57,7 +57,8 @@ def load(path, env_id=None, dataset=None):
     """
     run = path.is_dir()
     file = path / "checkpoint.npz" if run else path
-    words = buffers.read_npz(file, lambda name, dtype, _: name in ("script", "sha256") and dtype.kind == "U")
+    text = dict.fromkeys(("script", "sha256"), ("U", (), buffers.MAX_TEXT))
+    words = buffers.read_npz(file, lambda x, *has: x in text and buffers.check_array(f"{file}: {x}", *has, *text[x]))
     name = [*path.resolve().name.split("__"), ""][1] if run else words.get("script")
     if name not in SCRIPTS:
         raise InputError(f"{path} is no {'folder of a run, by its name' if run else 'agent file'}")

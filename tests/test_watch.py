@@ -202,7 +202,8 @@ def test_tasks_in_words(env_id, task, words):
 BROKEN = {
     "of no run": (dict(script=np.array("nothing")), "is no agent file"),
     "without a script": (dict(script=None), "is no agent file"),
-    "numbers for words": (dict(script=np.zeros(2)), "is no agent file"),
+    "numbers for words": (dict(script=np.zeros(2)), r"script is float64 \(2,\), expected text"),
+    "a long word": (dict(script=np.array(20_000 * "a")), "script has 20000 entries, expected at most 10000"),
     "no flags": (dict(flags=None), "does not fit this script"),
     "strange flags": (dict(flags=np.array("[1]")), "does not fit this script"),
     "a flag out of bounds": (dict(flags='"latent_dim": 5', by='"latent_dim": 50000'), "--latent-dim is 50000"),
