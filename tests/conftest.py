@@ -18,6 +18,11 @@ import envs
 
 torch.set_num_threads(1)
 
+# A shell that starts the tests in the background lets them ignore Ctrl-C, and nohup the end of the terminal: not here.
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
+
 
 @pytest.fixture(autouse=True)
 def leave_no_trace():
