@@ -853,7 +853,9 @@ class Run:
         with self.writing():
             self.scalars(curves)
             for name in (name for name in arrays if name.startswith("kl_")):
-                self.writer.add_histogram(f"eval/{name}", arrays[name], self.step + 1)
+                self.writer.add_histogram(
+                    f"eval/{name}", np.minimum(arrays[name], 1e19), self.step + 1
+                )  # it has no more
             if "exploration" in arrays:
                 figure = Figure()
                 draw_paths(figure.subplots(), arrays)
@@ -948,6 +950,7 @@ class Run:
                     part.load_state_dict(part.state_dict() | {"state": state})
                 else:
                     part.load_state_dict(tree[name])
+            torch.set_rng_state(tree["torch_rng"])  # nothing here draws from it, but dropout would
         except (RuntimeError, KeyError, InputError) as error:
             raise InputError(f"{path} does not fit this run: {error}") from None
         self.step, self.env_steps, self.summed = (int(tree[name]) for name in ("step", "env_steps", "summed"))
