@@ -48,7 +48,10 @@ def join(paths: list, device="cpu") -> dict:
     """All transitions of some trajectories, as `ReplayBuffer.sample` gives them: obs (L, o), ..., rewards (L, 1)."""
     rows = {"obs": ("obs", slice(-1)), "next_obs": ("obs", slice(1, None))}
     rows |= {name: (name, slice(None)) for name in ("actions", "rewards", "terminals") if name in paths[0]}
-    columns = {name: torch.cat([torch.as_tensor(p[key][part]) for p in paths]) for name, (key, part) in rows.items()}
+    columns = {name: [path[key][part] for path in paths] for name, (key, part) in rows.items()}
+    for name, parts in columns.items():
+        tensors = torch.is_tensor(parts[0])  # else arrays, which are joined faster
+        columns[name] = torch.cat(parts) if tensors else torch.from_numpy(np.concatenate(parts))
     return {name: column.reshape(len(column), -1).to(device, torch.float32) for name, column in columns.items()}
 
 
@@ -303,7 +306,7 @@ def write_file(path, write) -> None:
 # With no encoder trajectories (P = 0) the RL trajectories serve as both buffers.
 
 
-FORMAT_VERSION, MAX_TASKS, MAX_PATHS, MAX_TEXT = 1, 10_000, 100_000, 10_000
+FORMAT_VERSION, MAX_TASKS, MAX_PATHS, MAX_TEXT = 1, 10_000, 50_000, 10_000
 PATH_FIELDS = {"obs": np.float32, "actions": np.float32, "rewards": np.float32, "terminals": np.bool_}
 
 
@@ -853,7 +856,9 @@ class Run:
         with self.writing():
             self.scalars(curves)
             for name in (name for name in arrays if name.startswith("kl_")):
-                self.writer.add_histogram(f"eval/{name}", arrays[name], self.step + 1)
+                self.writer.add_histogram(
+                    f"eval/{name}", np.minimum(arrays[name], 1e19), self.step + 1
+                )  # it has no more
             if "exploration" in arrays:
                 figure = Figure()
                 draw_paths(figure.subplots(), arrays)

@@ -52,7 +52,7 @@ RUNS = {  # short runs of 13 to 16 gradient steps
     borel: SHORT | dict(q_hidden=(16,), latent_dim=3, vae_steps=6, vae_tasks=2, elbo_terms=8, offline_steps=8),
 }  # fmt: skip
 SCRIPTS = pytest.mark.parametrize("script", RUNS, ids=lambda script: script.__name__)
-FUZZ = 150  # cases of a kind
+FUZZ = 100  # cases of a kind
 
 
 def make_dataset(file, scale=1.0):
@@ -203,8 +203,7 @@ def pasted(message):
 # ----- Stopped at any moment
 
 
-@SCRIPTS
-@pytest.mark.parametrize("number, method", [(signal.SIGINT, "log"), (signal.SIGTERM, "write")])
+@pytest.mark.parametrize("script, number, method", [(smac, signal.SIGINT, "log"), (borel, signal.SIGTERM, "write")])
 def test_a_stopped_run_goes_on_by_the_pasted_command(script, whole, dataset, tmp_path, monkeypatch, number, method):
     """In a step, or in an evaluation; the command holds for another working directory, and the curves stay the same."""
     (tmp_path / "one place").mkdir()
@@ -225,15 +224,14 @@ def test_a_stopped_run_goes_on_by_the_pasted_command(script, whole, dataset, tmp
     assert_equal_runs(whole(script), run)
 
 
-def test_the_second_signal_stops_at_once(whole, dataset, tmp_path, monkeypatch, capsys):
-    with monkeypatch.context() as patch:
-        call_at(patch, "log", 11, functools.partial(send, signal.SIGINT, 2))
-        with pytest.raises(KeyboardInterrupt):
-            start(smac, dataset, tmp_path)
-    run = directory(smac, tmp_path)
-    assert read(run) == 10
-    resume(smac, dataset, run)
-    assert_equal_runs(whole(smac), run)
+def test_the_command_of_a_family_of_ones_own_goes_where_its_module_is(tmp_path, monkeypatch):
+    """Without starting a run, of which no more is needed."""
+    run = object.__new__(buffers.Run)
+    run.args, run.script = smac.Args(env_id="mine:Mine", dataset="d's.npz"), Path("/a folder/smac.py")
+    run.folder = Path("runs")
+    monkeypatch.chdir(tmp_path)
+    command = f"cd {tmp_path} && python '/a folder/smac.py' --resume {tmp_path}/runs --env-id mine:Mine --dataset "
+    assert run.command() == command + shlex.quote(f"{tmp_path}/d's.npz")
 
 
 def test_a_stop_before_the_first_step(dataset, tmp_path, monkeypatch):
@@ -257,9 +255,9 @@ def test_the_hangup_of_a_terminal_stops_a_run_unless_it_is_ignored(dataset, tmp_
 
 def test_killed_runs_end_like_runs_that_were_never_killed(tmp_path, monkeypatch):
     """SIGKILL at seeded random moments, some within the write of a checkpoint."""
-    monkeypatch.setattr(envs, "SPECS", dict(envs.SPECS))
-    args = kill.Args(kills=(2, 0, 0, 0, 1), seed=3, out=str(tmp_path / "kill.md"))
-    kill.main(args)  # which exits if a run differs
+    flags = kill.FLAGS["smac_offline_online"].replace("--offline-steps 60", "--offline-steps 20")
+    monkeypatch.setitem(kill.FLAGS, "smac_offline_online", flags.replace("-per-iteration 40", "-per-iteration 20"))
+    kill.main(kill.Args(kills=(3, 0, 0, 0, 0), seed=3, out=str(tmp_path / "kill.md")))  # which exits if a run differs
     rows = [line for line in (tmp_path / "kill.md").read_text().splitlines() if line.startswith("|") and ".py" in line]
     assert sum(int(row.split("|")[-2]) for row in rows) == 3
 
@@ -267,7 +265,7 @@ def test_killed_runs_end_like_runs_that_were_never_killed(tmp_path, monkeypatch)
 def test_eval_csv_comes_back_whole(whole, dataset, tmp_path):
     run = shutil.copytree(whole(meta_bc), tmp_path / "run")
     file, text = run / "eval.csv", (run / "eval.csv").read_bytes()
-    for damaged in (text + b"2", text[:-20], text.replace(b"0", b"1"), b"", None):
+    for damaged in (text[:-20], text.replace(b"0", b"1"), None):
         file.write_bytes(damaged) if damaged is not None else file.unlink()
         resume(meta_bc, dataset, run)
         assert file.read_bytes() == text
@@ -394,44 +392,31 @@ def test_a_run_closes_its_files_and_threads(dataset, tmp_path):
 
 def surroundings():
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
-    precision = torch.get_float32_matmul_precision()
-    return handlers, threading.excepthook, tqdm.monitor_interval, precision, warnings.filters[:], threading.enumerate()
+    return handlers, threading.excepthook, tqdm.monitor_interval, torch.get_float32_matmul_precision()
 
 
 class Unexpected(Exception):
     pass
 
 
-def test_signals_hooks_and_precision_are_as_they_were(dataset, tmp_path, monkeypatch):
+@pytest.mark.parametrize("place, name, error", [
+    (buffers, "flatten", Unexpected()), (buffers, "draw_summary", Unexpected()),
+    (buffers.SummaryWriter, "close", OSError(errno.ENOSPC, "No space left on device")),
+])  # fmt: skip
+def test_signals_hooks_and_precision_are_as_they_were(dataset, tmp_path, monkeypatch, place, name, error):
+    """Also after an error while a run is closed; tests/test_own_tasks.py has other ends."""
+
     def fail(*_):
-        raise Unexpected
+        raise error
 
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    start(meta_bc, dataset, tmp_path / "first")  # TensorBoard and others set something up once
     before = surroundings()
-    start(smac, dataset, tmp_path / "a")
+    monkeypatch.setattr(place, name, fail)
+    with pytest.raises((Unexpected, InputError)) as raised:
+        start(meta_bc, dataset, tmp_path)
     assert surroundings() == before
-    for place, name in ((meta_bc, "update"), (meta_bc, "evaluate"), (buffers, "flatten"), (buffers, "draw_summary")):
-        with monkeypatch.context() as patch:
-            patch.setattr(place, name, fail)
-            with pytest.raises(Unexpected):
-                start(meta_bc, dataset, tmp_path / name)
-        assert surroundings() == before, name
-    with monkeypatch.context() as patch:  # TensorBoard's last words do not fit on the disk
-        patch.setattr(buffers.SummaryWriter, "close", full)
-        with pytest.raises(InputError, match="can not write to .*No space left on device; continue with"):
-            start(meta_bc, dataset, tmp_path / "close")
-    assert surroundings()[:-1] == before[:-1]
-
-
-def test_a_run_in_a_thread(dataset, tmp_path):
-    before, runs = surroundings(), []
-    thread = threading.Thread(target=lambda: runs.append(start(meta_bc, dataset, tmp_path)))
-    thread.start()
-    thread.join()
-    assert read(runs[0]) == 13 and surroundings()[:4] == before[:4]
+    if name == "close":  # TensorBoard's last words do not fit on the disk
+        message = f"can not write to {directory(meta_bc, tmp_path)}: No space left on device; continue with: python"
+        assert str(raised.value).startswith(message)
 
 
 # ----- Closed terminals and pipes
@@ -541,9 +526,8 @@ def test_the_home_folder_may_be_a_tilde(dataset, tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path)) == ["d.npz", "runs"]
 
 
-@SCRIPTS
-@pytest.mark.parametrize("what", ["reward", "observation"])
-def test_nan_at_an_evaluation(script, dataset, tmp_path, monkeypatch, what):
+@pytest.mark.parametrize("script, what", [(smac, "observation"), (pearl, "reward"), (macaw, "observation")])
+def test_nan_from_the_environment(script, dataset, tmp_path, monkeypatch, what):
     """The environment's numbers become NaN after the first checkpoint: the sentence names step and checkpoint."""
     step, save, broken = envs.PointDirection.step, buffers.Run.save, []
 
@@ -562,10 +546,7 @@ def test_nan_at_an_evaluation(script, dataset, tmp_path, monkeypatch, what):
     assert read(run) == broken[0] == 5
 
 
-@pytest.mark.parametrize("script, flags", [
-    (meta_bc, dict(lr=1e3)), (smac, dict(lr=1e3)), (pearl, dict(lr=1e10)), (borel, dict(lr=1e10)),
-    (macaw, dict(policy_lr=1e15)),
-], ids=lambda value: getattr(value, "__name__", ""))  # fmt: skip
+@pytest.mark.parametrize("script, flags", [(smac, dict(lr=1e3)), (macaw, dict(policy_lr=1e15))])
 def test_learning_that_diverges(script, flags, dataset, tmp_path):
     message = refusal(functools.partial(start, script, dataset, tmp_path, eval_every=1, **flags))
     assert re.search("(is|became) NaN or infinite", message) and re.search("continue with|no checkpoint yet", message)
@@ -966,10 +947,10 @@ def end_record(members, size, offset, comment=b""):
 
 def zip_tricks(members, name):
     """{what: bytes}: archives that are not what they seem. `name` is a member that is read."""
-    whole, others = archive(members), {n: data for n, data in members.items() if n != name}
+    whole = archive(members)
     at = whole.rindex(b"PK\5\6")
     table = whole[whole.index(b"PK\1\2") : at]
-    bomb = archive({name: bytes(300 << 20)}, zipfile.ZIP_DEFLATED)
+    bomb = archive({name: bytes(buffers.MAX_UNPACKED + 1)}, zipfile.ZIP_DEFLATED)
     yield "a comment", whole[:at] + end_record(len(members), len(table), at - len(table), b"comment")
     inner = table + end_record(len(members), len(table), at + 22)
     yield "a second table in the comment", whole[:at] + end_record(0, 0, at, inner)
@@ -981,7 +962,9 @@ def zip_tricks(members, name):
     huge = struct.pack("<4sQ2H2L4Q", b"PK\6\6", 44, 45, 45, 0, 0, 9, 9, 1 << 40, 0)
     yield "a zip64 table of a terabyte", whole[:at] + huge + struct.pack("<4sLQL", b"PK\6\7", 0, at, 1) + whole[at:]
     yield "a zip bomb", bomb
-    yield "a zip bomb beside the rest", archive({**others, name: bytes(300 << 20)}, zipfile.ZIP_DEFLATED)
+    many = {f"totals/{i}.npy": npy("<f4", "()", bytes(4)) for i in range(20)}
+    share = bytes(buffers.MAX_UNPACKED // 4)
+    yield "a zip bomb in five parts", archive(many | {f"totals/{i}.npy": share for i in range(5)}, zipfile.ZIP_DEFLATED)
     yield "lzma", archive(members, zipfile.ZIP_LZMA)
     yield "bzip2", archive(members, zipfile.ZIP_BZIP2)
     yield "two of one name", archive([*members.items(), (name, members[name])])
@@ -995,7 +978,7 @@ def zip_tricks(members, name):
     entry = bytearray(table[:first])
     entry[8] |= 1
     yield "an encrypted member", whole[: at - size] + entry + table[first:] + whole[at:]
-    yield "30,000 empty members", archive({str(i): b"" for i in range(30_000)})
+    yield "6,000 empty members", archive({str(i): b"" for i in range(6000)})
     yield "6,000 empty arrays", archive(members | {f"totals/{i}.npy": npy("<f4", "(0,)") for i in range(6000)})
     yield "an archive without an end", whole[:-1]
     yield "an empty archive", archive({})
@@ -1019,31 +1002,31 @@ def header_tricks(name, trap):
     yield "nothing", b""
 
 
-def harmful(members, name, trap):
-    yield from zip_tricks(members, name)
-    for what, data in header_tricks(name, trap):
-        yield f"{what} in {name}", archive({**members, name: data})
+def harmful(members, names, trap):
+    yield from zip_tricks(members, names[0])
+    for name in names:
+        for what, data in header_tricks(name, trap):
+            yield f"{what} in {name}", archive({**members, name: data})
 
 
 def check_harmful(function, as_before, file, content, names, trap):
-    """Each is refused in a sentence, or (the second table) as good as before: at once, no warning, and no code ran."""
+    """Each is refused, or (the second table) as good as before: at once, in a sentence, no warning, no code ran."""
     with zipfile.ZipFile(io.BytesIO(content)) as whole:
         members = {info.filename: whole.read(info) for info in whole.infolist()}
-    for name in names:
-        for what, data in harmful(members, name, trap):
-            file.write_bytes(data)
-            began = time.process_time()
-            with warnings.catch_warnings(record=True) as warned:
-                warnings.simplefilter("always")
-                message = refusal(function, file)
-            assert file.name in message if message else what == "a second table in the comment" and as_before(), what
-            assert time.process_time() - began < 5 and warned == [] and not trap.exists(), what
+    for what, data in harmful(members, names, trap):
+        file.write_bytes(data)
+        began = time.process_time()
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            message = refusal(function, file)
+        assert file.name in message if message else what == "a second table in the comment" and as_before(), what
+        assert time.process_time() - began < 5 and warned == [] and not trap.exists(), what
 
 
 def test_a_harmful_dataset_is_refused_at_once(dataset, tmp_path):
     file, trap = tmp_path / "d.npz", tmp_path / "created"
     load = functools.partial(buffers.load_dataset, "PointDirection")
-    names = ["rl_obs.npy", "env_id.npy", "train_tasks.npy", "format_version.npy"]
+    names = ["rl_obs.npy", "env_id.npy", "train_tasks.npy"]
     expected = pickle.dumps(load(dataset))
     text, peak = forked(
         lambda: check_harmful(
@@ -1055,7 +1038,7 @@ def test_a_harmful_dataset_is_refused_at_once(dataset, tmp_path):
 
 def test_a_harmful_checkpoint_is_refused_at_once(good, tmp_path):
     file, trap, take = tmp_path / "checkpoint.npz", tmp_path / "created", lambda file: good[2](file.parent)
-    names = ["agent/policy.net.0.weight.npy", "flags.npy", "eval_csv.npy", "buffer/fields/obs.npy", "step.npy"]
+    names = ["agent/policy.net.0.weight.npy", "flags.npy", "eval_csv.npy"]
     text, peak = forked(lambda: check_harmful(take, lambda: same_state(good[3], good[1]), file, good[0], names, trap))
     assert text == "nothing" and peak < resident() + 500
 

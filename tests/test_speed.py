@@ -1,9 +1,12 @@
-"""The plain version of the update in benchmark/ is the same step, so that comparing their speed means something."""
+"""What makes a step fast changes none of its numbers: precision, compiled steps, CUDA graphs; the plain version of the
+update in benchmark/ is the same step."""
 
+import contextlib
 import shutil
 import sys
 import sysconfig
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -103,6 +106,65 @@ def test_the_cuda_graph_ends_at_the_same_parameters(online):
     for name, value in results[0][0].items():
         torch.testing.assert_close(value, results[1][0][name], rtol=1e-3, atol=1e-5)
     assert results[0][1][-1] == pytest.approx(results[1][1][-1], rel=1e-2)
+
+
+class FakeGraph:
+    """A CUDA graph that counts: the order of calls, where there is no GPU."""
+
+    def __init__(self):
+        self.replays, self.generators = 0, []
+
+    def register_generator_state(self, generator):
+        self.generators.append(generator)
+
+    def replay(self):
+        self.replays += 1
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """The graphs that are made."""
+    made, stream = [], types.SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: made.append(FakeGraph()) or made[-1])
+    return made
+
+
+def test_a_step_is_recorded_at_its_fourth_call_once_for_each_phase(graphs):
+    calls, generator = [], torch.Generator()
+
+    def step(generator, online):
+        calls.append(online)
+        return len(calls)
+
+    fast = buffers.record(step)
+    assert [fast(generator, online=False) for _ in range(3)] == [1, 2, 3] and graphs == []
+    assert [fast(generator, online=False) for _ in range(3)] == [4, 4, 4]  # what was recorded
+    assert [graph.replays for graph in graphs] == [3] and graphs[0].generators == [generator]
+    assert [fast(generator, online=True) for _ in range(5)] == [5, 6, 7, 8, 8]
+    assert [graph.replays for graph in graphs] == [3, 2] and calls == 4 * [False] + 4 * [True]
+
+
+def test_a_step_that_can_not_be_recorded_stops_the_run(graphs):
+    """What it gets from a recorded function would keep its place, and what it gets from a plain one would not."""
+    calls = []
+
+    def step():
+        calls.append(1)
+        if len(calls) == 4:
+            raise RuntimeError("operation not permitted\nwhen stream is capturing")
+        return len(calls)
+
+    fast = buffers.record(step)
+    assert [fast() for _ in range(3)] == [1, 2, 3]
+    words = (
+        r"no CUDA graph can be made \(operation not permitted when stream is capturing\): --no-cuda-graph goes without"
+    )
+    with pytest.raises(buffers.InputError, match=words):
+        fast()
 
 
 # ----- The precision of products, and `Run.fast`
