@@ -129,6 +129,21 @@ def test_outer_gradient_against_finite_differences(tiny, weight_transform):
     assert agent.raw_adv_coef.grad.abs() > 0 and agent.policy[0].raw_lr.grad.abs().min() > 0
 
 
+def test_a_gradient_step_adapts_to_the_inner_batch_and_is_judged_on_the_outer_one(tiny):
+    """Gradients of the losses after adaptation to `inner`, on `outer`, taken down by one step of plain descent."""
+    (agent, inner, outer), args = tiny(), macaw.Args()
+    outer = {name: x[:, :3] for name, x in outer.items()}  # another number of transitions
+    expected, stepped = copy.deepcopy(agent), copy.deepcopy(agent)
+    losses = macaw.outer_losses(expected, inner, outer)
+    sum(losses).backward()
+    optimizer = torch.optim.SGD(stepped.parameters(), lr=0.1)
+    info = macaw.update(stepped, optimizer, {"inner": inner, "outer": outer}, args)
+    assert info["losses/value"].item() == losses[0].item() and info["losses/actor"].item() == losses[1].item()
+    for (name, new), old in zip(stepped.named_parameters(), expected.parameters()):
+        moved = 0 if old.grad is None else 0.1 * old.grad
+        torch.testing.assert_close(new.detach(), old.detach() - moved, msg=name)
+
+
 def test_actor_loss_by_hand():
     torch.manual_seed(0)
     mean, actions, adv = torch.randn(T, B, ACTION), torch.rand(T, B, ACTION), torch.randn(T, B, 1)
