@@ -428,6 +428,7 @@ DATASETS = {
     # kind of numbers; tasks, episodes a task, steps an episode; sizes of observation and action; an encoder part?
     "one-hot, 24 MB": ("one-hot", 50, 6, 200, 100, 1, False),
     "constant": ("constant", 50, 6, 200, 100, 6, False),
+    "more than a reader unpacks": ("constant", 10, 3, 100, 30, 2, True),
     "all zero": ("zero", 10, 3, 100, 30, 1, True),
     "one task": ("normal", 1, 2, 7, 3, 2, False),
     "one task, one episode of one step": ("normal", 1, 1, 1, 1, 1, False),
@@ -441,7 +442,9 @@ DATASETS = {
 
 
 @pytest.mark.parametrize("name", DATASETS)
-def test_what_is_saved_is_what_is_loaded(register, tmp_path, name):
+def test_what_is_saved_is_what_is_loaded(register, tmp_path, monkeypatch, name):
+    if name == "more than a reader unpacks":
+        monkeypatch.setattr(buffers, "MAX_UNPACKED", 100_000)
     case, rng = DATASETS[name], np.random.default_rng(len(name))
     if isinstance(case, int):
         rng = np.random.default_rng(case)
