@@ -453,7 +453,7 @@ def from_dataset(dataset: dict, env_id: str, device="cpu", more_tasks: int = 0, 
 MAY_BE_ZERO = "seed task_seed offline_steps online_iterations lambda_pearl kl_coef posterior_steps policy_reg alpha"
 MAY_BE_ZERO = MAY_BE_ZERO.split()
 AT_LEAST = {"rl_batch": 2, "context_batch": 2}  # a mean and a deviation are taken over them
-AT_MOST = {"gamma": 1, "tau": 1, "seed": 2**32, "task_seed": 2**32 - 1}  # and see `bounds`
+AT_MOST = {"gamma": 1, "tau": 1, "tasks_per_iteration": 200, "seed": 2**32, "task_seed": 2**32 - 1}  # and see `bounds`
 PRODUCTS = {  # for memory: a gradient step of the largest takes about 1 GB
     "meta_batch rl_batch": 2**15, "meta_batch context_batch": 2**15, "meta_batch rl_batch latent_dim": 2**24,
     "vae_tasks vae_trajectories": 2**7, "vae_tasks vae_trajectories elbo_terms elbo_terms": 2**20,
@@ -788,13 +788,13 @@ class Run:
                 if self.stopping:
                     raise SystemExit(f"stopped after step {self.step}; {self.saved()}")
 
-    def count(self, name, number):
-        """Numbers 0, 1, ... of something that comes before the first gradient step, with a bar; stops as `steps`."""
+    def count(self, name, values):
+        """Yields values of something that comes before the first gradient step, with a bar; stops as `steps`."""
         terminal = sys.stderr is not None and sys.stderr.isatty()
-        for i in tqdm(range(number), desc=name, file=Screen(), disable=not terminal):
+        for value in tqdm(values, desc=name, file=Screen(), disable=not terminal):
             if self.stopping:
                 raise SystemExit(f"stopped before the first gradient step; {self.saved()}")
-            yield i
+            yield value
 
     def log(self, info):
         """Add up the scalars of a gradient step, and write their means every LOG_EVERY steps. Raises InputError."""

@@ -53,7 +53,7 @@ class Args:
     policy_reg: float = 1e-3  # weight of the squares of the policy's mean and log standard deviation (PEARL's code)
     next_obs_in_context: bool = False  # the encoder sees s' as well (PEARL: where tasks differ in their dynamics)
     initial_steps: int = 2_000  # transitions of each task before training, z from the prior (PEARL)
-    tasks_per_iteration: int = 5  # tasks that collect data in one iteration, one after the other (PEARL)
+    tasks_per_iteration: int = 5  # tasks that collect data in one iteration, side by side (authors: in turn)
     prior_steps: int = 400  # new transitions a task with z from the prior (PEARL)
     posterior_steps: int = 600  # new transitions a task with z from the posterior (PEARL)
     updates_per_iteration: int = 4_000  # gradient steps an iteration [Table 1 asks for 4 per new transition]
@@ -271,20 +271,20 @@ def prior(num, args, device):
     return torch.zeros(num, args.latent_dim, device=device), torch.ones(num, args.latent_dim, device=device)
 
 
-def collect(env, task, num_steps, agent, buffer, args, act_rng, rng, explore):
-    """Add whole episodes of one training task, to which env is set: with z ~ p(z) to both buffers, or with z ~ q(z | h)
-    to the RL buffer. Returns how many transitions."""
-    collected = 0
-    while collected < num_steps:
-        mu, sigma = prior(1, args, rng.device)
+def collect(env_list, tasks, num_steps, agent, buffer, args, act_rng, rng, explore):
+    """Add whole episodes of E training tasks side by side, each in its environment: with z ~ p(z) to both buffers, or
+    with z ~ q(z | h) to the RL buffer. Returns how many transitions."""
+    missing = [num_steps] * len(tasks)
+    while live := [e for e, steps in enumerate(missing) if steps > 0]:
+        mu, sigma = prior(len(live), args, rng.device)  # (live, dz)
         if not explore:
             with torch.no_grad():
-                h = buffer.sample([task], args.context_batch, rng, "context")
+                h = buffer.sample([tasks[e] for e in live], args.context_batch, rng, "context")
                 mu, sigma = agent.encoder(make_context(h, args))
-        (path,) = rollout([env], agent, mu, sigma, act_rng)
-        buffer.add(task, path, context=explore)
-        collected += len(path["actions"])
-    return collected
+        for e, path in zip(live, rollout([env_list[e] for e in live], agent, mu, sigma, act_rng)):
+            buffer.add(tasks[e], path, context=explore)
+            missing[e] -= len(path["actions"])
+    return len(tasks) * num_steps - sum(missing)
 
 
 @torch.no_grad()
@@ -348,7 +348,7 @@ def main(args):
     trained = [parameter for parameter in agent.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=args.lr, fused=True, capturable=device.type == "cuda")
 
-    env = envs.make(args.env_id)
+    env_list = [envs.make(args.env_id) for _ in range(args.tasks_per_iteration)]
     eval_envs = envs.make_evaluation(args.env_id, train_tasks, test_tasks)
     parts = dict(agent=agent, optimizer=optimizer, buffer=buffer, act_rng=act_rng, rng=rng)
     with buffers.Run(args, __file__, **parts) as run:
@@ -356,19 +356,23 @@ def main(args):
             raise buffers.InputError(f"--save-dataset: iteration {args.dataset_iteration} of this run is over")
         sample, learn = run.fast(sample_batch), run.fast(update, args.compile)
 
-        for task in run.count("initial data", len(train_tasks) if run.step == 0 else 0):
-            env.unwrapped.set_task(train_tasks[task])
-            run.env_steps += collect(env, task, args.initial_steps, agent, buffer, args, act_rng, rng, explore=True)
+        num_tasks, side_by_side = len(train_tasks), args.tasks_per_iteration
+        for first in run.count("initial data", range(0, num_tasks if run.step == 0 else 0, side_by_side)):
+            visited = list(range(first, min(first + side_by_side, num_tasks)))
+            for env, task in zip(env_list, visited):
+                env.unwrapped.set_task(train_tasks[task])
+            run.env_steps += collect(env_list, visited, args.initial_steps, agent, buffer, args, act_rng, rng, True)
 
         for step in run.steps(args.online_iterations * args.updates_per_iteration, "PEARL"):
             if step % args.updates_per_iteration == 0:
                 # PAPER: 1000 new transitions an iteration, 4 gradient steps for each. CODE: 1000 on each of five tasks,
                 # 0.8 gradient steps for each, after 2000 on every task before training.
-                for task in torch.randint(len(train_tasks), (args.tasks_per_iteration,), generator=act_rng).tolist():
+                visited = torch.randint(num_tasks, (side_by_side,), generator=act_rng).tolist()
+                for env, task in zip(env_list, visited):
                     env.unwrapped.set_task(train_tasks[task])
                     buffer.clear_context(task)  # h is what the present policy explores
-                    for num_steps, explore in ((args.prior_steps, True), (args.posterior_steps, False)):
-                        run.env_steps += collect(env, task, num_steps, agent, buffer, args, act_rng, rng, explore)
+                for num_steps, explore in ((args.prior_steps, True), (args.posterior_steps, False)):
+                    run.env_steps += collect(env_list, visited, num_steps, agent, buffer, args, act_rng, rng, explore)
             run.log(learn(agent, optimizer, sample(buffer, args, rng), args))
             if run.evaluation_due:
                 run.write(*evaluate(agent, eval_envs, args))

@@ -54,7 +54,7 @@ class Args:
     lambda_pearl: float = 1.0  # weight of the PEARL actor loss in the self-supervised phase [Table 2]
     kl_coef: float = 0.1  # weight of the KL term of Eq. 3 (authors' code; it must fit the size of the rewards)
     next_obs_in_context: bool = False  # the encoder sees s' as well (Section 3 lists it in h, C.3 does not)
-    tasks_per_iteration: int = 5  # tasks that collect data in one iteration, one after the other (authors' code)
+    tasks_per_iteration: int = 5  # tasks that collect data in one iteration, side by side (authors: in turn)
     prior_steps: int = 400  # new transitions a task with z from the prior (the authors' split of the 1000 of C.2)
     posterior_steps: int = 600  # new transitions a task with z from the posterior
     updates_per_iteration: int = 4_000  # gradient steps an iteration (authors' code; Table 1: 4 per new transition)
@@ -328,30 +328,32 @@ def prior(num, args, device):
     return torch.zeros(num, args.latent_dim, device=device), torch.ones(num, args.latent_dim, device=device)
 
 
-def explore(env, task, agent, buffer, args, act_rng, rng):
-    """[Alg. 1, l. 7] Whole episodes in `task`, to which env is set: with z ~ p(z), then with z ~ q(z | h).
+def explore(env_list, tasks, agent, buffer, args, act_rng, rng):
+    """[Alg. 1, l. 7] Whole episodes in E tasks side by side, each in its environment: z ~ p(z), then z ~ q(z | h).
 
     Yields, for each trajectory: number i of the buffer D_i that it shall enter; the trajectory, without rewards unless
     --oracle-rewards; whether the encoder buffer takes it too. Goes on when `main` has added it, so that h may have it.
     """
     num_train = int((buffer.sizes["offline"] > 0).sum())
     for from_prior, num_steps in ((True, args.prior_steps), (False, args.posterior_steps)):
-        while num_steps > 0:
+        missing = [num_steps] * len(tasks)
+        while live := [e for e, steps in enumerate(missing) if steps > 0]:
             # PAPER: D_i drawn anew for each trajectory (l. 8). CODE: D_i of the training task that is explored.
-            i = task
+            owners = [tasks[e] for e in live]
             if args.explore_tasks == "test":  # which has no offline data: as in the text, or its own D_i (true rewards)
-                drawn = torch.randint(num_train, (), generator=act_rng)
-                i = num_train + task if args.oracle_rewards else int(drawn)
-            mu, sigma = prior(1, args, rng.device)
+                drawn = torch.randint(num_train, (len(live),), generator=act_rng)
+                owners = [num_train + task for task in owners] if args.oracle_rewards else drawn.tolist()
+            mu, sigma = prior(len(live), args, rng.device)  # (live, dz)
             if not from_prior:
                 # PAPER: z ~ p(z) only. CODE: z ~ q(z | h) in 600 of 1000 transitions, for the RL buffer (Sawyer: both).
                 with torch.no_grad():
-                    h = buffer.sample([i], args.context_batch, rng, "context")
+                    h = buffer.sample(owners, args.context_batch, rng, "context")
                     mu, sigma = agent.encoder(make_context(h, args))
-            (path,) = rollout([env], agent, mu, sigma, act_rng, read_rewards=args.oracle_rewards)
-            num_steps -= len(path["actions"])
-            frozen = args.encoder_buffer == "frozen" and i < num_train
-            yield i, path, args.encoder_buffer == "all" or from_prior and not frozen
+            paths = rollout([env_list[e] for e in live], agent, mu, sigma, act_rng, read_rewards=args.oracle_rewards)
+            for e, i, path in zip(live, owners, paths):
+                missing[e] -= len(path["actions"])
+                frozen = args.encoder_buffer == "frozen" and i < num_train
+                yield i, path, args.encoder_buffer == "all" or from_prior and not frozen
 
 
 @torch.no_grad()
@@ -422,7 +424,7 @@ def main(args):
     trained = [parameter for parameter in agent.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=args.lr, fused=True, capturable=device.type == "cuda")
 
-    env = envs.make(args.env_id)
+    env_list = [envs.make(args.env_id) for _ in range(args.tasks_per_iteration)]
     eval_envs = envs.make_evaluation(args.env_id, dataset["train_tasks"], dataset["test_tasks"])
     parts = dict(agent=agent, optimizer=optimizer, buffer=buffer, act_rng=act_rng, rng=rng)
     with buffers.Run(args, __file__, dataset["sha256"], **parts) as run:
@@ -438,16 +440,16 @@ def main(args):
         for step in run.steps(total_steps, "self-supervised"):  # l. 6, up to that step
             if (step - args.offline_steps) % args.updates_per_iteration == 0:
                 # PAPER: 4 gradient steps per new transition. CODE: 0.8, as five tasks collect, not one. 4 on Sawyer.
-                drawn = torch.randint(len(explored_tasks), (args.tasks_per_iteration,), generator=act_rng)
-                for task in drawn.tolist():
+                drawn = torch.randint(len(explored_tasks), (args.tasks_per_iteration,), generator=act_rng).tolist()
+                for env, task in zip(env_list, drawn):
                     env.unwrapped.set_task(explored_tasks[task])
-                    for i, path, in_context in explore(env, task, agent, buffer, args, act_rng, rng):  # l. 7
-                        if not args.oracle_rewards:
-                            # l. 8: h_offline ~ D_i, of the part of its encoder buffer that has true rewards
-                            h_offline = buffer.sample([i], args.context_batch, rng, "offline")
-                            path["rewards"] = generate_rewards(agent, path, h_offline, args, rng)  # l. 9: labels
-                        buffer.add(i, path, context=in_context)  # l. 9: D_i grows
-                        run.env_steps += len(path["actions"])
+                for i, path, in_context in explore(env_list, drawn, agent, buffer, args, act_rng, rng):  # l. 7
+                    if not args.oracle_rewards:
+                        # l. 8: h_offline ~ D_i, of the part of its encoder buffer that has true rewards
+                        h_offline = buffer.sample([i], args.context_batch, rng, "offline")
+                        path["rewards"] = generate_rewards(agent, path, h_offline, args, rng)  # l. 9: labels
+                    buffer.add(i, path, context=in_context)  # l. 9: D_i grows
+                    run.env_steps += len(path["actions"])
             batch = sample(buffer, args, rng)  # l. 10
             run.log(learn(agent, optimizer, batch, args, online=True))  # l. 11 and 12
             if run.evaluation_due:

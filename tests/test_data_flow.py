@@ -249,9 +249,12 @@ def is_own(tag, sign):
 
 
 def acted(flow, place):
-    """All that the policy saw there, in time order: observations (n, o) and signs of z (n,)."""
+    """All that the policy saw there, episode after episode: observations (n, o) and signs of z (n,)."""
     rows = [(obs, tag) for where, obs, tag in flow.acted if where == place]
-    return (torch.cat(column).numpy() for column in zip(*rows))
+    obs, tags = (torch.cat(column).numpy() for column in zip(*rows))
+    begun = {episode: number for number, episode in reversed(list(enumerate(map(tuple, obs[:, [SIGN, EPISODE]]))))}
+    order = np.argsort([begun[episode] for episode in map(tuple, obs[:, [SIGN, EPISODE]])], kind="stable")
+    return obs[order], tags[order]
 
 
 def check_transitions(data, true_rewards=True):
@@ -470,43 +473,45 @@ def test_the_learning_rates_reach_the_optimizer(flow):
 # ----- Collecting data
 
 
-def visits(flow):
-    """What is collected, as (sign of the visited task, signs of z of its episodes, gradient steps before)."""
-    found, steps = [], np.array([before for _, before, _ in flow.batches])
+def rounds(flow):
+    """Episodes that were collected side by side: {gradient steps before: [(signs of the tasks, signs of z), ...]}."""
+    found, steps = {}, np.array([before for _, before, _ in flow.batches])
     for number, (place, obs, tag) in enumerate(flow.acted):
-        if place == "collect" and obs[0, TIME] == 0:
-            if tag == UNKNOWN and (not found or len(found[-1][1]) >= 2):
-                found.append((obs[0, SIGN].item(), [], int((steps <= number).sum())))
-            assert found[-1][0] == obs[0, SIGN]
-            found[-1][1].append(tag.item())
+        if place == "collect" and (obs[:, TIME] == 0).all():
+            found.setdefault(int((steps <= number).sum()), []).append((obs[:, SIGN].tolist(), tag.numpy()))
     return found
 
 
 @over(COLLECTING)
 def test_an_iteration_visits_several_tasks_of_the_right_split_and_explores_with_the_prior_then_the_posterior(flow):
-    found, signs = visits(flow), TEST if "test tasks" in flow.name else TRAIN
+    found, signs = rounds(flow), TEST if "test tasks" in flow.name else TRAIN
     if flow.script is pearl:  # first every training task, in order
-        initial, found = found[: len(TRAIN)], found[len(TRAIN) :]
-        assert [(sign, steps) for sign, _, steps in initial] == [(sign, 0) for sign in TRAIN]
-        assert all(tags == [UNKNOWN, UNKNOWN] for _, tags, _ in initial)
+        initial, found[0] = found[0][:2], found[0][2:]
+        assert [tasks for tasks, _ in initial] == 2 * [TRAIN.tolist()]
+        assert all((tags == UNKNOWN).all() for _, tags in initial)
     first = signed.OFFLINE if flow.script is smac else 0
-    assert [steps for _, _, steps in found] == [first] * 5 + [first + 3] * 5 + [first + 6] * 5
-    for iteration in (found[:5], found[5:10], found[10:]):
-        assert len({sign for sign, _, _ in iteration}) > 1
-    assert {sign for sign, _, _ in found} <= set(signs) and {sign for sign, _, _ in found[5:]} != {found[0][0]}
-    for sign, tags, _ in found:  # episodes of 2 steps, or of 3, until there are 4 and 5
-        assert tags[:2] == [UNKNOWN, UNKNOWN] and len(tags) == (5 if signed.falls(sign) else 4)
-        if flow.name == "smac, on test tasks":  # there is no history of a test task: it is of any training task
-            assert all(is_own(tag, TRAIN).any() for tag in tags[2:])
-        else:
-            assert is_own(tags[2:], sign).all()
+    assert list(found) == [first, first + 3, first + 6]
+    for iteration in found.values():  # episodes of 2 steps, or of 3, until there are 4 and 5
+        visited = iteration[0][0]
+        assert len(visited) == 5 and set(visited) <= set(signs)
+        falling = [sign for sign in visited if signed.falls(sign)]
+        assert [tasks for tasks, _ in iteration] == 4 * [visited] + [falling] * bool(falling)
+        for number, (tasks, tags) in enumerate(iteration):
+            if number < 2:
+                assert (tags == UNKNOWN).all()
+            elif flow.name == "smac, on test tasks":  # there is no history of a test task: it is of any training task
+                assert all(is_own(tag, TRAIN).any() for tag in tags)
+            else:
+                assert is_own(tags, tasks).all()
+    assert len({tuple(iteration[0][0]) for iteration in found.values()}) > 1
+    assert sum(len(set(iteration[0][0])) > 1 for iteration in found.values()) >= 2  # five of three tasks can be one
 
 
 @over(COLLECTING)
 def test_the_history_of_exploration_is_of_the_encoder_buffer(flow):
     histories = [history for place, history in flow.histories if place == "collect"]
     origins = {origin for history in histories for origin in history[..., ORIGIN].flatten().tolist()}
-    assert all(history.shape[:2] == (1, 4) for history in histories) and histories
+    assert {history.shape[1] for history in histories} == {4}
     own = {ENCODER_DATA, COLLECTED} if flow.script is smac else {COLLECTED}
     if flow.name == "smac, on test tasks with true rewards":
         own = {COLLECTED}
@@ -553,8 +558,9 @@ def test_what_was_collected_is_stored_whole_under_its_task(flow):
         np.testing.assert_array_equal(rl[rl >= first], mine)
         assert set(data["obs"][rl[rl < first], SIGN]) <= {signed.SIGNS[task]}
         explored = mine[tags[mine - first] == UNKNOWN]
-        if flow.script is pearl:  # only the last visit's: two episodes
-            explored = explored[-2 * signed.length(TRAIN[task]) :]
+        if flow.script is pearl:  # only those of the last iteration that visits the task: two episodes a visit
+            visits = [side[2 * (before == 0)][0].count(TRAIN[task]) for before, side in rounds(flow).items()]
+            explored = explored[-2 * signed.length(TRAIN[task]) * next(n for n in [*reversed(visits), 1] if n) :]
         elif "frozen" in RUNS[flow.name][1]:
             explored = explored[:0]
         elif "one buffer" in flow.name:

@@ -213,7 +213,8 @@ def test_the_encoder_buffer_holds_the_last_exploration_and_the_rl_buffer_everyth
     rl, context = state["buffer/sizes/rl"], state["buffer/sizes/context"]
     visits = (rl - HORIZON) / (3 * HORIZON)  # an episode at the start; a visit adds one with the prior and two more
     assert visits.sum() == 3 * 2 and np.array_equal(visits, visits.round()) and state["env_steps"] == rl.sum()
-    assert context.tolist() == [HORIZON] * TRAIN_TASKS
+    twice = (visits >= 2) & (context == 2 * HORIZON)  # in one iteration, by chance: the exploration of both
+    assert ((context == HORIZON) | twice).all()
 
 
 def test_cheetah_takes_the_first_of_one_buffer_and_the_last_of_the_other(tmp_path):

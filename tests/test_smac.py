@@ -269,8 +269,8 @@ def test_an_iteration_explores_with_the_prior_then_the_posterior_and_then_trains
     sample = buffers.ReplayBuffer.sample
 
     def record_sample(self, tasks, n, generator, source="rl"):
-        if len(tasks) == 1 and not in_evaluation:
-            events.append(source)
+        if len(tasks) < 4 and not in_evaluation:  # a gradient step draws from four
+            events.append((len(tasks), source))
         return sample(self, tasks, n, generator, source)
 
     monkeypatch.setattr(buffers.ReplayBuffer, "sample", record_sample)
@@ -278,10 +278,11 @@ def test_an_iteration_explores_with_the_prior_then_the_posterior_and_then_trains
     monkeypatch.setattr(smac, "evaluate", mark)
     monkeypatch.setattr(smac, "update", lambda *args, online: (events.append(online), update(*args, online))[1])
     start(dataset, tmp_path)
-    # One episode with z from the prior, two from the posterior; actions are sampled, rewards not read but generated
-    episodes = [(1, is_prior, {"read_rewards": False}) for is_prior in (True, False, False)]
-    visit = [event for e in episodes for event in (["context"] * (not e[1]) + [e, "offline"])]
-    assert events == [False] * OFFLINE + ITERATIONS * (2 * visit + [True] * UPDATES)
+    # One episode with z from the prior, two from the posterior, in two tasks side by side; actions are sampled, rewards
+    # not read but generated
+    episodes = [(2, is_prior, {"read_rewards": False}) for is_prior in (True, False, False)]
+    visit = [event for e in episodes for event in ([(2, "context")] * (not e[1]) + [e] + 2 * [(1, "offline")])]
+    assert events == [False] * OFFLINE + ITERATIONS * (visit + [True] * UPDATES)
 
 
 # ----- Acting
