@@ -30,6 +30,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import buffers
+import envs
 from benchmark import agents
 
 POINT = "smac_offline_online.py --env-id PointDirection"
@@ -130,6 +131,10 @@ BENCHMARKS = {
     "ant_small": {**ANT_SMALL, **baselines("AntDirection", "--eval-every 10000")},
     "humanoid_small": {
         **HUMANOID_SMALL, **baselines("HumanoidDirection"), **encoder_ablations(HUMANOID_SMALL),
+    },
+    "short": {
+        env_id: (f"smac_offline_online.py --env-id {env_id} --preset short", (1, 2, 3))
+        for env_id in envs.SPECS if env_id != "SawyerManipulation8"
     },
     "sawyer": {
         "smac": (f"smac_offline_online.py {SAWYER} --online-iterations 20", (1,)),
