@@ -51,13 +51,15 @@ class Args:
 # What differs from the defaults above. The KL weight must fit the rewards, as in smac_offline_online.py. PointDirection
 # is not in the paper: small networks and a short run.
 PRESETS = {
-    "HopperParam": {}, "WalkerParam": {}, "CheetahVelocity": {}, "AntDirection": {}, "HumanoidDirection": {},
+    "HopperParam": {}, "WalkerParam": {}, "CheetahVelocity": {}, "AntDirection": dict(eval_every=8_000),
+    "HumanoidDirection": {},
     "SawyerManipulation": dict(kl_coef=1 / 256), "SawyerManipulation8": dict(kl_coef=1 / 256),
     "PointDirection": dict(
         policy_hidden=(128, 128), encoder_hidden=(128, 128), rl_batch=128, lr=1e-3, kl_coef=0.002, offline_steps=3_000,
         eval_every=1_200,
     ),
     "short": dict(preset="short", rl_batch=64, offline_steps=15_000, eval_every=2_500),
+    "AntDirection short": dict(eval_every=5_000),
 }  # fmt: skip
 
 

@@ -63,7 +63,7 @@ class Args:
 PRESETS = {
     "HopperParam": dict(next_obs_in_context=True), "WalkerParam": dict(next_obs_in_context=True),
     "CheetahVelocity": dict(dataset_iteration=50),
-    "AntDirection": dict(dataset_iteration=100), "HumanoidDirection": dict(dataset_iteration=100),
+    "AntDirection": dict(dataset_iteration=100, eval_every=8_000), "HumanoidDirection": dict(dataset_iteration=100),
     "SawyerManipulation": dict(reward_scale=1.0),
     "PointDirection": dict(
         q_hidden=(128, 128), policy_hidden=(128, 128), encoder_hidden=(128, 128), rl_batch=128, lr=1e-3, kl_coef=0.002,
@@ -71,6 +71,7 @@ PRESETS = {
         updates_per_iteration=400, eval_every=1_200, dataset_iteration=10,
     ),
     "short": dict(preset="short", rl_batch=64, online_iterations=20, updates_per_iteration=1_000, eval_every=2_500),
+    "AntDirection short": dict(eval_every=5_000),
 }  # fmt: skip
 PRESETS["SawyerManipulation8"] = PRESETS["SawyerManipulation"]
 # The transitions of each task that become the dataset, (RL buffer, encoder buffer) [C.2]; None: RL's serve as both.

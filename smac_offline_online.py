@@ -71,7 +71,7 @@ class Args:
 # The KL weight must fit the rewards. Sawyer's are 0 or -1: 0.1 leaves the latent empty, and Eq. 3 is taken as written,
 # a sum over 256 transitions. PointDirection, not in the paper, has rewards of .1 to .5; small networks, a short run.
 PRESETS = {
-    "HopperParam": {}, "WalkerParam": {}, "AntDirection": {}, "HumanoidDirection": {},
+    "HopperParam": {}, "WalkerParam": {}, "AntDirection": dict(eval_every=8_000), "HumanoidDirection": {},
     "CheetahVelocity": dict(encoder_buffer="frozen"),
     "SawyerManipulation": dict(
         awr_lambda=0.3, awr_weights="exp", reward_scale=1.0, lambda_pearl=0.0, kl_coef=1 / 256, encoder_buffer="all",
@@ -86,6 +86,7 @@ PRESETS = {
         preset="short", rl_batch=64, offline_steps=15_000, online_iterations=20, updates_per_iteration=1_000,
         eval_every=2_500,
     ),
+    "AntDirection short": dict(eval_every=5_000),
 }  # fmt: skip
 PRESETS["SawyerManipulation8"] = PRESETS["SawyerManipulation"]
 

@@ -2,8 +2,8 @@
 
 On the same random data, in one run: a plain version of the same step (benchmark/plain_update.py) and the shipped one
 at PyTorch's defaults; then, with the settings of `buffers.matmul_precision`, the shipped step, and the matrix products
-of the step alone at the better of both precisions (the ceiling). Then how the cost grows, and the parts of an
-iteration. Writes benchmark/results/speed/{name}.md and prints it.
+of the step alone at the better of both precisions (the ceiling). Then how the cost grows. Writes
+benchmark/results/speed/{name}.md and prints it.
 """
 
 import dataclasses
@@ -33,17 +33,17 @@ class Args:
     env_ids: tuple[str, ...] = ("HopperParam", "CheetahVelocity", "HumanoidDirection")  # the last line is of the first
 
 
-def rate(function, seconds, rounds=4):
+def rate(function, seconds, rounds=4, clock=time.perf_counter):
     """Calls a second in the best of a few rounds: what disturbs a measurement only ever slows it down."""
     function()
-    start = time.perf_counter()
+    start = clock()
     function()
-    calls, best = max(1, int(seconds / rounds / (time.perf_counter() - start))), 0.0
+    calls, best = max(1, int(seconds / rounds / (clock() - start))), 0.0
     for _ in range(rounds):
-        start = time.perf_counter()
+        start = clock()
         for _ in range(calls):
             function()
-        best = max(best, calls / (time.perf_counter() - start))
+        best = max(best, calls / (clock() - start))
     return best
 
 
@@ -128,32 +128,6 @@ def table(header, rows):
     return "".join("| " + " | ".join(str(cell) for cell in line) + " |\n" for line in lines)
 
 
-def parts(env_id, seconds):
-    """Seconds of the parts of one self-supervised iteration with Table 1's and our default sizes."""
-    args, spec = smac.Args(env_id=env_id), envs.SPECS[env_id]
-    agent, batch, steps, sample = make(spec, args)
-    generator, env = torch.Generator().manual_seed(0), envs.make(env_id)
-    tasks = envs.sample_tasks(env_id, spec.num_train_tasks + spec.num_test_tasks)
-    split = np.split(tasks, [spec.num_train_tasks])
-    eval_envs = envs.make_evaluation(env_id, *split)
-    buffer = random_buffer(spec, spec.num_train_tasks)
-    buffer.mark_offline()
-    prior = smac.prior(1, args, "cpu")
-    start, collected = time.perf_counter(), 0
-    while collected < args.prior_steps + args.posterior_steps:
-        (path,) = smac.rollout([env], agent, *prior, generator)
-        collected += len(path["actions"])
-    collect = (time.perf_counter() - start) * (args.prior_steps + args.posterior_steps) / collected
-    start = time.perf_counter()
-    smac.evaluate(agent, buffer, eval_envs, args)
-    evaluate = time.perf_counter() - start
-    info, totals = steps[True](), {}
-    log = rate(lambda: {name: totals.get(name, 0) + value for name, value in info.items()}, seconds)
-    count = args.updates_per_iteration
-    times = {"update": count / rate(steps[True], seconds), "sampling": count / rate(sample, seconds)}
-    return times | {"collection": collect, "evaluation": evaluate, "logging": count / log}
-
-
 def main(cli):
     first, threads = cli.env_ids[0], torch.get_num_threads()
     args, spec = smac.Args(env_id=first), envs.SPECS[first]
@@ -196,10 +170,6 @@ def main(cli):
             rows.append([what, value, f"{step:.1f}", f"{draw:.2f}", f"{100 * draw / (step + draw):.1f} %"])
     text += "\n" + table(["grows", "to", "ms a step", "ms a batch", "sampling's share"], rows)
 
-    times = parts(first, cli.seconds)
-    rows = [[name, f"{value:.1f}", f"{100 * value / sum(times.values()):.1f} %"] for name, value in times.items()]
-    text += f"\n{first}, one self-supervised iteration and one evaluation:\n\n"
-    text += table(["part", "seconds", "share"], rows)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     text += f"\nPeak memory of this program: {peak:.0f} MB.\n"
     fraction, ratio = ratios[False]
