@@ -75,10 +75,14 @@ CHEETAH_SMALL = small(
     "CheetahVelocity", 5000, "--online-iterations 50 --save-dataset datasets/CheetahVelocity.npz"
 )  # fmt: skip
 CHEETAH_SMAC = CHEETAH_SMALL["smac"][0]
-# The oracles of the other robots go on to 100 iterations, and make their datasets after 40 or 100.
+# The oracles of Walker, Ant and Humanoid also make their datasets, after 40 or 100 iterations.
 WALKER_SMALL, ANT_SMALL, HUMANOID_SMALL = (
-    small(env_id, every, f"--online-iterations 100 --eval-every 10000 --save-dataset datasets/{env_id}.npz")
-    for env_id, every in (("WalkerParam", 5000), ("AntDirection", 10_000), ("HumanoidDirection", 5000))
+    small(env_id, every, f"--online-iterations {end} --eval-every 10000 --save-dataset datasets/{env_id}.npz")
+    for env_id, every, end in (
+        ("WalkerParam", 5000, 40),
+        ("AntDirection", 10_000, 100),
+        ("HumanoidDirection", 5000, 100),
+    )
 )
 BENCHMARKS = {
     # name: {label: (command, seeds)}
