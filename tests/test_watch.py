@@ -14,6 +14,7 @@ import imageio.v3 as imageio
 import numpy as np
 import pytest
 import torch
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -35,6 +36,7 @@ FLAGS = {
     macaw: dict(offline_steps=2, value_hidden=(8,)),
     borel: dict(vae_steps=1, offline_steps=2, vae_tasks=2, elbo_terms=2),
 }
+DRAW_SUMMARY = buffers.draw_summary  # the fixture `runs` replaces it
 STEPS = {smac: 4, pearl: 2, meta_bc: 2, macaw: 2, borel: 3}  # of a whole run
 
 
@@ -382,3 +384,34 @@ def test_figures_of_a_run(runs, tmp_path):
         assert seen == [name != "offline data", True]
     with pytest.raises(buffers.InputError, match="there is no figures_"):
         figures.main(figures.Args(runs[smac] / "nowhere"))
+
+
+def test_the_picture_of_a_run_by_hand(tmp_path):
+    """A colour for each context in all panels; the phases apart; two rows of panels beside the returns."""
+    rows = [(10, 0, "train,offline", 4.0), (20, 0, "test,online", 1.0), (20, 0, "train,online", 3.0)]
+    rows += [(30, 50, "test,online", 5.0), (30, 50, "test,online", 7.0)]
+    lines = [f"{step},{new},{group},0,{value},0" for step, new, group, value in rows]
+    (tmp_path / "eval.csv").write_text("\n".join([",".join(buffers.CSV_COLUMNS), *lines, ""]))
+    kls = {"kl_train_offline_context": np.array([1.0, 3.0]), "kl_train_online_context": np.array([8.0, 8.0])}
+    paths = {"offline data": np.zeros((2, 5, 2)), "online context": np.ones((2, 5, 2))}
+    for step, ground in ((20, {}), (30, paths), (40, paths)):  # the last is of a later step than eval.csv has
+        np.savez(tmp_path / f"figures_{step}.npz", **kls, **ground)
+    curves, *panels = DRAW_SUMMARY(tmp_path).axes
+    drawn = {line.get_label(): (line.get_color(), line.get_linestyle(), [*line.get_ydata()]) for line in curves.lines}
+    assert drawn == {
+        "train tasks, offline context": ("tab:blue", "--", [4]),
+        "train tasks, online context": ("tab:orange", "--", [3]),
+        "test tasks, online context": ("tab:orange", "-", [1, 6]),
+    }  # fmt: skip
+    (phase,) = curves.patches
+    assert phase.get_label() == "self-supervised phase"
+    assert [phase.get_x(), phase.get_x() + phase.get_width()] == [20, 30]
+    assert [axes.get_title() for axes in panels] == ["after 20 gradient steps"] * 2 + ["after 30 gradient steps"] * 2
+    assert [axes.get_visible() for axes in panels] == [True, False, True, True]
+    words = [text.get_text() for text in panels[2].get_legend().get_texts()]
+    assert words == ["offline context, mean 2.0", "online context, mean 8.0"]
+    for axes, colours in ((panels[2], ["tab:blue", "tab:orange"]), (panels[3], ["tab:red", "tab:orange"])):
+        of = [patch.get_edgecolor() for patch in axes.patches] or [line.get_color() for line in axes.lines]
+        in_legend = axes.get_legend().get_patches() or axes.get_legend().get_lines()
+        in_legend = [getattr(mark, "get_edgecolor", getattr(mark, "get_color", None))() for mark in in_legend]
+        assert [to_rgba(c) for c in of] == [to_rgba(c) for c in in_legend] == [to_rgba(c) for c in colours]
