@@ -267,8 +267,9 @@ def short(runs):
     runs = {env_id: runs[env_id] for env_id in FOLDERS if env_id in runs}
     panels = {env_id: ({"smac": run}, ["smac"]) for env_id, run in runs.items()}
     picture(RESULTS / "short" / "curve.png", panels, one_legend=True)
-    note = f"""SMAC with --preset short. {NOTE} On test tasks, online
-context; a seed's end is the mean of its last three evaluations, its gain is what that is above its offline phase.
+    note = f"""SMAC with --preset short, on test tasks with online context.
+{NOTE}
+A seed's end is the mean of its last three evaluations, its gain what that is above the end of its offline phase.
 Minutes: processor time, mean over seeds, where times.txt has it."""
     times, rows = RESULTS / "short" / "times.txt", []
     times = times.read_text() if times.exists() else ""
