@@ -861,7 +861,7 @@ class Run:
                 # Not the scalar's name: TensorBoard would show neither. Its histograms end at 1e19.
                 self.writer.add_histogram(f"eval/{name}/histogram", np.minimum(arrays[name], 1e19), self.step + 1)
             if "exploration" in arrays:
-                figure = Figure(figsize=(6, 4), layout="constrained")
+                figure = Figure(figsize=(5, 3.2), layout="constrained")
                 draw_paths(figure.subplots(), arrays)
                 self.writer.add_figure("eval/paths", figure, self.step + 1)
             with open(self.folder / "eval.csv", "a", newline="") as file:
