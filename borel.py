@@ -458,7 +458,7 @@ def evaluate(agent, trajectories, eval_envs, args):
 
     # The belief goes on reading true rewards in the scored episode; SMAC's z does not. What is left without them:
     final, _ = rollout_belief(eval_envs["test"][1], agent, memories["test"], rng, deterministic=True, frozen=True)
-    scalars["eval/test/frozen_belief_return"] = np.mean([path["rewards"].sum() for path in final])
+    scalars["charts/test/frozen_belief_return"] = np.mean([path["rewards"].sum() for path in final])
     return results, scalars, [path for task in set(tasks) for episodes in trajectories[task] for path in episodes]
 
 

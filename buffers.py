@@ -736,7 +736,8 @@ class Run:
         if kind is None:
             with self.writing():
                 figure = draw_summary(self.folder)
-                write_file(self.folder / "summary.png", lambda file: figure.savefig(file, format="png", dpi=100))
+                style = dict(format="png", dpi=100, bbox_inches="tight")  # without the room for what is not drawn
+                write_file(self.folder / "summary.png", lambda file: figure.savefig(file, **style))
             say(table(self.folder / "eval.csv"))
             say(f"\n{self.folder / 'summary.png'}")
 
@@ -804,7 +805,7 @@ class Run:
             means = {name: value.item() / self.summed for name, value in self.totals.items()}
             self.check(means, "before")
             with self.writing():
-                self.scalars(means | {"charts/SPS": self.summed / (time.time() - self.since)})
+                self.scalars(means | {"train/SPS": self.summed / (time.time() - self.since)})
             self.totals, self.summed, self.since = {}, 0, time.time()
 
     def check(self, numbers, when):
@@ -838,11 +839,12 @@ class Run:
                 of = np.equal(tasks, task)
                 means = returns[of].mean().round(4), explored[of].mean().round(4)
                 lines.append([self.step + 1, self.env_steps, split, context, task, *means])
-            curves[f"eval/{split}/{context}_context_return"] = returns.mean()
-            curves[f"eval/{split}/exploration_return"] = explored.mean()
+            # TensorBoard sorts by the alphabet: nothing is before "charts"
+            curves[f"charts/{split}/{context}_context_return"] = returns.mean()
+            curves[f"charts/{split}/exploration_return"] = explored.mean()
             if sparse:
                 solved = [path["rewards"][-1] == 0 for path in final]
-                curves[f"eval/{split}/{context}_context_success"] = np.mean(solved)
+                curves[f"charts/{split}/{context}_context_success"] = np.mean(solved)
             if kl is not None:
                 arrays[f"kl_{split}_{context}_context"] = kl = kl.cpu().numpy()
                 large = np.where(kl > 1e19, np.inf, kl)  # which no histogram takes
@@ -856,11 +858,10 @@ class Run:
         with self.writing():
             self.scalars(curves)
             for name in (name for name in arrays if name.startswith("kl_")):
-                self.writer.add_histogram(
-                    f"eval/{name}", np.minimum(arrays[name], 1e19), self.step + 1
-                )  # it has no more
+                # Not the scalar's name: TensorBoard would show neither. Its histograms end at 1e19.
+                self.writer.add_histogram(f"eval/{name}/histogram", np.minimum(arrays[name], 1e19), self.step + 1)
             if "exploration" in arrays:
-                figure = Figure()
+                figure = Figure(figsize=(5, 3.2), layout="constrained")
                 draw_paths(figure.subplots(), arrays)
                 self.writer.add_figure("eval/paths", figure, self.step + 1)
             with open(self.folder / "eval.csv", "a", newline="") as file:
@@ -1040,27 +1041,35 @@ def record(function):
 # ===== Pictures and tables of a run
 
 
+COLOURS = {  # in every picture of a run, as in the paper's Figures 2, 6 and 8
+    "offline data": "tab:red", "exploration": "tab:green",
+    "offline context": "tab:blue", "online context": "tab:orange",
+}  # fmt: skip
+
+
 def draw_paths(axes, ground: dict) -> None:
-    """Draw {label: paths (., L+1, 2) in metres} on matplotlib axes, from above, in the colours of Figures 6 and 8."""
-    colours = {"offline data": "red", "exploration": "green", "offline context": "blue", "online context": "orange"}
-    for label in (label for label in colours if label in ground):
+    """Draw {label: paths (., L+1, 2) in metres} on matplotlib axes, from above."""
+    for label in (label for label in COLOURS if label in ground):
         line = np.pad(ground[label], ((0, 0), (0, 1), (0, 0)), constant_values=np.nan).reshape(-1, 2)  # one for all
-        axes.plot(*line.T, color=f"tab:{colours[label]}", linewidth=0.6, label=label)
+        axes.plot(*line.T, color=COLOURS[label], linewidth=0.6, label=label)
     axes.set(aspect="equal", xlabel="x (m)", ylabel="y (m)")
-    axes.legend(fontsize=7, loc="upper left")
+    for line in axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1)).get_lines():  # beside the paths
+        line.set_linewidth(2)
 
 
 def draw_kls(axes, arrays: dict) -> None:
     """Figure 2: how far the posterior is from the prior on the training tasks, {kl_train_{context}_context: (E,)}."""
-    kls = {context: arrays.get(f"kl_train_{context}_context") for context in ("offline", "online")}
+    kls = {f"{context} context": arrays.get(f"kl_train_{context}_context") for context in ("offline", "online")}
     kls = {context: kl for context, kl in kls.items() if kl is not None}
     axes.set_visible(bool(kls))  # MACAW has no posterior
     bins = np.linspace(0, max((kl.max() for kl in kls.values()), default=1), 25)
-    for (context, kl), colour in zip(kls.items(), ("tab:blue", "tab:orange")):
-        axes.hist(kl, bins=bins, color=colour, alpha=0.6, label=f"{context} context, mean {kl.mean():.1f}")
-    axes.set_xlabel("KL of the posterior to the prior")
+    for context, kl in kls.items():
+        label = f"{context}, mean {kl.mean():.1f}"
+        axes.hist(kl, bins=bins, histtype="step", color=COLOURS[context], linewidth=1.5, label=label)
+    axes.set(xlabel="KL of the posterior to the prior", ylabel="meta-episodes on training tasks")
+    axes.margins(y=0.3)  # above the bars is room for the legend
     if kls:
-        axes.legend(fontsize=7, loc="upper left")
+        axes.legend(fontsize=8, loc="upper left")
 
 
 def read_csv(path) -> dict:
@@ -1091,27 +1100,29 @@ def draw_summary(folder) -> Figure:
     files = [file for file in Path(folder).glob("figures_*.npz") if re.fullmatch(r"figures_\d{1,16}", file.stem)]
     files.sort(key=lambda file: int(file.stem.split("_")[1]))
     files = [file for file in files if int(file.stem.split("_")[1]) <= last]
-    figure = Figure(figsize=(13, 3.6 * max(1, len(files))), layout="constrained")
-    grid = figure.subplots(max(1, len(files)), 3, squeeze=False)
-    colours = {("test", "online"): "tab:red", ("train", "online"): "tab:orange", ("train", "offline"): "tab:blue"}
+    rows = max(1, len(files))
+    figure = Figure(figsize=(13, 3.6 * rows), layout="constrained")
+    grid = figure.add_gridspec(rows, 3)
+    axes = figure.add_subplot(grid[:, 0])
     for (split, context), steps in groups.items():
         points = np.array([[step, value] for (step, _), value in steps.items()])
-        grid[0, 0].plot(*points.T, color=colours.get((split, context)), label=f"{split} tasks, {context} context")
+        style = dict(color=COLOURS[f"{context} context"], linestyle="-" if split == "test" else "--")
+        axes.plot(*points.T, **style, label=f"{split} tasks, {context} context")
     offline = [step for steps in groups.values() for step, transitions in steps if not transitions]
     if offline and max(offline) < last:
-        grid[0, 0].axvline(max(offline), color="silver", linestyle="--", label="the self-supervised phase begins")
-    grid[0, 0].set(xlabel="gradient step", ylabel="post-adaptation return")
-    grid[0, 0].set_title(Path(folder).resolve().name, parse_math=False)
+        axes.axvspan(max(offline), last, color="0.93", zorder=0, label="self-supervised phase")
+    axes.set(xlabel="gradient step", ylabel="post-adaptation return")
+    axes.set_title(Path(folder).resolve().name, parse_math=False)
     if groups:
-        grid[0, 0].legend(fontsize=7)
-    for row, file in zip(grid, files):
+        axes.legend(fontsize=8)
+    for number, file in enumerate(files):
         arrays = read_npz(file, lambda name, _, shape: 0 not in shape and len(shape) == (1 if name[:3] == "kl_" else 3))
         ground = {name: array for name, array in arrays.items() if not name.startswith("kl_")}
-        draw_kls(row[1], arrays)
-        row[1].set_title(f"after {file.stem.split('_')[1]} gradient steps")
-        row[2].set_visible(bool(ground))
+        kls, paths = (figure.add_subplot(grid[number, column]) for column in (1, 2))
+        draw_kls(kls, arrays)
+        paths.set_visible(bool(ground))
         if ground:
-            draw_paths(row[2], ground)
-    for row in grid[1:]:
-        row[0].set_visible(False)
+            draw_paths(paths, ground)
+        for axes in (kls, paths):
+            axes.set_title(f"after {file.stem.split('_')[1]} gradient steps")
     return figure

@@ -21,11 +21,11 @@ from PIL import Image, ImageDraw, ImageFont
 import envs
 from buffers import InputError, write_file
 
-HEIGHT, FONT = 180, ImageFont.load_default(13)  # of one picture, in pixels
+HEIGHT, TITLE, FONT = 180, 50, ImageFont.load_default(13)  # of one picture and of the words above it, in pixels
 
 
 class Camera(gym.Wrapper):
-    """Films an environment: `films` are the pictures of each episode, one every few steps, with words drawn in and an
+    """Films an environment: `films` are the pictures of each episode, one every few steps, with words above and an
     arrow from the robot where the task is a direction."""
 
     def __init__(self, env, words, every):
@@ -57,15 +57,21 @@ class Camera(gym.Wrapper):
         with drawing():
             image = Image.fromarray(np.asarray(self.env.render(), np.uint8)).convert("RGB")
         image = image.resize((HEIGHT * image.width // image.height, HEIGHT))
-        draw = ImageDraw.Draw(image)
         if hasattr(self.unwrapped, "direction"):
-            start, end = (np.array(image.size) / 2 + r * self.to_picture * self.unwrapped.direction for r in (0.4, 0.8))
-            draw.line((*start, *end), "red", 3)
-            draw.ellipse((*end - 4, *end + 4), "red")
+            along = self.to_picture * self.unwrapped.direction
+            start, neck, end = (np.array(image.size) / 2 + r * along for r in (0.4, 0.7, 0.85))
+            across = 6 * np.array([-along[1], along[0]]) / np.linalg.norm(along)
+            draw = ImageDraw.Draw(image)
+            draw.line((*start, *neck), "red", 3)
+            draw.polygon((*neck + across, *neck - across, *end), "red")
+        page = Image.new("RGB", (image.width, TITLE + HEIGHT), "white")
+        page.paste(image, (0, TITLE))
+        draw = ImageDraw.Draw(page)
+        draw.rectangle((0, 0, page.width - 1, page.height - 1), outline="gray")
         episode = f"exploration {len(self.films)}" if len(self.films) < 3 else "adapted"
         for line, words in enumerate((*self.words, f"{episode}: {self.total:.0f}")):
-            draw.text((6, 4 + 15 * line), words, "white", FONT, stroke_width=2, stroke_fill="black")
-        self.films[-1].append(image)
+            draw.text((6, 3 + 15 * line), words, "black", FONT)
+        self.films[-1].append(page)
 
 
 @contextlib.contextmanager

@@ -98,7 +98,7 @@ def content(run):
         kept = {name: (file[name].dtype.str, file[name].shape, file[name].tobytes()) for name in file.files}
     events = EventAccumulator(str(run), size_guidance={"scalars": 0})
     events.Reload()
-    tags = [tag for tag in events.Tags()["scalars"] if tag != "charts/SPS"]
+    tags = [tag for tag in events.Tags()["scalars"] if tag != "train/SPS"]
     kept["curves"] = {tag: [(point.step, point.value) for point in events.Scalars(tag)] for tag in tags}
     return kept | {"eval.csv": (run / "eval.csv").read_bytes()}
 

@@ -3,6 +3,7 @@
 python benchmark/plot.py point_direction    curve.png and table.md of this benchmark, beside its files
 python benchmark/plot.py figure5            the six domains of the paper in one picture; also figure7, figure9
 python benchmark/plot.py glance             glance.md, a row for each environment
+python benchmark/plot.py short              of the preset short a panel and a row for each environment
 """
 
 import csv
@@ -261,6 +262,30 @@ Batches of 4 x 64 transitions (the paper: 4 x 256), Sawyer 4 x 128 and one task 
     write_table(RESULTS / "glance.md", head.split("|"), rows, note)
 
 
+def short(runs):
+    """Write short/curve.png and short/table.md: {environment: Runs of SMAC}."""
+    runs = {env_id: runs[env_id] for env_id in FOLDERS if env_id in runs}
+    panels = {env_id: ({"smac": run}, ["smac"]) for env_id, run in runs.items()}
+    picture(RESULTS / "short" / "curve.png", panels, one_legend=True)
+    note = f"""SMAC with --preset short, on test tasks with online context.
+{NOTE}
+A seed's end is the mean of its last three evaluations, its gain what that is above the end of its offline phase.
+Minutes: processor time, mean over seeds, where times.txt has it."""
+    times, rows = RESULTS / "short" / "times.txt", []
+    times = times.read_text() if times.exists() else ""
+    for env_id, run in runs.items():
+        steps, values = run.curves[TEST]
+        offline, last = values[:, steps.index(run.end)], values[:, [step > run.end for step in steps]][:, -3:]
+        ends = [last.mean(1)] if last.size else []  # none: no second phase yet
+        gains = ", ".join(f"{gain:+.1f}" for end in ends for gain in end - offline)
+        minutes = re.findall(rf"^short {env_id} seed \d+: ([\d.]+) minutes of processor time", times, re.MULTILINE)
+        minutes = f"{np.mean([float(word) for word in minutes]):.0f}" if minutes else ""
+        data = data_of(run.args)[0]
+        rows.append([env_id, "" if np.isnan(data) else f"{data:.1f}", words([offline]), words(ends), gains, minutes])
+    head = "environment|data|after the offline phase|at the end|gain in each seed|minutes"
+    write_table(RESULTS / "short" / "table.md", head.split("|"), rows, note)
+
+
 def main(name):
     if name == "glance":
         return glance()
@@ -271,6 +296,8 @@ def main(name):
     if not (runs := load(name)):
         print(f"error: there are no results in {RESULTS / name}: run benchmark/run.py {name}", file=sys.stderr)
         sys.exit(2)
+    if name == "short":
+        return short(runs)
     panels = {title: (runs, [label for label in labels.split() if label in runs]) for title, labels in PANELS.items()}
     panels = {title: panel for title, panel in panels.items() if len(panel[1]) > 1 or title == next(iter(PANELS))}
     picture(RESULTS / name / "curve.png", panels, one_legend=False)

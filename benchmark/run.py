@@ -169,11 +169,13 @@ def diagnostics(result, file):
     """Write what a run logged beside returns and losses, if anything, as a small CSV: a line for each evaluation."""
     events = EventAccumulator(str(result), size_guidance={"scalars": 0})
     events.Reload()
-    tags = [tag for tag in events.Tags()["scalars"] if tag.startswith(("eval/", "train/"))]
-    tags = [tag for tag in tags if not tag.endswith(("context_return", "exploration_return"))]  # they are in eval.csv
-    curves = {tag: {point.step: f"{point.value:.4g}" for point in events.Scalars(tag)} for tag in sorted(tags)}
-    if "eval/test/online_context_return" in events.Tags()["scalars"]:
-        steps = sorted({point.step for point in events.Scalars("eval/test/online_context_return")})
+    tags = [tag for tag in events.Tags()["scalars"] if tag.startswith(("charts/", "eval/", "train/"))]
+    left_out = "context_return", "exploration_return", "SPS"  # the returns are in eval.csv
+    tags = sorted(tag for tag in tags if not tag.endswith(left_out))
+    curves = {tag: {point.step: f"{point.value:.4g}" for point in events.Scalars(tag)} for tag in tags}
+    if curves:
+        with open(result / "eval.csv", newline="") as lines:
+            steps = sorted({int(row["gradient_step"]) for row in csv.DictReader(lines)})
         rows = [[step, *(curve.get(step, "") for curve in curves.values())] for step in steps]
         file.parent.mkdir(exist_ok=True)
         with open(file, "w", newline="") as lines:

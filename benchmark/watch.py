@@ -80,7 +80,9 @@ def load(path, env_id=None, dataset=None):
         return name == "step" and buffers.check_array(f"{file}: {name}", dtype, shape, "i8", ())
 
     arrays, agents = buffers.read_npz(file, accept), {}
-    phases = {name.rpartition("/")[0] for name in arrays if "/" in name} or {"0"}
+    phases = {name.rpartition("/")[0] for name in arrays if "/" in name}
+    if not phases:
+        raise InputError(f"{file} has no agent to watch: give a run's folder, or a file that benchmark/agents.py wrote")
     for phase in sorted(phases, key=lambda phase: phase.zfill(15)):
         state = {key: arrays.get(f"{phase}/{key}", np.array(np.nan)) for key in shapes}
         for key, array in state.items():
@@ -199,8 +201,11 @@ def main(args):
             write_row(args.out, "/".join(args.agent.resolve().parts[-3:]), step, returns)
         if args.video:
             columns.append([])
+            when = f"after {step} steps"
+            if script.__name__ == "smac_offline_online":
+                when = f"{'before' if step <= flags.offline_steps else 'after'} self-supervision"
             for number, task in enumerate(tasks[:3]):
-                words = describe(flags.env_id, number, task), f"after {step} steps"
+                words = describe(flags.env_id, number, task), when
                 play = functools.partial(
                     meta_episode, script, agent, flags, rng=torch.Generator().manual_seed(flags.seed)
                 )

@@ -283,7 +283,41 @@ def test_glance_has_a_row_for_each_environment(results):
     assert rows["PointDirection"] == ["2.3", *phases, "", "", *rivals, "", "2.5 / 0.5 / 5.0 (2)"]
 
 
+def test_the_table_of_the_short_preset_by_hand(results, monkeypatch):
+    figures = []
+    monkeypatch.setattr(plot.plt, "close", figures.append)
+    for seed, offline, ends in ((1, 3.0, (90.0, 4.0, 5.0, 9.0)), (2, 5.0, (90.0, 6.0, 7.0, 2.0))):
+        rows = [(10, 0, 1.0), (20, 0, offline)] + [(30 + 10 * i, 9 * i + 9, end) for i, end in enumerate(ends)]
+        write_run(results / "short", "PointDirection", seed, rows)
+    write_run(results / "short", "HopperParam", 1, [(10, 0, 70.0), (20, 0, 80.0), (30, 9, 75.0)], env_id="HopperParam")
+    walker = dict(env_id="WalkerParam", dataset="datasets/none.npz")
+    write_run(results / "short", "WalkerParam", 1, [(10, 0, 7.0), (20, 0, 8.0)], **walker)  # goes on
+    times = (("PointDirection seed 1", 3.0), ("PointDirection seed 2", 8.6), ("HopperParam seed 1", 26))
+    lines = [f"short {run}: {minutes} minutes of processor time" for run, minutes in times]
+    lines.append("short WalkerParam seed 1: 99 minutes")  # by the clock
+    (results / "short" / "times.txt").write_text("\n".join(lines))
+    plot.main("short")
+    note, table = (results / "short" / "table.md").read_text().split("\n\n")
+    assert "95 % interval" in note and "last three evaluations" in note
+    head, _, *rows = table.splitlines()
+    assert head == "| environment | data | after the offline phase | at the end | gain in each seed | minutes |"
+    # Point: 3 and 5, then (4 + 5 + 9) / 3 = 6 and (6 + 7 + 2) / 3 = 5; 12.706 * sqrt(2) / sqrt(2), and half of it
+    assert rows == [
+        "| HopperParam | 170.9 | 80.0 (1) | 75.0 (1) | -5.0 | 26 |",
+        "| WalkerParam |  | 8.0 (1) |  |  |  |",
+        "| PointDirection | 2.3 | 4.0 ± 12.7 (2) | 5.5 ± 6.4 (2) | +3.0, +0.0 | 6 |",
+    ]
+    (figure,) = figures
+    assert [axes.get_title() for axes in figure.axes] == ["HopperParam", "WalkerParam", "PointDirection"]
+    for axes, phase in zip(figure.axes, ([20, 30], None, [20, 60])):
+        shaded = [patch for patch in axes.patches if patch.get_label() == "self-supervised phase"]
+        assert [[patch.get_x(), patch.get_x() + patch.get_width()] for patch in shaded] == ([phase] if phase else [])
+    assert [*figure.axes[2].lines[0].get_ydata()] == [1, 4, 90, 5, 6, 5.5]
+    assert (results / "short" / "curve.png").stat().st_size > 10_000
+
+
 def test_a_colour_means_one_thing():
     assert len({colour for _, colour in plot.METHODS.values()}) == len(plot.METHODS)
     drawn = {label for labels in plot.PANELS.values() for label in labels.split()}
-    assert drawn == set(plot.METHODS) >= {label for runs in run.BENCHMARKS.values() for label in runs}
+    labels = {label for runs in run.BENCHMARKS.values() for label in runs}
+    assert drawn == set(plot.METHODS) >= labels - set(plot.FOLDERS)  # those of short are environments

@@ -254,8 +254,8 @@ def test_success_is_the_behaviour_achieved_in_the_last_step(drawers, tmp_path):
     events.Reload()
     found = {tag: events.Scalars(tag)[0].value for tag in events.Tags()["scalars"] if tag.endswith("success")}
     assert found == {
-        "eval/test/online_context_success": 0, "eval/train/online_context_success": 1,
-        "eval/train/offline_context_success": 1,
+        "charts/test/online_context_success": 0, "charts/train/online_context_success": 1,
+        "charts/train/offline_context_success": 1,
     }  # fmt: skip
 
 

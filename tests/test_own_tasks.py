@@ -252,8 +252,8 @@ def test_a_family_may_say_when_an_episode_succeeds_and_where_it_leads(register, 
     events.Reload()
     success = {tag: events.Scalars(tag)[-1].value for tag in events.Tags()["scalars"] if tag.endswith("success")}
     assert success == {
-        "eval/test/online_context_success": 1, "eval/train/online_context_success": 0,
-        "eval/train/offline_context_success": 0,
+        "charts/test/online_context_success": 1, "charts/train/online_context_success": 0,
+        "charts/train/offline_context_success": 0,
     }  # fmt: skip
     with np.load(run / "figures_3.npz") as arrays:
         ground = arrays["online context"]

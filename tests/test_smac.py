@@ -107,10 +107,10 @@ def snapshots(monkeypatch):
 
 # ----- What a run writes
 
-TAGS = {"charts/SPS", "losses/critic", "losses/actor", "losses/reward", "losses/kl"}
-TAGS |= {"train/q_mean", "train/q_max", "train/actor_weight_ess"}
-TAGS |= {"eval/test/online_context_return", "eval/train/online_context_return", "eval/train/offline_context_return"}
-TAGS |= {"eval/test/exploration_return", "eval/train/exploration_return"}
+RETURNS = ["charts/test/exploration_return", "charts/test/online_context_return", "charts/train/exploration_return"]
+RETURNS += ["charts/train/offline_context_return", "charts/train/online_context_return"]
+TAGS = {*RETURNS, "losses/critic", "losses/actor", "losses/reward", "losses/kl"}
+TAGS |= {"train/SPS", "train/q_mean", "train/q_max", "train/actor_weight_ess"}
 TAGS |= {"eval/decoder_loss", "eval/decoder_loss_over_reward_variance"}
 TAGS |= {"eval/generated_reward_mse", "eval/generated_reward_mse_over_reward_variance"}
 KL_TAGS = {"eval/kl_test_online_context", "eval/kl_train_online_context", "eval/kl_train_offline_context"}
@@ -145,20 +145,21 @@ def test_a_run_writes_its_flags_evaluations_events_and_checkpoint(dataset, tmp_p
     events = EventAccumulator(str(run), size_guidance={"scalars": 0, "histograms": 0})
     events.Reload()
     assert set(events.Tags()["scalars"]) == TAGS | KL_TAGS
-    assert set(events.Tags()["histograms"]) == KL_TAGS
+    assert set(events.Tags()["histograms"]) == {f"{tag}/histogram" for tag in KL_TAGS}
+    assert sorted(TAGS | KL_TAGS)[: len(RETURNS)] == RETURNS  # on the screen the returns come first
     for tag in TAGS | KL_TAGS:
         points = events.Scalars(tag)
-        steps = [10, 14, 20, 30] if tag.startswith("eval/") else [5, 10, 14, 15, 20, 25, 30]
+        steps = [10, 14, 20, 30] if tag.startswith(("charts/", "eval/")) else [5, 10, 14, 15, 20, 25, 30]
         assert [point.step for point in points] == steps, tag
         assert np.isfinite([point.value for point in points]).all(), tag
     assert all(0 < point.value <= 1 + 1e-6 for point in events.Scalars("train/actor_weight_ess"))
     for tag in KL_TAGS:  # the scalar is the mean of the histogram's values
-        for scalar, histogram in zip(events.Scalars(tag), events.Histograms(tag)):
+        for scalar, histogram in zip(events.Scalars(tag), events.Histograms(f"{tag}/histogram")):
             value = histogram.histogram_value
             assert scalar.step == histogram.step and scalar.value == pytest.approx(value.sum / value.num, rel=1e-4)
     for tag, group in (("test/online", groups[0]), ("train/online", groups[1]), ("train/offline", groups[2])):
         last = [float(row[5]) for row in rows if row[0] == "30" and row[2:4] == list(group[:2])]
-        logged = events.Scalars(f"eval/{tag}_context_return")[-1].value
+        logged = events.Scalars(f"charts/{tag}_context_return")[-1].value
         assert logged == pytest.approx(np.mean(last), abs=1e-3)
 
     output = capsys.readouterr().out
@@ -446,7 +447,7 @@ def test_success_is_the_behaviour_achieved_in_the_last_step(drawers, tmp_path):
     events = EventAccumulator(str(folder))
     events.Reload()
     names = ("test/online", "train/online", "train/offline")
-    assert [events.Scalars(f"eval/{name}_context_success")[0].value for name in names] == [0, 1, 1]
+    assert [events.Scalars(f"charts/{name}_context_success")[0].value for name in names] == [0, 1, 1]
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import imageio.v3 as imageio
 import numpy as np
 import pytest
 import torch
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -35,6 +36,7 @@ FLAGS = {
     macaw: dict(offline_steps=2, value_hidden=(8,)),
     borel: dict(vae_steps=1, offline_steps=2, vae_tasks=2, elbo_terms=2),
 }
+DRAW_SUMMARY = buffers.draw_summary  # the fixture `runs` replaces it
 STEPS = {smac: 4, pearl: 2, meta_bc: 2, macaw: 2, borel: 3}  # of a whole run
 
 
@@ -241,6 +243,7 @@ def test_what_is_no_agent_at_all(agent_file, runs, data, tmp_path, capsys):
         (tmp_path / "nowhere.npz", "there is no file"), (tmp_path / "text.npz", "can not be read"),
         (half, "can not be read"), (data, "is no agent file"), (tmp_path, "there is no file"),
         (tmp_path / "renamed", "is no folder of a run, by its name"),
+        (runs[smac] / "agent_4.npz", "has no agent to watch: give a run's folder, or a file that benchmark/agents.py"),
     ):  # fmt: skip
         with pytest.raises(SystemExit) as stop:
             watch.launch(watch.main, watch.Args(path))
@@ -273,6 +276,23 @@ def test_a_file_imports_no_module_unless_the_command_line_names_it(agent_file, t
     assert np.isfinite(returns["after adaptation"]).all()
 
 
+# ===== The agents in the repository
+
+
+@pytest.mark.parametrize("file", sorted((watch.ROOT / "agents").glob("*.npz")), ids=lambda file: file.stem)
+def test_an_agent_in_the_repository_plays(file):
+    """On three test tasks; where the return grew by half in its own run, it does here."""
+    script, args, tasks, loaded = watch.load(file)
+    assert script is smac and args.env_id == file.stem and file.stat().st_size < 4e6
+    with np.load(file, allow_pickle=False) as arrays:
+        returns = json.loads(str(arrays["returns"]))
+    before, after = (float(re.match(r"test .*? (\S+)$", json.loads(returns[str(step)])[0])[1]) for step in loaded)
+    played = [watch.measure(script, agent, args, tasks, 3, 1)[1] for agent in loaded.values()]
+    assert all(np.isfinite(values).all() for returns in played for values in returns.values())
+    first, last = (returns["after adaptation"].mean() for returns in played)
+    assert last > first or after - before < 0.5 * abs(before)
+
+
 # ===== Films
 
 
@@ -282,14 +302,14 @@ def test_a_film_shows_three_episodes_before_and_after_with_the_task_drawn_in(age
     assert capsys.readouterr().out.splitlines()[-1] == str(file)
     frames = imageio.imread(file)
     # Steps 0, 25 and 50 of each episode; a row for a task, a column for before and after
-    assert frames.shape == (9, 3 * 180, 2 * 180, 3)
+    assert frames.shape == (9, 3 * 230, 2 * 180, 3)
     y, x = np.mgrid[90:-90:180j, -90:90:180j]
     for row, direction in enumerate(((0, -1), (0, 1), (-1, 0))):
         for column in range(2):
-            cell = frames[0, 180 * row : 180 * (row + 1), 180 * column : 180 * (column + 1)].astype(int)
+            cell = frames[0, 230 * row + 50 : 230 * (row + 1), 180 * column : 180 * (column + 1)].astype(int)
             red = (cell[..., 0] > 200) & (cell[..., 1] < 60) & (cell[..., 2] < 60)
             middle = np.array([x[red].mean(), y[red].mean()])
-            assert red.sum() > 100 and middle @ direction > 40 and abs(np.cross([*middle, 0], [*direction, 0])[2]) < 4
+            assert red.sum() > 150 and middle @ direction > 40 and abs(np.cross([*middle, 0], [*direction, 0])[2]) < 4
 
 
 def test_what_ends_early_waits_in_the_film(tmp_path):
@@ -358,8 +378,8 @@ def test_the_camera_follows_a_robot(monkeypatch):
     camera.unwrapped.set_state(position + np.eye(len(position))[0] * 100, velocity)
     camera.step(np.zeros(8))
     for picture in camera.films[0]:
-        middle = np.asarray(picture, int)[60:130, 90:150]
-        assert picture.size == (240, 180)
+        middle = np.asarray(picture, int)[110:180, 90:150]
+        assert picture.size == (240, 230)
         assert ((middle[..., 0] - middle[..., 2] > 40) & (middle[..., 1] > 60)).sum() > 50  # its skin
     camera.close()
 
@@ -382,3 +402,34 @@ def test_figures_of_a_run(runs, tmp_path):
         assert seen == [name != "offline data", True]
     with pytest.raises(buffers.InputError, match="there is no figures_"):
         figures.main(figures.Args(runs[smac] / "nowhere"))
+
+
+def test_the_picture_of_a_run_by_hand(tmp_path):
+    """A colour for each context in all panels; the phases apart; two rows of panels beside the returns."""
+    rows = [(10, 0, "train,offline", 4.0), (20, 0, "test,online", 1.0), (20, 0, "train,online", 3.0)]
+    rows += [(30, 50, "test,online", 5.0), (30, 50, "test,online", 7.0)]
+    lines = [f"{step},{new},{group},0,{value},0" for step, new, group, value in rows]
+    (tmp_path / "eval.csv").write_text("\n".join([",".join(buffers.CSV_COLUMNS), *lines, ""]))
+    kls = {"kl_train_offline_context": np.array([1.0, 3.0]), "kl_train_online_context": np.array([8.0, 8.0])}
+    paths = {"offline data": np.zeros((2, 5, 2)), "online context": np.ones((2, 5, 2))}
+    for step, ground in ((20, {}), (30, paths), (40, paths)):  # the last is of a later step than eval.csv has
+        np.savez(tmp_path / f"figures_{step}.npz", **kls, **ground)
+    curves, *panels = DRAW_SUMMARY(tmp_path).axes
+    drawn = {line.get_label(): (line.get_color(), line.get_linestyle(), [*line.get_ydata()]) for line in curves.lines}
+    assert drawn == {
+        "train tasks, offline context": ("tab:blue", "--", [4]),
+        "train tasks, online context": ("tab:orange", "--", [3]),
+        "test tasks, online context": ("tab:orange", "-", [1, 6]),
+    }  # fmt: skip
+    (phase,) = curves.patches
+    assert phase.get_label() == "self-supervised phase"
+    assert [phase.get_x(), phase.get_x() + phase.get_width()] == [20, 30]
+    assert [axes.get_title() for axes in panels] == ["after 20 gradient steps"] * 2 + ["after 30 gradient steps"] * 2
+    assert [axes.get_visible() for axes in panels] == [True, False, True, True]
+    words = [text.get_text() for text in panels[2].get_legend().get_texts()]
+    assert words == ["offline context, mean 2.0", "online context, mean 8.0"]
+    for axes, colours in ((panels[2], ["tab:blue", "tab:orange"]), (panels[3], ["tab:red", "tab:orange"])):
+        of = [patch.get_edgecolor() for patch in axes.patches] or [line.get_color() for line in axes.lines]
+        in_legend = axes.get_legend().get_patches() or axes.get_legend().get_lines()
+        in_legend = [getattr(mark, "get_edgecolor", getattr(mark, "get_color", None))() for mark in in_legend]
+        assert [to_rgba(c) for c in of] == [to_rgba(c) for c in in_legend] == [to_rgba(c) for c in colours]
