@@ -225,8 +225,7 @@ def actor_loss(agent, batch, z, q, args, lambda_pearl):
     # Eq. 2: maximise exp((Q(s, a, z) - V(s, z)) / lambda) log pi(a | s, z); V is Q at one sampled action.
     # PAPER: V(s', z). CODE: V(s, z), as the paper's next sentence and AWAC have it.
     advantage = (q.amin(0) - q_new).detach()
-    # PAPER: exp. CODE: softmax over the batch, times N: the same weights scaled to mean 1, which can not overflow. On
-    # Sawyer they leave only a few of N samples, and it is exp, at most 20.
+    # PAPER: exp. CODE: softmax over the batch, times N: exp scaled to mean 1, no overflow. On Sawyer exp, at most 20.
     scaled = advantage / args.awr_lambda  # (N,)
     softmax = args.awr_weights == "softmax"
     weights = len(scaled) * F.softmax(scaled, dim=0) if softmax else scaled.exp().clamp(max=20)

@@ -137,17 +137,19 @@ def interval(values):
 
 def data_of(args):
     """Of a run's dataset, RL part, means over tasks: the mean return of a task's trajectories up to the horizon (where
-    its data begin within one, of what is left of it), and the mean length of three in a row. NaN if there is none."""
+    its data begin within one, of what is left of it), and the mean length of three in a row; of both parts the number
+    of transitions. NaN if there is none."""
     file = RESULTS.parent.parent / (args.get("dataset") or f"datasets/{args['env_id']}.npz")
     if "dataset" not in args or not file.exists():  # the oracle has none
-        return np.nan, np.nan
+        return np.nan, np.nan, np.nan
     with np.load(file, allow_pickle=False) as arrays:
         tasks, lengths, rewards = (arrays[f"rl_{name}"] for name in ("tasks", "lengths", "rewards"))
+        size = len(rewards) + len(arrays["encoder_rewards"])
     paths = [path[: envs.SPECS[args["env_id"]].horizon] for path in np.split(rewards, lengths.cumsum()[:-1])]
     returns = np.array([path.sum(dtype=np.float64) for path in paths])
     parts = [tasks == task for task in np.unique(tasks)]
     triples = [lengths[part].sum() / math.ceil(part.sum() / 3) for part in parts]
-    return np.mean([returns[part].mean() for part in parts]), np.mean(triples)
+    return np.mean([returns[part].mean() for part in parts]), np.mean(triples), size
 
 
 def transitions(args, step):
@@ -242,22 +244,36 @@ def adaptation(name):
     return " / ".join(f"{mean:.1f}" for mean in means) + f" ({len(rows)})" * bool(rows)
 
 
+def cell(runs, labels, phase):
+    """The best of some labels at moment number `phase`, with seeds, gradient steps and new transitions, or ""."""
+    found = [(runs[label], [*runs[label].moments().items()][phase:][:1]) for label in labels.split() if label in runs]
+    ends = [(run, *moment) for run, moments in found for moment in moments]
+    if not ends:
+        return ""
+    run, step, values = max(ends, key=lambda end: np.mean(end[2]))
+    steps, counts = run.curves[ENV_STEPS]
+    new = counts[:, steps.index(step)].mean()
+    return f"{words([values])[:-1]}; {step / 1000:g}k{f'; {new / 1000:.0f}k' if new else ''})"
+
+
 def glance():
     """Write glance.md."""
     head = "environment|data|SMAC, offline|after|actor ablation|meta-BC|MACAW|BOReL|Online Oracle|of it adaptation"
-    note = f"""{NOTE} On test tasks, online context.
-Of MACAW and BOReL the better of the presets that were run, as in the paper. Of it adaptation: SMAC after the second
-phase with z from its own context / from another task's / from the prior (benchmark/watch.py). Empty: not run.
-Batches of 4 x 64 transitions (the paper: 4 x 256), Sawyer 4 x 128 and one task an iteration, PointDirection 4 x 128."""
+    note = """\
+On test tasks, with z from two episodes of the agent's own exploration: mean over seeds ± half the width of its 95 %
+interval (Student's t; none of one seed); in brackets seeds; gradient steps; new transitions, the oracle's with rewards,
+SMAC's without. Data: mean over the training tasks of the mean return of a task's trajectories; how many transitions. Of
+MACAW and BOReL the better of the presets that were run, as in the paper. Of it adaptation: SMAC at the end with z from
+its own context / from another task's / from the prior (benchmark/watch.py). Empty: not run. Batches of 4 x 64
+transitions (the paper: 4 x 256), Sawyer 4 x 128 and one task an iteration, PointDirection 4 x 128, BOReL 16 x 128."""
     rows = []
     for env_id in (*DOMAINS, "PointDirection"):
         runs = load(FOLDERS[env_id])
-        phases = [*runs["smac"].moments().values()] if "smac" in runs else []
-        data = [f"{value:.1f}" for run in runs.values() if not np.isnan(value := data_of(run.args)[0])]
-        rows.append([env_id, *(data[:1] or [""]), words(phases[:1]), words(phases[1:])])
+        data = [f"{mean:.1f} ({n / 1000:g}k)" for mean, _, n in (data_of(run.args) for run in runs.values()) if n > 0]
+        rows.append([env_id, *(data[:1] or [""])])
+        rows[-1] += [cell(runs, "smac", phase) for phase in (0, 1)]
         for labels in ("smac_actor_ablation", "meta_bc", "macaw macaw_matched", "borel borel_matched", "pearl"):
-            ends = [[*runs[label].moments().values()][-1] for label in labels.split() if label in runs]
-            rows[-1].append(words(sorted(ends, key=np.mean)[-1:]))
+            rows[-1].append(cell(runs, labels, -1))
         rows[-1].append(adaptation(FOLDERS[env_id]))
     write_table(RESULTS / "glance.md", head.split("|"), rows, note)
 

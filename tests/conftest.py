@@ -24,6 +24,11 @@ for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIG
         signal.signal(number, handler)
 
 
+def pytest_configure(config):
+    """The summary says what was skipped, and why."""
+    config.option.reportchars += "s"
+
+
 @pytest.fixture(autouse=True)
 def leave_no_trace():
     """After every test, so after every run: signals, the hook of threads and precision are what they were."""

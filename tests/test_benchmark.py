@@ -216,7 +216,7 @@ def test_data_are_a_mean_over_tasks_by_hand(results):
     np.savez(results / "data.npz", **arrays, rl_rewards=np.float32(rewards), encoder_rewards=np.full(9, 99.0))
     args = {"env_id": "PointDirection", "dataset": str(results / "data.npz")}
     # Task 0: (3 + 5) / 2 = 4; task 1: (5 + 9 + 9 + 9) / 4 = 8. Three in a row: task 0 has one of 3, task 1 two of 63
-    assert plot.data_of(args) == pytest.approx((6.0, (3 + 63 / 2) / 2))
+    assert plot.data_of(args) == pytest.approx((6.0, (3 + 63 / 2) / 2, 66 + 9))
     assert np.isnan(plot.data_of({"env_id": "PointDirection"})).all()  # the oracle
     assert np.isnan(plot.data_of(args | {"dataset": "datasets/none.npz"})).all()
     assert plot.data_of({"env_id": "HopperParam", "dataset": None})[0] == pytest.approx(170.9, abs=0.05)
@@ -262,8 +262,8 @@ def test_figures_are_whole_where_runs_are_missing(results, monkeypatch):
 def test_glance_has_a_row_for_each_environment(results):
     row = "| {} | {} | {} ± 0.5 | {} ± 0.5 | 5.0 ± 0.5 | 9.0 ± 0.5 |\n"
     for seed in (1, 2):
-        write_run(results / "ant_small", "smac", seed, [(10, 0, 1.0), (20, 9, 3.0)], env_id="AntDirection")
-        write_run(results / "point_direction", "smac", seed, [(10, 0, 1.0), (20, 9, 3.0)])
+        write_run(results / "ant_small", "smac", seed, [(10, 0, 1.0), (20, 9_000, 3.0)], env_id="AntDirection")
+        write_run(results / "point_direction", "smac", seed, [(10, 0, 1.0), (20, 9_000, 3.0)])
     for label, value in (("macaw", 1.0), ("macaw_matched", 2.0), ("borel", 4.0), ("borel_matched", 3.0)):
         write_run(results / "point_direction", label, 1, [(10, 0, value)])
     common = [row.format(f"ant_small/smac{suffix}/A__1", 20, own, 1.0) for suffix, own in (("", 7.0), ("_q", 70.0))]
@@ -277,10 +277,10 @@ def test_glance_has_a_row_for_each_environment(results):
     rows = {cells[0]: cells[1:] for cells in ([cell.strip() for cell in line[1:-1].split("|")] for line in rows)}
     assert [*rows] == [*plot.DOMAINS, "PointDirection"] and len(plot.DOMAINS) == 6
     assert rows["WalkerParam"] == [""] * 9
-    phases = ["1.0 ± 0.0 (2)", "3.0 ± 0.0 (2)"]
+    phases = ["1.0 ± 0.0 (2; 0.01k)", "3.0 ± 0.0 (2; 0.02k; 9k)"]  # seeds, gradient steps, new transitions
     assert rows["AntDirection"][1:] == [*phases, "", "", "", "", "", "7.0 / 1.0 / 5.0 (1)"]
-    rivals = ["2.0 (1)", "4.0 (1)"]
-    assert rows["PointDirection"] == ["2.3", *phases, "", "", *rivals, "", "2.5 / 0.5 / 5.0 (2)"]
+    rivals = ["2.0 (1; 0.01k)", "4.0 (1; 0.01k)"]
+    assert rows["PointDirection"] == ["2.3 (15k)", *phases, "", "", *rivals, "", "2.5 / 0.5 / 5.0 (2)"]
 
 
 def test_the_table_of_the_short_preset_by_hand(results, monkeypatch):

@@ -144,6 +144,32 @@ def test_a_gradient_step_adapts_to_the_inner_batch_and_is_judged_on_the_outer_on
         torch.testing.assert_close(new.detach(), old.detach() - moved, msg=name)
 
 
+@pytest.mark.parametrize("weight_transform", [True, False])
+def test_outer_losses_by_hand(tiny, weight_transform):
+    """The networks after adaptation to `inner`, written out in NumPy, on `outer`, which has other transitions."""
+    agent, inner, outer = tiny(weight_transform)
+    policy, value = ([theta.detach().numpy() for theta in part] for part in macaw.inner_steps(agent, inner))
+    obs, actions, returns = (outer[name].numpy() for name in ("obs", "actions", "returns"))
+
+    def network(thetas, task, x):
+        for number, theta in enumerate(thetas):
+            split = x.shape[1] * (len(theta[task]) // (x.shape[1] + 1))
+            x = x @ theta[task, :split].reshape(x.shape[1], -1) + theta[task, split:]
+            x = np.maximum(x, 0) if number < len(thetas) - 1 else x
+        return x
+
+    errors, actor = [], []
+    for task in range(T):
+        adv = (returns[task] - network(value, task, obs[task]))[:, 0]
+        errors.append((adv**2).mean())
+        weight = np.minimum(np.exp((adv - adv.mean()) / adv.std(ddof=1)), 20)
+        mean = np.tanh(network(policy[:3], task, obs[task]))  # without the advantage head
+        log_density = -0.5 * ((actions[task] - mean) / 0.2) ** 2 - math.log(0.2 * math.sqrt(2 * math.pi))
+        actor.append(-(weight * log_density.sum(-1)).mean())
+    losses = [loss.item() for loss in macaw.outer_losses(agent, inner, outer)]
+    assert losses == pytest.approx([np.mean(errors), np.mean(actor)], rel=1e-4)
+
+
 def test_actor_loss_by_hand():
     torch.manual_seed(0)
     mean, actions, adv = torch.randn(T, B, ACTION), torch.rand(T, B, ACTION), torch.randn(T, B, 1)

@@ -155,7 +155,10 @@ def test_the_readmes_example_runs_outside_of_the_repository_and_learns(tmp_path)
     run(second)
     results = buffers.read_csv(tmp_path / "runs" / "Ball__smac_offline_online__1" / "eval.csv")["test", "online"]
     (before, *_, after) = results.values()  # at the end of the offline phase, and of the run; nothing is above 0
-    assert after > before + 2 and after > data + 3  # seeds 1 to 3: from -9.9, -8.5, -9.7 to -5.1, -4.3, -4.6
+    assert after > before + 2 and after > data + 3
+    said = r"go from (\S+), .* after the offline phase to (\S+), .*; the data have (\S+)\."  # seed 1 first
+    (said,) = re.findall(said, " ".join((ROOT / "README.md").read_text().split()))
+    assert [before, after, data] == pytest.approx([float(word) for word in said], abs=1.5)  # on another CPU
     run(["python", "-c", from_python.replace("path/to/this/folder", str(ROOT))], PYTHONPATH="")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["ball.npz", "ball.py", "runs"]
     assert len(list((tmp_path / "runs").iterdir())) == 2

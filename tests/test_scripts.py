@@ -283,6 +283,85 @@ def test_claims_at_a_glance_are_those_of_the_results():
         assert int(value) == round(np.mean([[c[step] for step in last] for c, last in zip(curves, steps)]))
 
 
+def at(name, label, step, *seeds):
+    """The return on test tasks at a gradient step, mean over seeds."""
+    return np.mean([returns(name, label, seed)[step] for seed in seeds])
+
+
+def cheetah_error(num_fastest):
+    """Mean error of SMAC's velocity at the end, in m/s, on the fastest test tasks: return / 200 steps."""
+    with np.load(ROOT / "datasets" / "CheetahVelocity.npz", allow_pickle=False) as data:
+        fastest = set(data["test_tasks"][:, 0].argsort()[-num_fastest:].tolist())
+    errors = []
+    for seed in (1, 2):
+        with open(ROOT / "benchmark" / "results" / "cheetah_small" / f"smac__{seed}.csv", newline="") as file:
+            rows = [row for row in csv.DictReader(file) if row["gradient_step"] == "150000" and row["split"] == "test"]
+        errors += [-float(row["return"]) / 200 for row in rows if int(row["task"]) in fastest]
+    assert len(errors) == 2 * num_fastest
+    return np.mean(errors)
+
+
+def success(label, step, column="test/online"):
+    with open(ROOT / "benchmark" / "results" / "sawyer_small" / "diagnostics" / f"{label}__1.csv", newline="") as file:
+        row = [row for row in csv.DictReader(file) if step in (None, int(row["gradient_step"]))][-1]
+    return float(row[f"eval/{column}_context_success"])
+
+
+def hopper_ends():
+    """The lowest of the last ten evaluations and the highest of the offline phase, of three seeds; means of the ten."""
+    curves = [returns("hopper_param", "smac", seed) for seed in (1, 2, 3)]
+    ends = [[curve[step] for step in sorted(curve)[-10:]] for curve in curves]
+    offline = [max(value for step, value in curve.items() if step <= 50_000) for curve in curves]
+    assert all(min(end) > before for end, before in zip(ends, offline))
+    return [np.min(ends), max(offline), *np.mean(ends, axis=1)]
+
+
+def new(label):
+    """New transitions of hopper_small, mean over three seeds."""
+    last = []
+    for seed in (1, 2, 3):
+        with open(ROOT / "benchmark" / "results" / "hopper_small" / f"{label}__{seed}.csv", newline="") as file:
+            last.append(max(int(row["env_steps"]) for row in csv.DictReader(file)))
+    return np.mean(last)
+
+
+FULL = "benchmark/results/README.md"
+PROSE = [  # a file, what it says, and the same from the files of results
+    ("README.md", r"MACAW \((\S+)\) and meta-BC \((\S+)\), one seed each, are ahead of its (\S+)\.", lambda: [
+        at("hopper_param", "macaw", 25_000, 1), at("hopper_param", "meta_bc", 50_000, 1),
+        at("hopper_param", "smac", 50_000, 1, 2, 3)]),
+    ("README.md", r"to a mean error of (\S+) m/s, (\S+) on the five fastest tasks", lambda: [
+        cheetah_error(30), cheetah_error(5)]),
+    ("README.md", r"success on test tasks (\S+) offline, meta-BC (\S+) ", lambda: [
+        success("smac", 50_000), success("meta_bc", 50_000)]),
+    ("README.md", r"did not help \((\S+) → (\S+) on test tasks, .*, true rewards did \((\S+) → (\S+)\)", lambda: [
+        at("point_direction", label, step, 1, 2, 3)
+        for label in ("smac_goal_data", "smac_goal_data_oracle_rewards") for step in (3_000, 12_600)]),
+    (FULL, r"\(lowest (\S+), highest (\S+)\)\. Means of the last ten are (\S+), (\S+) and (\S+) ", hopper_ends),
+    (FULL, r"so that the oracle has (\S+) % more in all", lambda: [
+        100 * (new("pearl") / (60_000 + new("smac")) - 1)]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("file, pattern, expected", PROSE, ids=range(len(PROSE)))
+def test_figures_in_the_prose_are_those_of_the_results(file, pattern, expected):
+    (said,) = re.findall(pattern, flowing(source(file)))
+    said = [said] if isinstance(said, str) else said
+    for word, value in zip(said, expected(), strict=True):
+        half = 0.5 * 10.0 ** -len(word.partition(".")[2])  # of the last digit
+        assert abs(float(word) - value) <= half + 1e-6, (word, value)
+
+
+def test_sawyers_table_of_successes_is_that_of_the_results():
+    text = source(FULL).split("\n| success |")[1].split("\n\n")[0]
+    rows = re.findall(r"^\| (\w+), ([^|]*) \| (\S+) \| (\S+) \| (\S+) \|$", text, re.M)
+    assert len(rows) == 6
+    for label, moment, *cells in rows:
+        step = None if moment == "at the end" else 50_000
+        for cell, column in zip(cells, ("test/online", "train/online", "train/offline"), strict=True):
+            assert abs(float(cell) - success(label, step, column)) <= 0.005 + 1e-6
+
+
 # ----- Batches, flags and data
 
 
