@@ -304,7 +304,7 @@ def cheetah_error(num_fastest):
 def success(label, step, column="test/online"):
     with open(ROOT / "benchmark" / "results" / "sawyer_small" / "diagnostics" / f"{label}__1.csv", newline="") as file:
         row = [row for row in csv.DictReader(file) if step in (None, int(row["gradient_step"]))][-1]
-    return float(row[f"eval/{column}_context_success"])
+    return float(row[f"charts/{column}_context_success"])
 
 
 def hopper_ends():
