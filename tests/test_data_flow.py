@@ -166,6 +166,10 @@ def sign_and_record(patch, script, log):
         if len(log.batches) == log.stop_at:
             os.kill(os.getpid(), signal.SIGTERM)
 
+    def draw(buffer, tasks, n, generator, source="rl"):
+        log.drawn.append(buffer.sizes[source][torch.as_tensor(tasks)].min().item())
+
+    spy(patch, buffers.ReplayBuffer, "sample", before=draw)
     for name in ("update", "update_vae"):
         if hasattr(script, name):
             spy(patch, script, name, before=update, place="update", log=log)
@@ -188,7 +192,8 @@ CASES = [(name, resumed) for name in RUNS for resumed in (False, True)]
 
 @functools.cache
 def cached(folder, name, resumed):
-    log = SimpleNamespace(place="collect", histories=[], used=[], acted=[], labels=[], batches=[], rates={}, stop_at=0)
+    lists = {name: [] for name in ("histories", "used", "acted", "labels", "batches", "drawn")}
+    log = SimpleNamespace(place="collect", rates={}, stop_at=0, **lists)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(envs, "make_evaluation", functools.partial(envs.make_evaluation, num_train=3, repeats=2))
         patch.setattr(buffers, "draw_summary", lambda folder: Figure(figsize=(1, 1)))
@@ -399,6 +404,12 @@ def test_the_parts_of_a_sampled_transition_belong_together(flow):
                     for sign, time in data["obs"][:, [SIGN, TIME]]
                 ]
                 np.testing.assert_allclose(data["returns"][:, 0], expected, rtol=1e-6)
+
+
+@over(RUNS)
+def test_nothing_is_drawn_from_a_task_without_data(flow):
+    """It would be another task's: test tasks have none before they are explored."""
+    assert min(flow.drawn) > 0 and len(flow.drawn) >= len(flow.batches) - signed.VAE_STEPS
 
 
 @over(["borel"])

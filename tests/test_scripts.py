@@ -307,6 +307,15 @@ def success(label, step, column="test/online"):
     return float(row[f"charts/{column}_context_success"])
 
 
+def frozen_belief():
+    """BOReL's returns at the end with a belief that reads nothing of the scored episode, of three seeds."""
+    folder, last = ROOT / "benchmark" / "results" / "point_direction" / "diagnostics", []
+    for seed in (1, 2, 3):
+        with open(folder / f"borel__{seed}.csv", newline="") as file:
+            last.append(float([*csv.DictReader(file)][-1]["eval/test/frozen_belief_return"]))
+    return last
+
+
 def hopper_ends():
     """The lowest of the last ten evaluations and the highest of the offline phase, of three seeds; means of the ten."""
     curves = [returns("hopper_param", "smac", seed) for seed in (1, 2, 3)]
@@ -338,6 +347,9 @@ PROSE = [  # a file, what it says, and the same from the files of results
         at("point_direction", label, step, 1, 2, 3)
         for label in ("smac_goal_data", "smac_goal_data_oracle_rewards") for step in (3_000, 12_600)]),
     (FULL, r"\(lowest (\S+), highest (\S+)\)\. Means of the last ten are (\S+), (\S+) and (\S+) ", hopper_ends),
+    (FULL, r"two episodes it has (\S+), (\S+) and (\S+) instead of (\S+), (\S+) and (\S+) ", lambda: [
+        *frozen_belief(), *(at("point_direction", "borel", 3_000, seed) for seed in (1, 2, 3))]),
+    ("README.md", r"reads no reward of the scored episode \((\S+)\)", lambda: [np.mean(frozen_belief())]),
     (FULL, r"so that the oracle has (\S+) % more in all", lambda: [
         100 * (new("pearl") / (60_000 + new("smac")) - 1)]),
 ]  # fmt: skip
@@ -372,7 +384,13 @@ def test_a_batch_has_the_transitions_of_one_buffer_and_the_context_of_the_other(
         for sign, where in ((1, {"context": False}), (-1, {"rl": False})):
             path = {"obs": torch.full((6, 1), sign * (task + 1.0)), "actions": torch.zeros(5, 1)}
             buffer.add(task, path | {"rewards": torch.full((5,), 9.0), "terminals": torch.zeros(5)}, **where)
-    args, seen = script.Args(rl_batch=3, context_batch=2, meta_batch=4, latent_dim=2), set()
+    args, seen, asked = script.Args(rl_batch=3, context_batch=2, meta_batch=4, latent_dim=2), set(), set()
+
+    def ask(tasks, *rest, sample=buffer.sample):
+        asked.update(tasks.tolist())  # an empty task would give another one's transitions
+        return sample(tasks, *rest)
+
+    buffer.sample = ask
     for seed in range(8):
         batch = script.sample_batch(buffer, args, torch.Generator().manual_seed(seed))
         drawn = batch["obs"][:, 0, 0]  # (T,), task number + 1
@@ -380,7 +398,7 @@ def test_a_batch_has_the_transitions_of_one_buffer_and_the_context_of_the_other(
         assert batch["context"].shape == (4, 2, 3) and (batch["context"][..., 0] == -drawn[:, None]).all()
         assert (batch["context"][..., 1] == 0).all() and (batch["context"][..., 2] == 9).all()  # (s, a, r)
         seen |= {int(number) - 1 for number in drawn}
-    assert seen == set(tasks)
+    assert seen == asked == set(tasks)
 
 
 def parse(module, *words):
