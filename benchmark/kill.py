@@ -11,6 +11,7 @@ import functools
 import importlib
 import math
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -96,8 +97,13 @@ def content(run):
     """What two equal runs share, as bytes: all of the checkpoint, points of the curves, eval.csv."""
     with np.load(run / "checkpoint.npz") as file:
         kept = {name: (file[name].dtype.str, file[name].shape, file[name].tobytes()) for name in file.files}
-    events = EventAccumulator(str(run), size_guidance={"scalars": 0})
-    events.Reload()
+    with tempfile.TemporaryDirectory() as folder:
+        # TensorBoard reads files in the order of their names, which is any for two that began in the same second.
+        files = sorted(run.glob("events.*"), key=lambda file: file.stat().st_mtime_ns)
+        for i, file in enumerate(files):
+            shutil.copy(file, f"{folder}/events.out.tfevents.{i:04d}")
+        events = EventAccumulator(folder, size_guidance={"scalars": 0})
+        events.Reload()
     tags = [tag for tag in events.Tags()["scalars"] if tag != "train/SPS"]
     kept["curves"] = {tag: [(point.step, point.value) for point in events.Scalars(tag)] for tag in tags}
     return kept | {"eval.csv": (run / "eval.csv").read_bytes()}

@@ -262,6 +262,15 @@ def test_killed_runs_end_like_runs_that_were_never_killed(tmp_path, monkeypatch)
     assert sum(int(row.split("|")[-2]) for row in rows) == 3
 
 
+def test_curves_are_compared_in_the_order_of_writing(whole, dataset, tmp_path, monkeypatch):
+    """The names of TensorBoard's files tell it to a second only: short runs are resumed within one."""
+    run = stopped(meta_bc, dataset, tmp_path, monkeypatch)
+    (first,) = run.glob("events.*")
+    first.rename(run / "events.out.tfevents.9999999999.later")
+    resume(meta_bc, dataset, run)
+    assert_equal_runs(whole(meta_bc), run)
+
+
 def test_eval_csv_comes_back_whole(whole, dataset, tmp_path):
     run = shutil.copytree(whole(meta_bc), tmp_path / "run")
     file, text = run / "eval.csv", (run / "eval.csv").read_bytes()
