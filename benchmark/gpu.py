@@ -62,7 +62,7 @@ def train(script, folder, args, **flags):
     rates, scalars, before = [], buffers.Run.scalars, envs.make_evaluation
 
     def record(run, values):
-        rates.extend(value for name, value in values.items() if name == "charts/SPS")
+        rates.extend(value for name, value in values.items() if name == "train/SPS")
         scalars(run, values)
 
     envs.make_evaluation = functools.partial(envs.make_evaluation, num_train=1, num_test=1, repeats=1)
