@@ -37,18 +37,20 @@ class Camera(gym.Wrapper):
             view |= {"trackbodyid": 1, "distance": 3.0 + tilt / 15, "azimuth": 90, "elevation": -tilt}
             renderer.default_cam_config, renderer.camera_id = view, None
             renderer.width, renderer.height = HEIGHT * 4 // 3, HEIGHT
-            env.unwrapped.model.vis.quality.shadowsize = 1024  # the default takes a CPU .2 s a picture
+            model = env.unwrapped.model
+            model.light_castshadow[:], model.mat_reflectance[:] = False, 0  # most of a CPU's time
+            model.mat_texrepeat[:] /= 3  # large squares on the floor: half the bytes of a film
         self.to_picture = np.array([1.0, -np.sin(np.deg2rad(tilt))]) * HEIGHT / 2  # x right, y down and foreshortened
 
     def reset(self, **options):
         self.films.append([])
-        self.total, self.time, result = 0.0, 0, self.env.reset(**options)
+        self.total, self.time, self.ended, result = 0.0, 0, False, self.env.reset(**options)
         self.shoot()
         return result
 
     def step(self, action):
         result = self.env.step(action)
-        self.total, self.time = self.total + result[1], self.time + 1
+        self.total, self.time, self.ended = self.total + result[1], self.time + 1, result[2]
         if self.time % self.every == 0 or result[2] or result[3]:
             self.shoot()
         return result
@@ -69,7 +71,7 @@ class Camera(gym.Wrapper):
         draw = ImageDraw.Draw(page)
         draw.rectangle((0, 0, page.width - 1, page.height - 1), outline="gray")
         episode = f"exploration {len(self.films)}" if len(self.films) < 3 else "adapted"
-        for line, words in enumerate((*self.words, f"{episode}: {self.total:.0f}")):
+        for line, words in enumerate((*self.words, f"{episode}: {self.total:.0f}" + ", ended" * self.ended)):
             draw.text((6, 3 + 15 * line), words, "black", FONT)
         self.films[-1].append(page)
 
@@ -126,5 +128,6 @@ def save(columns, file):
     if file.suffix == ".mp4":
         data = imageio.v2.mimwrite("<bytes>", frames, format="mp4", fps=20, macro_block_size=2)
         return write_file(file, lambda out: out.write(data))
+    times = [50] * (len(frames) - 1) + [1500]  # ms; the last is shown for longer
     few = [frame.quantize(64, dither=Image.Dither.NONE) for frame in frames]  # colours: a third of the bytes
-    write_file(file, lambda out: few[0].save(out, "GIF", save_all=True, append_images=few[1:], duration=50, loop=0))
+    write_file(file, lambda out: few[0].save(out, "GIF", save_all=True, append_images=few[1:], duration=times, loop=0))

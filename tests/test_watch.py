@@ -281,13 +281,13 @@ def test_a_file_imports_no_module_unless_the_command_line_names_it(agent_file, t
 
 @pytest.mark.parametrize("file", sorted((watch.ROOT / "agents").glob("*.npz")), ids=lambda file: file.stem)
 def test_an_agent_in_the_repository_plays(file):
-    """On three test tasks; where the return grew by half in its own run, it does here."""
+    """On two test tasks; where the return grew by half in its own run, it does here."""
     script, args, tasks, loaded = watch.load(file)
     assert script is smac and args.env_id == file.stem and file.stat().st_size < 4e6
     with np.load(file, allow_pickle=False) as arrays:
         returns = json.loads(str(arrays["returns"]))
     before, after = (float(re.match(r"test .*? (\S+)$", json.loads(returns[str(step)])[0])[1]) for step in loaded)
-    played = [watch.measure(script, agent, args, tasks, 3, 1)[1] for agent in loaded.values()]
+    played = [watch.measure(script, agent, args, tasks, 2, 1)[1] for agent in loaded.values()]
     assert all(np.isfinite(values).all() for returns in played for values in returns.values())
     first, last = (returns["after adaptation"].mean() for returns in played)
     assert last > first or after - before < 0.5 * abs(before)
