@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 import buffers
 import smac_offline_online as smac
-from benchmark import plot, run, watch
+from benchmark import gpu, plot, run, watch
 
 SMALL = "--q-hidden 8 --policy-hidden 8 --encoder-hidden 8 --rl-batch 8 --context-batch 8"
 SHORT = "--offline-steps 20 --online-iterations 1 --updates-per-iteration 10 --eval-every 10"
@@ -321,3 +321,14 @@ def test_a_colour_means_one_thing():
     drawn = {label for labels in plot.PANELS.values() for label in labels.split()}
     labels = {label for runs in run.BENCHMARKS.values() for label in runs}
     assert drawn == set(plot.METHODS) >= labels - set(plot.FOLDERS)  # those of short are environments
+
+
+def test_gpu_compares_recorded_plain_and_resumed_runs(tmp_path, monkeypatch):
+    """On the CPU, where nothing is recorded and all three end alike."""
+    sizes = dict(policy_hidden=(8,), encoder_hidden=(8,), decoder_hidden=(8,), rl_batch=8, context_batch=8)
+    phases = {gpu.meta_bc: {"offline": lambda steps: dict(offline_steps=steps) | sizes}}
+    monkeypatch.setattr(gpu, "PHASES", phases)
+    gpu.main(gpu.Args("cpu", "PointDirection", steps=5, file=tmp_path / "gpu.md"))
+    (row,) = [line.split(" | ") for line in (tmp_path / "gpu.md").read_text().splitlines() if "meta_bc" in line]
+    assert float(row[2]) > 0 and float(row[3]) > 0 and row[5:] == ["0.0e+00", "0.0e+00 |"]
+    assert gpu.apart({"a": np.array([2.0, 4.0])}, {"a": np.array([2.0, 3.0])}) == 0.25
