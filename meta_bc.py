@@ -52,8 +52,7 @@ class Args:
 # is not in the paper: small networks and a short run.
 PRESETS = {
     "HopperParam": {}, "WalkerParam": {}, "CheetahVelocity": {}, "AntDirection": dict(eval_every=8_000),
-    "HumanoidDirection": {},
-    "SawyerManipulation": dict(kl_coef=1 / 256), "SawyerManipulation8": dict(kl_coef=1 / 256),
+    "HumanoidDirection": {}, "SawyerManipulation": dict(kl_coef=1 / 256, eval_every=8_000),
     "PointDirection": dict(
         policy_hidden=(128, 128), encoder_hidden=(128, 128), rl_batch=128, lr=1e-3, kl_coef=0.002, offline_steps=3_000,
         eval_every=1_200,
@@ -61,6 +60,7 @@ PRESETS = {
     "short": dict(preset="short", rl_batch=64, offline_steps=15_000, eval_every=2_500),
     "AntDirection short": dict(eval_every=5_000),
 }  # fmt: skip
+PRESETS["SawyerManipulation8"] = PRESETS["SawyerManipulation"]
 
 
 # ===== Networks: Table 1 and C.3

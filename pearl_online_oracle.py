@@ -64,7 +64,7 @@ PRESETS = {
     "HopperParam": dict(next_obs_in_context=True), "WalkerParam": dict(next_obs_in_context=True),
     "CheetahVelocity": dict(dataset_iteration=50),
     "AntDirection": dict(dataset_iteration=100, eval_every=8_000), "HumanoidDirection": dict(dataset_iteration=100),
-    "SawyerManipulation": dict(reward_scale=1.0),
+    "SawyerManipulation": dict(reward_scale=1.0, eval_every=8_000),
     "PointDirection": dict(
         q_hidden=(128, 128), policy_hidden=(128, 128), encoder_hidden=(128, 128), rl_batch=128, lr=1e-3, kl_coef=0.002,
         online_iterations=24, tasks_per_iteration=5, initial_steps=300, prior_steps=150, posterior_steps=250,

@@ -75,7 +75,7 @@ PRESETS = {
     "CheetahVelocity": dict(encoder_buffer="frozen"),
     "SawyerManipulation": dict(
         awr_lambda=0.3, awr_weights="exp", reward_scale=1.0, lambda_pearl=0.0, kl_coef=1 / 256, encoder_buffer="all",
-        num_critics=1, tasks_per_iteration=1),
+        num_critics=1, tasks_per_iteration=1, eval_every=8_000),
     "PointDirection": dict(
         q_hidden=(128, 128), policy_hidden=(128, 128), encoder_hidden=(128, 128), rl_batch=128, lr=1e-3, kl_coef=0.002,
         offline_steps=3_000, online_iterations=24, updates_per_iteration=400, prior_steps=150, posterior_steps=250,

@@ -37,7 +37,7 @@ POINT = "smac_offline_online.py --env-id PointDirection"
 HOPPER = "--env-id HopperParam"
 ONE_TASK = "--tasks-per-iteration 1"
 SHORT = "--rl-batch 64 --updates-per-iteration 2000"
-SAWYER = "--env-id SawyerManipulation --eval-every 8000"
+SAWYER = "--env-id SawyerManipulation"
 SMALL_SAWYER = f"{SAWYER} --rl-batch 128"
 
 
