@@ -92,7 +92,7 @@ def main(cli):
             row.append(" / ".join(f"{100 * part / sum(parts.values()):.1f}" for part in parts.values()))
         rows.append(row)
         print(*row, sep="  ", flush=True)
-    text = f"{buffers.versions()['cpu']}, PyTorch {torch.__version__}, {cli.threads} threads. Shares in %: update / "
+    text = f"{buffers.versions()['cpu']}, PyTorch {torch.__version__}, {cli.threads} thread(s). Shares in %: update / "
     text += f"collection / evaluation / logging; GPU: computed for {GPU_STEPS} gradient steps a second.\n\n"
     header = (
         "environment, gradient steps/s, env steps/s in turn, side by side, in an evaluation, side by side / in turn"
