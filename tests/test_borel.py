@@ -225,7 +225,7 @@ def test_an_evaluation_plays_each_split_and_reads_two_episodes_of_each_tasks_own
 
     monkeypatch.setattr(borel, "rollout_belief", record)
     results, scalars, paths = borel.evaluate(agent, trajectories, eval_envs, args)
-    assert [scalars["eval/test/frozen_belief_return"]] == returns
+    assert [scalars["charts/test/frozen_belief_return"]] == returns
     assert list(results) == [("test", "online"), ("train", "online"), ("train", "offline")]
     assert [numbers for numbers, *_ in results.values()] == [[0], [0, 1, 2], [0, 1, 2]]
     assert [angles for _, angles in calls] == 3 * [[1.0]] + 4 * [[0.1, 0.2, 0.3]]

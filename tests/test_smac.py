@@ -591,7 +591,9 @@ def test_zero_is_a_value_where_it_means_something():
 
 
 def test_presets_hold_for_their_environment_and_flags_override_them():
-    assert smac.PRESETS.keys() == envs.SPECS.keys() | {"short"}
+    assert smac.PRESETS.keys() == envs.SPECS.keys() | {"short", "AntDirection short"}
+    ant = parse(["--env-id", "AntDirection"]), parse(["--env-id", "AntDirection", "--preset", "short"])
+    assert [args.eval_every for args in ant] == [8_000, 5_000]
     short, again = parse(["--preset", "short"]), parse(["--preset", "short", "--env-id", "PointDirection"])
     assert (short.preset, short.offline_steps, short.rl_batch, short.q_hidden) == ("short", 15_000, 64, (300, 300, 300))
     assert (again.preset, again.offline_steps, again.q_hidden) == ("short", 3_000, (128, 128))  # it is short anyway
