@@ -73,7 +73,7 @@ PRESETS = {
     "AntDirection short": dict(eval_every=5_000),
 }  # fmt: skip
 EPISODES = 3  # in a meta-trajectory: T of Section 3
-MAX_PADDED = 1 << 27  # numbers in the observations of all meta-trajectories, were all as long as the longest
+MAX_PADDED = 1 << 27  # numbers in all meta-trajectories, were all as long as the longest
 
 
 # ===== Networks
@@ -251,7 +251,7 @@ def stack(trajectories, device):
         their lengths (M,); the first row of each task, and M (tasks + 1,).
     """
     rows = [buffers.join(episodes, device) for of_task in trajectories for episodes in of_task]
-    if len(rows) * max(row["obs"].numel() for row in rows) > MAX_PADDED:
+    if len(rows) * max(sum(x.numel() for x in row.values()) for row in rows) > MAX_PADDED:
         raise buffers.InputError("the longest meta-trajectory of the dataset is too long to pad all others to it")
     steps = {name: pad_sequence([row[name] for row in rows], batch_first=True) for name in rows[0]}
     lengths = torch.tensor([len(row["obs"]) for row in rows], device=device)

@@ -201,10 +201,10 @@ class ReplayBuffer:
 # ===== Files: .npz without pickle
 
 
-MAX_UNPACKED = 1 << 27  # bytes that all compressed arrays of a file may have together; what is stored plain is no more
+MAX_UNPACKED = 1 << 26  # bytes that all compressed arrays of a file may have together; what is stored plain is no more
 MAX_TABLE = 1 << 18  # bytes of the table of contents
 HEADER = re.compile(  # of an array as numpy.savez writes it: type, whether it lies by columns, shape
-    rb"\x93NUMPY\x01\x00..{'descr': '(<[fi][48]|\|[ub]1|<U[1-9]\d{0,8})', 'fortran_order': (True|False), "
+    rb"\x93NUMPY\x01\x00..{'descr': '(<[fi][48]|\|[ub]1|<U[1-9]\d{0,7})', 'fortran_order': (True|False), "
     rb"'shape': \((|\d{1,15},|\d{1,15}(?:, \d{1,15}){1,3})\), } *\n",
     re.DOTALL,
 )
@@ -300,7 +300,7 @@ def write_file(path, write) -> None:
 # With no encoder trajectories (P = 0) the RL trajectories serve as both buffers.
 
 
-FORMAT_VERSION, MAX_TASKS, MAX_PATHS, MAX_TEXT = 1, 10_000, 50_000, 10_000
+FORMAT_VERSION, MAX_TASKS, MAX_PATHS, MAX_LENGTH, MAX_TEXT = 1, 10_000, 50_000, 1_200, 10_000
 PATH_FIELDS = {"obs": np.float32, "actions": np.float32, "rewards": np.float32, "terminals": np.bool_}
 
 
@@ -409,8 +409,10 @@ def check_dataset(path, env_id, data) -> None:
         tasks, lengths, num_tasks = data[f"{part}_tasks"], data[f"{part}_lengths"], len(data["train_tasks"])
         if lengths.size != tasks.size:
             raise InputError(f"{path}: {part}_tasks has {tasks.size} entries, {part}_lengths has {lengths.size}")
-        if lengths.size and (lengths.min() < 1 or tasks.min() < 0 or tasks.max() >= num_tasks):
-            raise InputError(f"{path}: {part}_lengths must be at least 1 and {part}_tasks within 0..{num_tasks - 1}")
+        most = max(MAX_LENGTH, spec.horizon)  # no slice of a PEARL run is longer, even if its episodes look like one
+        for name, numbers, low, high in (("lengths", lengths, 1, most), ("tasks", tasks, 0, num_tasks - 1)):
+            if numbers.size and (numbers.min() < low or numbers.max() > high):
+                raise InputError(f"{path}: {part}_{name} must lie within {low}..{high}")
         total = int(lengths.sum(dtype=np.int64))
         for name in PATH_FIELDS:
             rows, found = total + lengths.size * (name == "obs"), len(data[f"{part}_{name}"])
@@ -441,7 +443,7 @@ def from_dataset(dataset: dict, env_id: str, device="cpu", more_tasks: int = 0, 
 
 MAY_BE_ZERO = "seed task_seed offline_steps online_iterations lambda_pearl kl_coef posterior_steps policy_reg alpha"
 AT_LEAST = {"rl_batch": 2, "context_batch": 2}  # a mean and a deviation are taken over them
-AT_MOST = {"gamma": 1, "tau": 1, "tasks_per_iteration": 200, "seed": 2**32, "task_seed": 2**32 - 1}  # and see `bounds`
+AT_MOST = {"gamma": 1, "tau": 1, "tasks_per_iteration": 32, "seed": 2**32, "task_seed": 2**32 - 1}  # and see `bounds`
 PRODUCTS = {  # for memory: a gradient step of the largest takes about 1 GB
     "meta_batch rl_batch": 2**15, "meta_batch context_batch": 2**15, "meta_batch rl_batch latent_dim": 2**24,
     "vae_tasks vae_trajectories": 2**7, "vae_tasks vae_trajectories elbo_terms elbo_terms": 2**20,
@@ -450,7 +452,8 @@ PATHS = ("dataset", "save_dataset", "run_dir", "resume")  # of the command line 
 FREE = (*PATHS, "device", "online_iterations", "compile", "cuda_graph")
 CSV_COLUMNS = ["gradient_step", "env_steps", "split", "context", "task", "return", "exploration_return"]
 NUMBER = r"-?\d+(\.\d+)?(e[-+]\d+)?"
-CSV = rf"{','.join(CSV_COLUMNS)}\r\n(\d{{1,16}},\d{{1,16}},\w+,\w+,\d{{1,16}},{NUMBER},{NUMBER}\r\n)*"  # an eval.csv
+ROW = rf"\d{{1,16}},\d{{1,16}},(test|train),(online|offline),\d{{1,16}},{NUMBER},{NUMBER}\r\n"
+CSV = rf"{','.join(CSV_COLUMNS)}\r\n({ROW})*"  # an eval.csv
 LOG_EVERY = 200  # gradient steps averaged into one point of the loss curves
 
 
@@ -821,7 +824,11 @@ class Run:
         for (split, context), (tasks, final, exploration, kl) in results.items():
             returns = np.array([path["rewards"].sum() for path in final])  # (E,)
             explored = np.array([[path["rewards"].sum() for path in pair] for pair in exploration]).mean(1)
-            self.check({f"the {split} return": returns, "the exploration return": explored}, "at the evaluation after")
+            seen = (path[name] for path in itertools.chain(final, *exploration) for name in ("obs", "actions"))
+            broken = not all(np.isfinite(array).all() for array in seen)
+            found = {f"the {split} return": returns, "the exploration return": explored}
+            found |= {"an observation or action": math.nan if broken else 0}
+            self.check(found, "at the evaluation after")
             for task in dict.fromkeys(tasks):
                 of = np.equal(tasks, task)
                 means = returns[of].mean().round(4), explored[of].mean().round(4)
@@ -839,7 +846,7 @@ class Run:
                 curves[f"eval/kl_{split}_{context}_context"] = kl.mean()
             words.append(f"{split} ({context} context) {returns.mean():.1f}")
         if hasattr(envs.lookup(self.args.env_id).env_class, "ground_velocity"):
-            groups = {"offline data": data, "exploration": [path for pair in exploration for path in pair]}
+            groups = {"offline data": data[:500], "exploration": [path for pair in exploration for path in pair]}
             groups |= {f"{context} context": results["train", context][1] for _, context in results if _ == "train"}
             arrays |= {name: envs.ground_paths(self.args.env_id, paths) for name, paths in groups.items() if paths}
         with self.writing():
@@ -905,12 +912,13 @@ class Run:
                 raise InputError(f"{path} is of the other kind of device, GPU or CPU; its agent can be watched")
             return check_array(f"{path}: {name}", dtype, shape, kind, wanted)
 
+        sha256 = read_npz(path, lambda name, *has: name == "sha256" and accept(name, *has)).get("sha256", self.sha256)
+        if sha256 != self.sha256:  # first: with other data nothing else may fit, and this is what to do about it
+            raise InputError(f"the data of {self.folder} are others than in this dataset: name theirs with --dataset")
         found = read_npz(path, accept)
         for name in (*rules, *words):
             if name not in found:
                 raise InputError(f"{path} does not fit this run: {name} is missing")
-        if found["sha256"] != self.sha256:
-            raise InputError(f"the data of {self.folder} are others than in this dataset: name theirs with --dataset")
         known = found["precision"] in ("highest", "medium") and re.fullmatch(CSV, found["eval_csv"])
         if not known or any(not 0 <= found[name] <= 2**53 for name in ("step", "env_steps", "summed")):
             raise InputError(f"{path} does not fit this run: its step, table of evaluations or precision is none")
@@ -1044,7 +1052,7 @@ def draw_kls(axes, arrays: dict) -> None:
     kls = {f"{context} context": arrays.get(f"kl_train_{context}_context") for context in ("offline", "online")}
     kls = {context: kl for context, kl in kls.items() if kl is not None}
     axes.set_visible(bool(kls))  # MACAW has no posterior
-    bins = np.linspace(0, max((kl.max() for kl in kls.values()), default=1), 25)
+    bins = np.linspace(0, max([1e-6, *(kl.max() for kl in kls.values())]), 25)  # rounding may take a KL below 0
     for context, kl in kls.items():
         label = f"{context}, mean {kl.mean():.1f}"
         axes.hist(kl, bins=bins, histtype="step", color=COLOURS[context], linewidth=1.5, label=label)
@@ -1075,14 +1083,31 @@ def table(path) -> str:
     return "\n".join(lines)
 
 
+def read_figures(folder, last=math.inf) -> dict:
+    """The last ten figures_{step}.npz of a run up to a step: {step: {name: KLs (E,), or paths (., L+1, 2)}}. Raises
+    InputError: they can not be read, or hold numbers that can not be drawn."""
+
+    def accept(name, dtype, shape):
+        wanted = len(shape) == 1 if name.startswith("kl_") else len(shape) == 3 and shape[2] == 2
+        return wanted and dtype == np.float32 and 0 < math.prod(shape) <= 1 << 21
+
+    files = [file for file in Path(folder).glob("figures_*.npz") if re.fullmatch(r"figures_\d{1,16}", file.stem)]
+    files = {int(file.stem.split("_")[1]): file for file in files}
+    steps = sorted(step for step in files if step <= last)[-10:]
+    figures = {step: read_npz(files[step], accept) for step in steps}
+    for step, arrays in figures.items():
+        for name, array in arrays.items():
+            if (np.abs(array) > 1e19).any() or name.startswith("kl_") and not (array > -1).all():
+                raise InputError(f"{files[step]}: {name} can not be drawn")
+    return figures
+
+
 def draw_summary(folder) -> Figure:
     """The picture of a run: its returns, and for each phase the KLs of Figure 2 and the paths of Figures 6 and 8."""
     groups = read_csv(Path(folder) / "eval.csv")
     last = max((step for steps in groups.values() for step, _ in steps), default=0)
-    files = [file for file in Path(folder).glob("figures_*.npz") if re.fullmatch(r"figures_\d{1,16}", file.stem)]
-    files.sort(key=lambda file: int(file.stem.split("_")[1]))
-    files = [file for file in files if int(file.stem.split("_")[1]) <= last]
-    rows = max(1, len(files))
+    figures = read_figures(folder, last)
+    rows = max(1, len(figures))
     figure = Figure(figsize=(13, 3.6 * rows), layout="constrained")
     grid = figure.add_gridspec(rows, 3)
     axes = figure.add_subplot(grid[:, 0])
@@ -1097,8 +1122,7 @@ def draw_summary(folder) -> Figure:
     axes.set_title(Path(folder).resolve().name, parse_math=False)
     if groups:
         axes.legend(fontsize=8)
-    for number, file in enumerate(files):
-        arrays = read_npz(file, lambda name, _, shape: 0 not in shape and len(shape) == (1 if name[:3] == "kl_" else 3))
+    for number, (step, arrays) in enumerate(figures.items()):
         ground = {name: array for name, array in arrays.items() if not name.startswith("kl_")}
         kls, paths = (figure.add_subplot(grid[number, column]) for column in (1, 2))
         draw_kls(kls, arrays)
@@ -1106,5 +1130,5 @@ def draw_summary(folder) -> Figure:
         if ground:
             draw_paths(paths, ground)
         for axes in (kls, paths):
-            axes.set_title(f"after {file.stem.split('_')[1]} gradient steps")
+            axes.set_title(f"after {step} gradient steps")
     return figure

@@ -24,6 +24,12 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+for number in range(3):  # a stream that is closed: GLFW, below, needs it open, and the next file would take its place
+    try:
+        os.fstat(number)
+    except OSError:
+        os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+
 import gymnasium as gym
 import mujoco
 import numpy as np
@@ -182,13 +188,14 @@ def sample_tasks(env_id: str, num_tasks: int, seed: int = 1337) -> np.ndarray:
 # ----- Evaluation: episodes side by side, and where they lead
 
 
-def make_evaluation(env_id: str, train_tasks, test_tasks, num_train: int = 10, num_test: int = 100, repeats: int = 4):
-    """The tasks of an evaluation: all test tasks (at most num_test) and num_train training tasks, `repeats` times each.
+def make_evaluation(env_id: str, train_tasks, test_tasks, num_train: int = 10, num_test: int = 0, repeats: int = 4):
+    """The tasks of an evaluation: at most num_test test tasks (0: as many as the family's row says) and num_train
+    training tasks, `repeats` times each.
 
     Returns {"test": (row of each task, environments set to them), "train": ...}, E of each.
     """
-    pairs = {}
-    for split, tasks, num in (("test", test_tasks, min(num_test, len(test_tasks))), ("train", train_tasks, num_train)):
+    pairs, num_test = {}, min(num_test or lookup(env_id).num_test_tasks, len(test_tasks))
+    for split, tasks, num in (("test", test_tasks, num_test), ("train", train_tasks, num_train)):
         # Evenly spaced in the first number of a task: tasks drawn at random would favour policies that ignore it.
         middles = (np.arange(num) + 0.5) / num * len(tasks)
         spaced = np.unique(np.argsort(tasks[:, 0])[middles.astype(int)])
@@ -258,11 +265,14 @@ class Episodes:
 
 def ground_paths(env_id: str, paths: list) -> np.ndarray:
     """Where E trajectories of a family with `ground_velocity` lead, in metres from the start: (E, L+1, 2), NaN after
-    their end. The robots do not observe where they are, so this is the sum of the velocities in the observations."""
-    first, seconds = lookup(env_id).env_class.ground_velocity
-    ground = np.full((len(paths), max(len(path["obs"]) for path in paths), 2), np.nan, np.float32)
-    for row, path in zip(ground, paths):
-        row[: len(path["obs"])] = np.cumsum(path["obs"][:, first : first + 2] * seconds, axis=0)
+    their end, L at most the horizon. The robots do not observe where they are, so this is the sum of the velocities in
+    the observations."""
+    spec = lookup(env_id)
+    first, seconds = spec.env_class.ground_velocity
+    velocities = [path["obs"][: spec.horizon + 1, first : first + 2] for path in paths]  # data may have longer episodes
+    ground = np.full((len(paths), max(map(len, velocities)), 2), np.nan, np.float32)
+    for row, velocity in zip(ground, velocities):
+        row[: len(velocity)] = np.cumsum(velocity * seconds, axis=0)
     return ground
 
 

@@ -7,6 +7,7 @@ file for benchmark/watch.py.
 
 import dataclasses
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Optional
@@ -30,7 +31,8 @@ class Args:
 
 def main(args):
     """Write the file, and return its path. Raises InputError."""
-    files = {int(file.stem.split("_")[1]): file for file in args.run.glob("agent_*.npz")}
+    files = [file for file in args.run.glob("agent_*.npz") if re.fullmatch(r"agent_[0-9]{1,15}", file.stem)]
+    files = {int(file.stem.split("_")[1]): file for file in files}
     if not files:
         raise buffers.InputError(f"there is no agent_*.npz in {args.run}: none of its phases has ended")
     script, flags, tasks, _ = watch.load(args.run, args.env_id, args.dataset)

@@ -24,12 +24,11 @@ class Args:
 
 def main(args):
     """Draw. Raises InputError."""
-    files = {int(file.stem.split("_")[1]): file for file in args.run.glob("figures_*.npz")}
-    if not files:
+    figures = buffers.read_figures(args.run)
+    if not figures:
         raise buffers.InputError(f"there is no figures_*.npz in {args.run}")
-    figure = Figure(figsize=(12, 3.8 * len(files)), layout="constrained")
-    for row, step in zip(figure.subplots(len(files), 3, squeeze=False), sorted(files)):
-        arrays = buffers.read_npz(files[step], lambda *_: True)
+    figure = Figure(figsize=(12, 3.8 * len(figures)), layout="constrained")
+    for row, (step, arrays) in zip(figure.subplots(len(figures), 3, squeeze=False), figures.items()):
         buffers.draw_kls(row[0], arrays)
         row[0].set_title(f"after {step} steps")
         everything = {name: array for name, array in arrays.items() if not name.startswith("kl_")}

@@ -29,6 +29,7 @@ from buffers import InputError
 # What acting needs of each script's agent: the beginnings of its parameters' names
 SCRIPTS = dict.fromkeys(("smac_offline_online", "pearl_online_oracle", "meta_bc", "borel"), ("policy.", "encoder."))
 SCRIPTS["macaw"] = "policy.", "value.", "raw_adv_coef"
+MAX_PLAYED = 1000  # environments side by side: of MuJoCo 1.5 MB each, of PyBullet 28
 COLUMNS = {  # of --out, and the returns that stand there
     "own context": "after adaptation", "another task's": "another task's context", "prior": "the prior",
     "own context, sampled actions": "sampled actions",
@@ -83,6 +84,8 @@ def load(path, env_id=None, dataset=None):
     phases = {name.rpartition("/")[0] for name in arrays if "/" in name}
     if not phases:
         raise InputError(f"{file} has no agent to watch: give a run's folder, or a file that benchmark/agents.py wrote")
+    if len(phases) > 10:
+        raise InputError(f"{file} holds {len(phases)} agents, expected at most 10")
     for phase in sorted(phases, key=lambda phase: phase.zfill(15)):
         state = {key: arrays.get(f"{phase}/{key}", np.array(np.nan)) for key in shapes}
         for key, array in state.items():
@@ -191,10 +194,11 @@ def main(args):
     if args.video:
         film.check_file(args.video)
     script, flags, tasks, agents = load(args.agent, args.env_id, args.dataset)
-    columns = []
+    num_tasks, columns = len(tasks) if args.out else min(args.tasks, len(tasks)), []
+    if num_tasks * args.episodes > MAX_PLAYED:
+        raise InputError(f"{num_tasks} tasks x {args.episodes} episodes are more than {MAX_PLAYED} environments")
     for step, agent in agents.items():
         buffers.say(f"{flags.env_id}, {script.__name__}.py, seed {flags.seed}, after {step} gradient steps")
-        num_tasks = len(tasks) if args.out else args.tasks
         numbers, returns = measure(script, agent, flags, tasks, num_tasks, args.episodes, bool(args.out))
         show([describe(flags.env_id, number, tasks[number]) for number in numbers], returns)
         if args.out:

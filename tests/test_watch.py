@@ -410,8 +410,8 @@ def test_the_picture_of_a_run_by_hand(tmp_path):
     rows += [(30, 50, "test,online", 5.0), (30, 50, "test,online", 7.0)]
     lines = [f"{step},{new},{group},0,{value},0" for step, new, group, value in rows]
     (tmp_path / "eval.csv").write_text("\n".join([",".join(buffers.CSV_COLUMNS), *lines, ""]))
-    kls = {"kl_train_offline_context": np.array([1.0, 3.0]), "kl_train_online_context": np.array([8.0, 8.0])}
-    paths = {"offline data": np.zeros((2, 5, 2)), "online context": np.ones((2, 5, 2))}
+    kls = {"kl_train_offline_context": np.float32([1, 3]), "kl_train_online_context": np.float32([8, 8])}
+    paths = {"offline data": np.zeros((2, 5, 2), np.float32), "online context": np.ones((2, 5, 2), np.float32)}
     for step, ground in ((20, {}), (30, paths), (40, paths)):  # the last is of a later step than eval.csv has
         np.savez(tmp_path / f"figures_{step}.npz", **kls, **ground)
     curves, *panels = DRAW_SUMMARY(tmp_path).axes
@@ -433,3 +433,39 @@ def test_the_picture_of_a_run_by_hand(tmp_path):
         in_legend = axes.get_legend().get_patches() or axes.get_legend().get_lines()
         in_legend = [getattr(mark, "get_edgecolor", getattr(mark, "get_color", None))() for mark in in_legend]
         assert [to_rgba(c) for c in of] == [to_rgba(c) for c in in_legend] == [to_rgba(c) for c in colours]
+
+
+BAD_FIGURES = {
+    "KLs that are none": (
+        {"kl_train_online_context": np.float32([np.nan])},
+        "kl_train_online_context can not be drawn",
+    ),
+    "KLs far below 0": ({"kl_train_online_context": np.float32([-5])}, "kl_train_online_context can not be drawn"),
+    "paths without end": ({"exploration": np.full((1, 5, 2), 1e30, np.float32)}, "exploration can not be drawn"),
+}
+
+
+@pytest.mark.parametrize("arrays, message", BAD_FIGURES.values(), ids=BAD_FIGURES)
+def test_figures_that_can_not_be_drawn(tmp_path, arrays, message):
+    np.savez(tmp_path / "figures_20.npz", **arrays)
+    with pytest.raises(buffers.InputError, match=message):
+        buffers.read_figures(tmp_path)
+
+
+def test_figures_of_other_kinds_are_not_read(tmp_path):
+    """Text, float64 and other shapes are left out; what else lies there is no picture of a run."""
+    arrays = {
+        "exploration": np.array("words"),
+        "kl_train_online_context": np.zeros(3),
+        "offline data": np.zeros((2, 3)),
+    }
+    np.savez(tmp_path / "figures_20.npz", **arrays)
+    (tmp_path / "figures_x.npz").write_text("none")
+    assert buffers.read_figures(tmp_path) == {20: {}}
+
+
+def test_more_environments_than_fit_are_refused(tmp_path, capsys):
+    """Each takes 1.5 MB in MuJoCo, and 28 in PyBullet."""
+    with pytest.raises(buffers.InputError, match="5 tasks x 1000000000 episodes are more than 1000 environments"):
+        watch.main(watch.Args(watch.ROOT / "agents" / "HopperParam.npz", episodes=10**9))
+    assert capsys.readouterr().out == ""
