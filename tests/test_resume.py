@@ -253,8 +253,10 @@ def test_an_evaluation_that_is_not_finite_stops_the_run_with_one_sentence(name, 
     broken = staticmethod(lambda env: float("nan") if env.evaluating and len(calls) == 2 else pay(env))
     monkeypatch.setattr(signed.Signed, "pay", broken)
     first, second = {"smac": (4, 5), "borel": (6, 10)}.get(name, (5, 9))
-    message = "^the test return, the exploration return became NaN or infinite at the evaluation after step "
-    with pytest.raises(buffers.InputError, match=f"{message}{second} of {folder}; continue with: ") as error:
+    # The NaN reward is in the context, hence in z and in the actions
+    message = "^the test return, the exploration return, an observation or action became NaN or infinite at the "
+    message += f"evaluation after step {second} of {folder}; continue with: "
+    with pytest.raises(buffers.InputError, match=message) as error:
         signed.start(name, tmp_path, data)
     assert str(error.value).count("\n") == 0 and load(folder)["step"] == first
     assert (folder / "eval.csv").read_bytes() == str(load(folder)["eval_csv"]).encode()  # nothing of it was written
