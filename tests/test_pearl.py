@@ -237,8 +237,10 @@ def test_cheetah_takes_the_first_of_one_buffer_and_the_last_of_the_other(tmp_pat
 
 
 def test_it_learns_the_point_mass(tmp_path, quick):
-    """XX; an untrained one about 0."""
-    flags = dict(rl_batch=64, online_iterations=8, updates_per_iteration=350, eval_every=2800, device="cpu")
-    buffers.train(pearl, env_id="PointDirection", run_dir=str(tmp_path), **flags)
+    """Mean return of test and training tasks, seeds 1 to 5: 28, 23, 30, 23 and 33; at the start it is about 0."""
+    flags = dict(q_hidden=(64, 64), policy_hidden=(64,), encoder_hidden=(64,), meta_batch=8, rl_batch=16, lr=2e-3)
+    flags |= dict(context_batch=32, initial_steps=100, prior_steps=50, posterior_steps=100, device="cpu")
+    flags |= dict(online_iterations=5, updates_per_iteration=200, eval_every=1000, run_dir=str(tmp_path))
+    buffers.train(pearl, env_id="PointDirection", **flags)
     with open(tmp_path / "PointDirection__pearl_online_oracle__1" / "eval.csv", newline="") as file:
         assert np.mean([float(row["return"]) for row in csv.DictReader(file)]) > 12

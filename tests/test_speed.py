@@ -24,9 +24,10 @@ SMALL = dict(rl_batch=16, context_batch=8, q_hidden=(16, 16), policy_hidden=(16,
 
 
 @pytest.fixture
-def set_up():
-    """An agent, its optimizer and 20 batches."""
-    args, spec = smac.Args(env_id="HopperParam", lr=1e-3, **SMALL), envs.SPECS["HopperParam"]
+def set_up(request):
+    """An agent, its optimizer and 20 batches; a test may give other sizes."""
+    sizes, spec = SMALL | getattr(request, "param", {}), envs.SPECS["HopperParam"]
+    args = smac.Args(env_id="HopperParam", lr=1e-3, **sizes)
     torch.manual_seed(0)
     agent, generator = smac.Agent(spec.obs_dim, spec.action_dim, args), torch.Generator().manual_seed(0)
     optimizer = torch.optim.Adam([p for p in agent.parameters() if p.requires_grad], lr=args.lr, fused=True)
@@ -66,6 +67,7 @@ HEADERS = Path(sysconfig.get_path("include"), "Python.h")
 
 
 @pytest.mark.skipif(not (shutil.which("g++") and HEADERS.exists()), reason="needs a C++ compiler and Python's headers")
+@pytest.mark.parametrize("set_up", [dict(q_hidden=(16,), decoder_hidden=(16,))], ids=["shallow"], indirect=True)
 def test_the_compiled_update_ends_at_the_same_parameters(set_up):
     agent, optimizer, batches, args = set_up
     start = {name: value.clone() for name, value in agent.state_dict().items()}
