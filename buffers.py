@@ -81,13 +81,9 @@ class ReplayBuffer:
         self.used, self.capacity, self.device = 0, capacity, torch.device(device)
 
     def add(self, task: int, path: dict, rl: bool = True, context: bool = True) -> None:
-        """Append one trajectory to D_task.
+        """Append one trajectory to D_task: obs (T+1, o), actions (T, a), rewards (T,), terminals (T,).
 
-        Args:
-            path: obs (T+1, o), actions (T, a), rewards (T,), terminals (T,).
-            rl, context: which of the two lists the transitions enter.
-        Raises:
-            IndexError: the buffer is full.
+        rl, context: which of the two lists its transitions enter. Raises IndexError: the buffer is full.
         """
         self.extend([(task, path)], rl, context)
 
@@ -190,9 +186,7 @@ class ReplayBuffer:
             fits = (size <= context).all() if name == "offline" else size.sum() == len(listed) <= max(used)
             fits = fits and (size <= max(used)).all()  # else their sum may not be a sum
             if not fits or (size < self.sizes[name].cpu()).any() or ((listed < 0) | (listed >= max(used))).any():
-                raise InputError(
-                    f"its replay buffer's sizes.{name}, or its index, points outside of {used} transitions"
-                )
+                raise InputError(f"its buffer's sizes.{name}, or its index, points outside of {used} transitions")
         self.used = max(used)
         for name, field in self.fields.items():
             field[: self.used] = state["fields"][name]
@@ -332,23 +326,18 @@ def save_dataset(path, env_id: str, train_tasks, test_tasks, rl: list, encoder: 
     Raises:
         InputError: `load_dataset` would not take it.
     """
-    arrays = {
-        "format_version": np.array(FORMAT_VERSION),
-        "env_id": np.array(envs.short_name(env_id)),
-        "command": np.array(command),
-        "train_tasks": np.asarray(train_tasks, np.float64),
-        "test_tasks": np.asarray(test_tasks, np.float64),
-    }
+    data = {"format_version": np.array(FORMAT_VERSION), "env_id": envs.short_name(env_id), "command": command}
+    data |= {"train_tasks": np.asarray(train_tasks, np.float64), "test_tasks": np.asarray(test_tasks, np.float64)}
     for part, entries in (("rl", rl), ("encoder", encoder)):
-        arrays[f"{part}_tasks"] = np.array([task for task, _ in entries], np.int32)
-        arrays[f"{part}_lengths"] = np.array([len(p["actions"]) for _, p in entries], np.int32)
+        data[f"{part}_tasks"] = np.array([task for task, _ in entries], np.int32)
+        data[f"{part}_lengths"] = np.array([len(p["actions"]) for _, p in entries], np.int32)
         for name, dtype in PATH_FIELDS.items():
             like = np.asarray(rl[0][1][name])  # gives an empty encoder part its number of columns
-            arrays[f"{part}_{name}"] = np.concatenate([p[name] for _, p in entries] or [like[:0]]).astype(dtype)
-    check_dataset(path, env_id, arrays | {name: str(arrays[name]) for name in ("env_id", "command")})
-    large = sum(array.nbytes for array in arrays.values()) > MAX_UNPACKED  # then `read_npz` would not unpack them
-    path = os.path.expanduser(path)
-    write_file(path, lambda file: (np.savez if large else np.savez_compressed)(file, allow_pickle=False, **arrays))
+            data[f"{part}_{name}"] = np.concatenate([p[name] for _, p in entries] or [like[:0]]).astype(dtype)
+    check_dataset(path, env_id, data)
+    large = sum(np.asarray(array).nbytes for array in data.values()) > MAX_UNPACKED  # `read_npz` would not unpack them
+    save = np.savez if large else np.savez_compressed
+    write_file(os.path.expanduser(path), lambda file: save(file, allow_pickle=False, **data))
 
 
 def load_dataset(env_id: str, path=None) -> dict:
@@ -451,7 +440,6 @@ def from_dataset(dataset: dict, env_id: str, device="cpu", more_tasks: int = 0, 
 
 
 MAY_BE_ZERO = "seed task_seed offline_steps online_iterations lambda_pearl kl_coef posterior_steps policy_reg alpha"
-MAY_BE_ZERO = MAY_BE_ZERO.split()
 AT_LEAST = {"rl_batch": 2, "context_batch": 2}  # a mean and a deviation are taken over them
 AT_MOST = {"gamma": 1, "tau": 1, "tasks_per_iteration": 200, "seed": 2**32, "task_seed": 2**32 - 1}  # and see `bounds`
 PRODUCTS = {  # for memory: a gradient step of the largest takes about 1 GB
@@ -470,7 +458,7 @@ def bounds(name):
     """The least and the most that the numbers of a flag may be."""
     most = 2048 if name.endswith("_hidden") else 10_000 if name.endswith("_batch") else 2**53
     most = 1000 if name.endswith("_dim") else most
-    return AT_LEAST.get(name, 0 if name in MAY_BE_ZERO else math.ulp(0)), AT_MOST.get(name, most)
+    return AT_LEAST.get(name, 0 if name in MAY_BE_ZERO.split() else math.ulp(0)), AT_MOST.get(name, most)
 
 
 def check_flags(args, before=None) -> None:
@@ -550,21 +538,22 @@ def command_line(args, script, presets) -> str:
 def parse_args(args_class, presets, argv=None, description=None):
     """Flags over the presets of the environment, or over those of the run to resume. Raises InputError."""
     known, _ = tyro.cli(args_class, args=argv, return_unknown_args=True, add_help=False)
-    before = flags_of_run(args_class, presets, known.resume, known.env_id) if known.resume else None
-    default = before or preset(args_class, presets, known.env_id, getattr(known, "preset", ""))
+    default, before = defaults(args_class, presets, known)
     args = tyro.cli(args_class, args=argv, default=default, description=description)
     check_flags(args, before)
     return args
 
 
-def flags_of_run(args_class, presets, folder, env_id):
-    """The flags of the run in `folder`. Raises InputError, also if its environment is of a module that `env_id`, of the
-    command line, does not name: a file must not run code."""
-    before = read_flags(args_class, presets, Path(os.path.expanduser(folder), "checkpoint.npz"))
-    if ":" in before.env_id and env_id != before.env_id:
+def defaults(args_class, presets, known):
+    """What flags are where nothing says them, and those of the run to resume, or None; known: what was said. Raises
+    InputError, also if the run's environment is of a module that --env-id does not name: a file must not run code."""
+    if not known.resume:
+        return preset(args_class, presets, known.env_id, getattr(known, "preset", "")), None
+    before = read_flags(args_class, presets, Path(os.path.expanduser(known.resume), "checkpoint.npz"))
+    if ":" in before.env_id and known.env_id != before.env_id:
         raise InputError(f"the run's environment is of a module: give --env-id {before.env_id} as well")
     envs.lookup(before.env_id)
-    return before
+    return before, before
 
 
 def launch(main, args_class, presets):
@@ -587,13 +576,11 @@ def train(script, **flags):
 
     Returns what its `main` returns, the agent. Signals, hooks, threads and precision are then as they were.
     """
-    known, parts = script.Args(), (script.Args, script.PRESETS)
-    unknown = sorted(set(flags) - set(vars(known)))
+    unknown = sorted(set(flags) - set(vars(script.Args())))
     if unknown:
         raise InputError(f"{script.__name__} has no flag {unknown[0]}")
-    known = dataclasses.replace(known, **flags)
-    before = flags_of_run(*parts, known.resume, known.env_id) if known.resume else None
-    args = dataclasses.replace(before or preset(*parts, known.env_id, getattr(known, "preset", "")), **flags)
+    default, before = defaults(script.Args, script.PRESETS, script.Args(**flags))
+    args = dataclasses.replace(default, **flags)
     check_flags(args, before)
     return script.main(args)
 
@@ -629,9 +616,8 @@ def choose_device(args) -> torch.device:
 def versions() -> dict:
     """What a result may depend on beside its flags."""
     found = {"python": platform.python_version(), "cpu": platform.processor() or platform.machine()}
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        found["cpu"] = next(line for line in lines if line.startswith("model name")).split(":")[1].strip()
+    with contextlib.suppress(OSError, IndexError):
+        found["cpu"] = re.findall(r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[0]
     for name in ("torch", "numpy", "gymnasium", "mujoco", "pybullet"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
@@ -881,13 +867,8 @@ class Run:
 
     def state(self):
         """Everything that a checkpoint holds, as {name: array}."""
-        tree = {
-            "torch_rng": torch.get_rng_state(),
-            "step": self.step,
-            "env_steps": self.env_steps,
-            "summed": self.summed,
-            "totals": self.totals,
-        }
+        tree = {name: getattr(self, name) for name in ("step", "env_steps", "summed", "totals")}
+        tree["torch_rng"] = torch.get_rng_state()
         for name, part in self.parts.items():
             tree[name] = part.get_state() if isinstance(part, torch.Generator) else part.state_dict()
         return flatten(tree)

@@ -93,12 +93,8 @@ def register(env_id: str, spec: Spec) -> None:
         raise InputError(f"{env_id} is a family of envs.py: one's own needs another name")
     SPECS[env_id] = spec
     gym.registry.pop(f"smac/{env_id}-v0", None)
-    gym.register(
-        f"smac/{env_id}-v0",
-        entry_point=spec.env_class,
-        max_episode_steps=spec.horizon,
-        disable_env_checker=True,  # it would check every step
-    )
+    # Gymnasium's own checker would check every step.
+    gym.register(f"smac/{env_id}-v0", spec.env_class, max_episode_steps=spec.horizon, disable_env_checker=True)
 
 
 def short_name(env_id: str) -> str:
@@ -246,9 +242,7 @@ class Episodes:
 
     def act(self, i, action):
         """Act in episode i; whether it is over."""
-        obs, reward, terminated, truncated, _ = self.env_list[i].step(
-            action.copy()
-        )  # copies: some change them in place
+        obs, reward, terminated, truncated, _ = self.env_list[i].step(action.copy())  # some change it in place
         got = {"obs": np.array(obs, np.float32), "actions": action, "terminals": terminated, "rewards": reward}
         for name, values in self.records[i].items():
             values.append(got[name])
