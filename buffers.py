@@ -619,9 +619,8 @@ def choose_device(args) -> torch.device:
 def versions() -> dict:
     """What a result may depend on beside its flags."""
     found = {"python": platform.python_version(), "cpu": platform.processor() or platform.machine()}
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        found["cpu"] = next(line for line in lines if line.startswith("model name")).split(":")[1].strip()
+    with contextlib.suppress(OSError, IndexError):
+        found["cpu"] = re.findall(r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[0]
     for name in ("torch", "numpy", "gymnasium", "mujoco", "pybullet"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)

@@ -689,17 +689,17 @@ def test_diverging_training_stops_the_run(dataset, tmp_path, short):
 
 
 def test_the_self_supervised_phase_improves_adaptation_to_test_tasks(tmp_path, quick):
-    """A short run on the shipped dataset, evaluated once a task. With this lambda the offline policy stays near the
-    data (return about 3), so that the gain is the second phase's, which has no rewards. Measured test returns with
-    online context, offline -> self-supervised: seed 1 -9.5 -> 40.6, seed 2 4.0 -> 36.6, seed 3 -1.7 -> 39.7, seed 4
-    -2.6 -> 19.2 (an encoder that needed more than 1,800 steps). Seed 1 without the PEARL loss: 4.8. The best possible
-    is near 60."""
-    flags = "--env-id PointDirection --seed 1 --device cpu --rl-batch 64 --awr-lambda 1000 --offline-steps 1800"
-    flags += f" --online-iterations 3 --updates-per-iteration 200 --eval-every 10000 --run-dir {tmp_path}"
-    smac.main(parse(flags.split()))
+    """A short run on the shipped dataset, evaluated once a task. Measured test returns with online context, offline ->
+    self-supervised, seeds 1 to 5: 22 -> 42, 13 -> 39, 15 -> 41, 28 -> 36, 19 -> 37; the best possible is near 60. With
+    seed 1 it ends at 24 without PEARL's actor loss, at 22 without the critic's, at -10 without the decoder's or without
+    a posterior. What it can not see is which labels exploration gets: see test_data_flow.py."""
+    flags = "--env-id PointDirection --seed 1 --device cpu --q-hidden 64 64 --policy-hidden 64 --encoder-hidden 64"
+    flags += " --decoder-hidden 64 --meta-batch 8 --rl-batch 32 --context-batch 32 --lr 2e-3 --awr-lambda 1000"
+    flags += " --lambda-pearl 0.3 --offline-steps 600 --online-iterations 2 --updates-per-iteration 150"
+    smac.main(parse([*flags.split(), "--eval-every", 10_000, "--run-dir", tmp_path]))
     rows = read_csv(tmp_path / "PointDirection__smac_offline_online__1")[1:]
     offline, online = (
         np.mean([float(row[5]) for row in rows if row[0] == step and row[2:4] == ["test", "online"]])
-        for step in ("1800", "2400")
+        for step in ("600", "900")
     )
-    assert online > 12 and online > offline + 12
+    assert online > 30 and online > offline + 3
