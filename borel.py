@@ -49,7 +49,7 @@ class Args:
     vae_lr: float = 3e-4  # Adam's learning rate, encoder and decoder
 
     # --- Stage 2. SMAC's paper ran BOReL with its own values and with SMAC's, and reports the better one (Section 6)
-    preset: Literal["original", "matched", "short"] = "original"  # its values, SMAC's sizes, or half an hour
+    preset: Literal["original", "matched", "short"] = "original"  # its values, SMAC's sizes, or small ones
     q_hidden: tuple[int, ...] = (256, 256)  # hidden sizes of the Q-functions
     policy_hidden: tuple[int, ...] = (256, 256)  # hidden sizes of the policy
     lr: float = 3e-4  # Adam's learning rate, policy and Q-functions
@@ -69,8 +69,10 @@ PRESETS = {
         vae_lr=3e-3, vae_steps=1_000, offline_steps=2_000, eval_every=500,
     ),
     "matched": dict(preset="matched", q_hidden=(300, 300, 300), policy_hidden=(300, 300, 300), meta_batch=4),
-    "short": dict(preset="short", vae_steps=1_500, offline_steps=7_500, eval_every=2_500),
-    "AntDirection short": dict(eval_every=5_000),
+    "short": dict(
+        preset="short", q_hidden=(128, 128), policy_hidden=(128, 128), rl_batch=64, lr=1e-3, vae_steps=1_500,
+        offline_steps=7_500, eval_every=2_500,
+    ),
 }  # fmt: skip
 EPISODES = 3  # in a meta-trajectory: T of Section 3
 MAX_PADDED = 1 << 27  # numbers in all meta-trajectories, were all as long as the longest

@@ -1,45 +1,47 @@
-"""Multi-task replay buffer; .npz files of datasets and checkpoints; the run: folder, log, checkpoint, command line.
+"""Multi-task replay buffer; offline datasets; the run: its folder, log and checkpoint.
 
 The buffer is the paper's D = {D_i} (Section 3), one D_i for each task. All transitions lie in one preallocated tensor a
 field; for each task two lists of indices say which of them belong to the RL buffer (for critic and actor) and which to
 the encoder buffer (the histories h that become z, Appendix C.2). A transition that belongs to both is stored once.
 
-The three parts can be read one by one; the first needs nothing of the others.
+The three parts can be read one by one; the first needs nothing of the others. What has nothing to do with the algorithm
+or its data, like the command line, is in plumbing/; what of it scripts need has its name here as well.
 """
 
 import contextlib
 import csv
-import ctypes
-import dataclasses
 import errno
-import functools
 import hashlib
-import importlib.metadata
 import itertools
 import json
 import math
 import os
-import platform
 import re
 import shlex
-import shutil
 import signal
 import sys
 import threading
 import time
-import typing
-import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
-import tyro
 from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import envs
 from envs import InputError
+from plumbing import files
+from plumbing.files import CSV, CSV_COLUMNS, PATH_FIELDS, check_array, check_dataset, flatten, read_npz, write_file
+from plumbing.flags import PATHS, Screen, check_flags, command_line, launch, say, train
+from plumbing.machine import choose_device, matmul_precision, record, versions
+from plumbing.pictures import draw_paths, draw_summary, table
+
+__all__ = [
+    "InputError", "ReplayBuffer", "Run", "choose_device", "command_line", "from_dataset", "join", "launch",
+    "load_dataset", "save_dataset", "train",
+]  # fmt: skip
 
 # ===== Replay buffer
 
@@ -198,122 +200,7 @@ class ReplayBuffer:
             self.starts[name].copy_(self.sizes[name].cumsum(0) - self.sizes[name])
 
 
-# ===== Files: .npz without pickle
-
-
-MAX_UNPACKED = 1 << 26  # bytes that all compressed arrays of a file may have together; what is stored plain is no more
-MAX_TABLE = 1 << 18  # bytes of the table of contents
-HEADER = re.compile(  # of an array as numpy.savez writes it: type, whether it lies by columns, shape
-    rb"\x93NUMPY\x01\x00..{'descr': '(<[fi][48]|\|[ub]1|<U[1-9]\d{0,7})', 'fortran_order': (True|False), "
-    rb"'shape': \((|\d{1,15},|\d{1,15}(?:, \d{1,15}){1,3})\), } *\n",
-    re.DOTALL,
-)
-
-
-def read_npz(path, accept) -> dict:
-    """Some arrays of an .npz file, in one pass; it can not run code, nor take much more memory than its own size.
-
-    Args:
-        accept: accept(name, dtype, shape) says whether to read an array, before it is read. It may raise InputError.
-    Returns:
-        {name: array}, strings as str.
-    Raises:
-        InputError: there is no such file, or it is damaged, or holds anything but plain arrays.
-    """
-    if not os.path.isfile(path):
-        raise InputError(f"there is no file {path}")
-    arrays = {}
-    try:
-        with open(path, "rb") as file, open_zip(file) as archive:
-            for member in archive.infolist():
-                name = member.filename.removesuffix(".npy")
-                with archive.open(member) as stream:
-                    head = stream.read(10)
-                    header = HEADER.fullmatch(head + stream.read(int.from_bytes(head[8:], "little")))
-                    if not header:
-                        raise ValueError(f"{name} is no plain array")
-                    dtype, shape = np.dtype(header[1].decode()), tuple(map(int, re.findall(rb"\d+", header[3])))
-                    if stream.tell() + math.prod(shape) * dtype.itemsize != member.file_size:
-                        raise ValueError(f"{name} has another size than it says")
-                    if accept(name, dtype, shape):
-                        data = bytearray()
-                        while chunk := stream.read(1 << 20):
-                            data += chunk
-                        if dtype.kind == "U":
-                            arrays[name] = data.decode("utf-32-le").rstrip("\0")
-                        else:
-                            order = "F" if header[2] == b"True" else "C"
-                            arrays[name] = np.frombuffer(data, dtype).reshape(shape, order=order)
-    except InputError:
-        raise
-    except Exception as error:  # whatever a damaged or hostile file makes zipfile and numpy raise
-        reason = error if isinstance(error, (ValueError, OSError, zipfile.BadZipFile)) else type(error).__name__
-        raise InputError(f"{path} can not be read: {reason}") from None
-    return arrays
-
-
-def open_zip(file):
-    """A zip archive with one table of contents, small and at the end of the file, so that all readers find the same."""
-    length = file.seek(0, os.SEEK_END)
-    file.seek(-min(98, length), os.SEEK_END)
-    end = file.read().rjust(98, b"\0")
-    size, alone = end[-10:-6], True
-    if end[-42:-38] == b"PK\6\7":  # a file of more than 4 GB: another record, just before
-        size, alone = end[-58:-50], end[-98:-94] + end[-34:-26] == b"PK\6\6" + (length - 98).to_bytes(8, "little")
-    alone = alone and end[-22:-18] == b"PK\5\6" and end[-2:] == b"\0\0"  # no comment, which could hold a second one
-    if not alone or int.from_bytes(size, "little") > MAX_TABLE:
-        raise ValueError("it is no .npz file, or damaged")
-    archive = zipfile.ZipFile(file)
-    members = archive.infolist()
-    if {member.compress_type for member in members} - {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}:
-        raise ValueError("it is compressed in a way that numpy does not use")
-    names = {member.filename.removesuffix(".npy") for member in members}
-    unpacked = sum(member.file_size for member in members if member.compress_type == zipfile.ZIP_DEFLATED)
-    if len(names) < len(members) or sum(m.compress_size for m in members) > length or unpacked > MAX_UNPACKED:
-        raise ValueError("its arrays are too large, overlap, or two have one name")
-    return archive
-
-
-def write_file(path, write) -> None:
-    """Write a file whole or not at all: `write(file)` to another one first, which is then renamed. Raises OSError."""
-    temporary = Path(f"{path}.tmp")
-    temporary.unlink(missing_ok=True)
-    try:
-        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())  # or a power failure could leave an empty file under the new name
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-# ----- Offline dataset: one .npz file for each environment
-#
-#   format_version ()              env_id ()                   command ()  the command that made it
-#   train_tasks (N, k)             test_tasks (M, k)           k numbers describe one task
-#   {rl,encoder}_tasks (P,)        task number of each trajectory, in time order within a task
-#   {rl,encoder}_lengths (P,)      its number of transitions T
-#   {rl,encoder}_obs (sum(T+1), o), _actions (sum(T), a), _rewards (sum(T),), _terminals (sum(T),)
-#
-# With no encoder trajectories (P = 0) the RL trajectories serve as both buffers.
-
-
-FORMAT_VERSION, MAX_TASKS, MAX_PATHS, MAX_LENGTH, MAX_TEXT = 1, 10_000, 50_000, 1_200, 10_000
-PATH_FIELDS = {"obs": np.float32, "actions": np.float32, "rewards": np.float32, "terminals": np.bool_}
-
-
-def dataset_rules(spec):
-    """{array of a dataset: its type, shape, and how long it may be where the shape is open (None)}."""
-    rules = dict.fromkeys(("env_id", "command"), ("U", (), MAX_TEXT)) | {"format_version": ("i8", (), 0)}
-    rules |= {name: ("f8", (None, spec.task_dim), MAX_TASKS) for name in ("train_tasks", "test_tasks")}
-    for part in ("rl", "encoder"):
-        rules |= {f"{part}_{name}": ("i4", (None,), MAX_PATHS) for name in ("tasks", "lengths")}
-        rules[f"{part}_obs"] = "f4", (None, spec.obs_dim), math.inf
-        rules[f"{part}_actions"] = "f4", (None, spec.action_dim), math.inf
-        rules |= {f"{part}_rewards": ("f4", (None,), math.inf), f"{part}_terminals": ("b1", (None,), math.inf)}
-    return rules
+# ===== Offline datasets, as plumbing/files.py describes them
 
 
 def save_dataset(path, env_id: str, train_tasks, test_tasks, rl: list, encoder: list, command: str) -> None:
@@ -326,7 +213,7 @@ def save_dataset(path, env_id: str, train_tasks, test_tasks, rl: list, encoder: 
     Raises:
         InputError: `load_dataset` would not take it.
     """
-    data = {"format_version": np.array(FORMAT_VERSION), "env_id": envs.short_name(env_id), "command": command}
+    data = {"format_version": np.array(files.FORMAT_VERSION), "env_id": envs.short_name(env_id), "command": command}
     data |= {"train_tasks": np.asarray(train_tasks, np.float64), "test_tasks": np.asarray(test_tasks, np.float64)}
     for part, entries in (("rl", rl), ("encoder", encoder)):
         data[f"{part}_tasks"] = np.array([task for task, _ in entries], np.int32)
@@ -335,7 +222,9 @@ def save_dataset(path, env_id: str, train_tasks, test_tasks, rl: list, encoder: 
             like = np.asarray(rl[0][1][name])  # gives an empty encoder part its number of columns
             data[f"{part}_{name}"] = np.concatenate([p[name] for _, p in entries] or [like[:0]]).astype(dtype)
     check_dataset(path, env_id, data)
-    large = sum(np.asarray(array).nbytes for array in data.values()) > MAX_UNPACKED  # `read_npz` would not unpack them
+    large = (
+        sum(np.asarray(array).nbytes for array in data.values()) > files.MAX_UNPACKED
+    )  # `read_npz` would not unpack them
     save = np.savez if large else np.savez_compressed
     write_file(os.path.expanduser(path), lambda file: save(file, allow_pickle=False, **data))
 
@@ -354,7 +243,7 @@ def load_dataset(env_id: str, path=None) -> dict:
     path = Path(os.path.expanduser(path or Path(__file__).parent / "datasets" / f"{envs.short_name(env_id)}.npz"))
     if not os.path.isfile(path):
         raise InputError(f"there is no dataset at {path}: pass --dataset, or make one (see datasets/README.md)")
-    rules = dataset_rules(envs.lookup(env_id))
+    rules = files.dataset_rules(envs.lookup(env_id))
     data = read_npz(path, lambda name, *found: name in rules and check_array(f"{path}: {name}", *found, *rules[name]))
     check_dataset(path, env_id, data)
     digest, result = hashlib.sha256(), {name: data[name] for name in ("train_tasks", "test_tasks", "command")}
@@ -370,61 +259,6 @@ def load_dataset(env_id: str, path=None) -> dict:
     return result | {"sha256": digest.hexdigest()}
 
 
-def check_array(what, dtype, shape, kind, wanted, longest=math.inf) -> bool:
-    """Raise an InputError unless an array has this kind and shape (None: any length up to `longest`). Returns True."""
-    fits = dtype.kind == kind if kind == "U" else dtype.str[1:] == kind
-    if not fits or len(shape) != len(wanted) or any(n != w for n, w in zip(shape, wanted) if w is not None):
-        expected = f"{'text' if kind == 'U' else np.dtype(kind)} {wanted}".replace("None", "any number")
-        raise InputError(f"{what} is {dtype} {shape}, expected {expected}")
-    if kind == "U" and dtype.itemsize > 4 * longest or None in wanted and shape[0] > longest:
-        raise InputError(f"{what} has {max(shape, default=dtype.itemsize // 4)} entries, expected at most {longest}")
-    return True
-
-
-def check_dataset(path, env_id, data) -> None:
-    """Raise an InputError for the first thing that is wrong with the arrays of a dataset."""
-    spec = envs.lookup(env_id)
-    for name, (kind, wanted, longest) in dataset_rules(spec).items():
-        if name not in data:
-            raise InputError(f"{path}: {name} is missing")
-        if not isinstance(data[name], str):
-            check_array(f"{path}: {name}", data[name].dtype, data[name].shape, kind, wanted, longest)
-            if np.size(data[name]) and not np.isfinite(data[name]).all():
-                raise InputError(f"{path}: {name} is NaN or infinite, expected finite numbers")
-    for name, wanted in (("format_version", FORMAT_VERSION), ("env_id", envs.short_name(env_id))):
-        if data[name] != wanted:
-            raise InputError(f"{path}: {name} is {data[name]}, expected {wanted}")
-    env = envs.make(env_id)
-    for name in ("train_tasks", "test_tasks"):
-        tasks, (low, high) = data[name], spec.task_range
-        if not len(tasks) or tasks.min() < low or tasks.max() > high:
-            raise InputError(f"{path}: {name} must hold a task at least, and numbers in {[low, high]}")
-        try:
-            for task in tasks:
-                env.unwrapped.set_task(task)
-        except ValueError as error:
-            raise InputError(f"{path}: {name}: {error}") from None
-    env.close()
-    for part in ("rl", "encoder"):
-        tasks, lengths, num_tasks = data[f"{part}_tasks"], data[f"{part}_lengths"], len(data["train_tasks"])
-        if lengths.size != tasks.size:
-            raise InputError(f"{path}: {part}_tasks has {tasks.size} entries, {part}_lengths has {lengths.size}")
-        most = max(MAX_LENGTH, spec.horizon)  # no slice of a PEARL run is longer, even if its episodes look like one
-        for name, numbers, low, high in (("lengths", lengths, 1, most), ("tasks", tasks, 0, num_tasks - 1)):
-            if numbers.size and (numbers.min() < low or numbers.max() > high):
-                raise InputError(f"{path}: {part}_{name} must lie within {low}..{high}")
-        total = int(lengths.sum(dtype=np.int64))
-        for name in PATH_FIELDS:
-            rows, found = total + lengths.size * (name == "obs"), len(data[f"{part}_{name}"])
-            if found != rows:
-                raise InputError(f"{path}: {part}_{name} has {found} rows, expected {rows} by {part}_lengths")
-        if np.abs(data[f"{part}_actions"]).max(initial=0) > 1:
-            raise InputError(f"{path}: {part}_actions must lie in [-1, 1]")
-        missing = np.setdiff1d(np.arange(num_tasks), tasks)
-        if missing.size and (part == "rl" or lengths.size):
-            raise InputError(f"{path}: {part} has no transition of task {missing[0]}, and every one needs some")
-
-
 def from_dataset(dataset: dict, env_id: str, device="cpu", more_tasks: int = 0, more: int = 0) -> ReplayBuffer:
     """A replay buffer with a dataset in it, and room for more tasks and transitions; without encoder trajectories the
     RL trajectories fill both buffers."""
@@ -438,204 +272,10 @@ def from_dataset(dataset: dict, env_id: str, device="cpu", more_tasks: int = 0, 
     return buffer
 
 
-# ===== The run. Flags of all scripts: what they may be, and which may change when a run is resumed
+# ===== The run
 
 
-MAY_BE_ZERO = "seed task_seed offline_steps online_iterations lambda_pearl kl_coef posterior_steps policy_reg alpha"
-AT_LEAST = {"rl_batch": 2, "context_batch": 2}  # a mean and a deviation are taken over them
-AT_MOST = {"gamma": 1, "tau": 1, "tasks_per_iteration": 32, "seed": 2**32, "task_seed": 2**32 - 1}  # and see `bounds`
-PRODUCTS = {  # for memory: a gradient step of the largest takes about 1 GB
-    "meta_batch rl_batch": 2**15, "meta_batch context_batch": 2**15, "meta_batch rl_batch latent_dim": 2**24,
-    "vae_tasks vae_trajectories": 2**7, "vae_tasks vae_trajectories elbo_terms elbo_terms": 2**20,
-}  # fmt: skip
-PATHS = ("dataset", "save_dataset", "run_dir", "resume")  # of the command line alone, never from a file
-FREE = (*PATHS, "device", "online_iterations", "compile", "cuda_graph")
-CSV_COLUMNS = ["gradient_step", "env_steps", "split", "context", "task", "return", "exploration_return"]
-NUMBER = r"-?\d+(\.\d+)?(e[-+]\d+)?"
-ROW = rf"\d{{1,16}},\d{{1,16}},(test|train),(online|offline),\d{{1,16}},{NUMBER},{NUMBER}\r\n"
-CSV = rf"{','.join(CSV_COLUMNS)}\r\n({ROW})*"  # an eval.csv
 LOG_EVERY = 200  # gradient steps averaged into one point of the loss curves
-
-
-def bounds(name):
-    """The least and the most that the numbers of a flag may be."""
-    most = 2048 if name.endswith("_hidden") else 10_000 if name.endswith("_batch") else 2**53
-    most = 1000 if name.endswith("_dim") else most
-    return AT_LEAST.get(name, 0 if name in MAY_BE_ZERO.split() else math.ulp(0)), AT_MOST.get(name, most)
-
-
-def check_flags(args, before=None) -> None:
-    """Raise an InputError for the first flag that can not be used, or that can not change; before: those of the run."""
-    values = vars(args)
-    for name, kind in typing.get_type_hints(type(args)).items():
-        value, flag, (low, high) = values[name], "--" + name.replace("_", "-"), bounds(name)
-        if not is_a(value, kind):
-            raise InputError(f"{flag} is {value!r}, which is not of its type")
-        if before and name not in FREE and value != getattr(before, name):
-            raise InputError(f"{flag} is {getattr(before, name)} in the run to resume and can not become {value}")
-        numbers = value if isinstance(value, tuple) else (value,)
-        if any(not low <= n <= high for n in numbers if type(n) in (int, float)) or not 0 < len(numbers) <= 10:
-            least = "above 0" if low == math.ulp(0) else f"at least {low}"
-            raise InputError(f"{flag} is {value}, it must be {least} and at most {high}")
-        most = 2**18 if "value_hidden" in values else 2**22  # MACAW has weights for each task
-        if name.endswith("_hidden") and sum(a * b for a, b in itertools.pairwise(value)) > most:
-            raise InputError(f"{flag} is {value}, which makes more than {most} weights")
-    for names, most in PRODUCTS.items():
-        if all(name in values for name in names.split()) and math.prod(values[name] for name in names.split()) > most:
-            raise InputError(f"{' x '.join(names.split())} must be at most {most} (PRODUCTS in buffers.py)")
-    if values.get("save_dataset"):
-        file = Path(os.path.expanduser(args.save_dataset)).absolute()
-        if file.is_dir() or not os.access(file.parent, os.W_OK):
-            raise InputError(f"--save-dataset {file} is no file in a folder that can be written to")
-    if args.compile and not shutil.which("g++"):
-        raise InputError("--compile needs a C++ compiler, and there is no g++ here")
-
-
-def is_a(value, kind) -> bool:
-    """Whether a value is of a flag's type: plain, Optional, Literal or tuple[int, ...]."""
-    if typing.get_origin(kind) is tuple:
-        return type(value) is tuple and {type(n) for n in value} <= {int}
-    if typing.get_origin(kind) is typing.Union:
-        return any(is_a(value, one) for one in typing.get_args(kind))
-    if typing.get_origin(kind) is typing.Literal:
-        return type(value) in (str, int) and value in typing.get_args(kind)
-    return type(value) in ((float, int) if kind is float else (kind,))
-
-
-def preset(args_class, presets, env_id, variant=""):
-    """The flags of an environment: defaults, the row of --preset, that of the environment, that of both together."""
-    name, script = envs.short_name(env_id), Path(sys.modules[args_class.__module__].__file__).stem
-    row = presets.get(variant, {}) | presets.get(name, {}) | envs.lookup(env_id).presets.get(script, {})
-    row |= presets.get(f"{name} {variant}", {})
-    unknown = sorted(set(row) - set(vars(args_class())))
-    if unknown:
-        raise InputError(f"a preset of {env_id} names {unknown[0]}, and {script} has no such flag")
-    return dataclasses.replace(args_class(), **{"env_id": env_id} | row)
-
-
-def read_flags(args_class, presets, path):
-    """The flags in a checkpoint or an agent file; one that it does not have takes its default. Raises InputError."""
-    text = read_npz(path, lambda name, dtype, _: name == "flags" and dtype.itemsize < 4 * MAX_TEXT).get("flags", "")
-    try:
-        flags = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(text).items() if k not in PATHS}
-        module = ":" in flags["env_id"]  # a file must not run code, and importing a module does
-        known = args_class() if module else preset(args_class, presets, flags["env_id"], flags.get("preset", ""))
-        args = dataclasses.replace(known, **flags)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise InputError(f"{path} does not fit this script: {error}") from None
-    check_flags(args)
-    return args
-
-
-def command_line(args, script, presets) -> str:
-    """The command that starts a run with these flags, from the flags themselves: sys.argv has none of a resumed run."""
-    default = vars(preset(type(args), presets, args.env_id))
-    words = ["python", Path(script).name, "--env-id", args.env_id]
-    for name, value in vars(args).items():
-        if value != default[name] and name != "resume":
-            said = () if isinstance(value, bool) else value if isinstance(value, tuple) else (value,)
-            words += [f"--{'no-' if value is False else ''}{name.replace('_', '-')}", *map(str, said)]
-    return shlex.join(words)
-
-
-def parse_args(args_class, presets, argv=None, description=None):
-    """Flags over the presets of the environment, or over those of the run to resume. Raises InputError."""
-    known, _ = tyro.cli(args_class, args=argv, return_unknown_args=True, add_help=False)
-    default, before = defaults(args_class, presets, known)
-    args = tyro.cli(args_class, args=argv, default=default, description=description)
-    check_flags(args, before)
-    return args
-
-
-def defaults(args_class, presets, known):
-    """What flags are where nothing says them, and those of the run to resume, or None; known: what was said. Raises
-    InputError, also if the run's environment is of a module that --env-id does not name: a file must not run code."""
-    if not known.resume:
-        return preset(args_class, presets, known.env_id, getattr(known, "preset", "")), None
-    before = read_flags(args_class, presets, Path(os.path.expanduser(known.resume), "checkpoint.npz"))
-    if ":" in before.env_id and known.env_id != before.env_id:
-        raise InputError(f"the run's environment is of a module: give --env-id {before.env_id} as well")
-    envs.lookup(before.env_id)
-    return before, before
-
-
-def launch(main, args_class, presets):
-    """What a script does when it is started: an input that can not be used gives one sentence and exit code 2."""
-    try:
-        main(parse_args(args_class, presets, description=sys.modules[main.__module__].__doc__))
-    except (InputError, OSError) as error:
-        sys.exit(say(f"error: {InputError(error)}", "stderr") or 2)
-    except KeyboardInterrupt:
-        sys.exit(say("stopped at once; what the last checkpoint does not have is lost", "stderr") or 130)
-    finally:
-        try:
-            print(end="", flush=True)
-        except (OSError, ValueError):  # whoever read it has gone
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-
-
-def train(script, **flags):
-    """From Python: run a script with its presets and checks, `train(smac_offline_online, env_id="PointDirection")`.
-
-    Returns what its `main` returns, the agent. Signals, hooks, threads and precision are then as they were.
-    """
-    unknown = sorted(set(flags) - set(vars(script.Args())))
-    if unknown:
-        raise InputError(f"{script.__name__} has no flag {unknown[0]}")
-    default, before = defaults(script.Args, script.PRESETS, script.Args(**flags))
-    args = dataclasses.replace(default, **flags)
-    check_flags(args, before)
-    return script.main(args)
-
-
-def say(text, stream="stdout"):
-    """Print a line; a closed terminal or pipe, or a word that it can not show, does not stop a run."""
-    with contextlib.suppress(OSError, ValueError):
-        print(text, file=getattr(sys, stream), flush=True)
-
-
-class Screen:
-    """sys.stderr for progress bars: as `say`."""
-
-    def write(self, text):
-        with contextlib.suppress(OSError, ValueError):
-            sys.stderr.write(text)
-
-    def flush(self):
-        with contextlib.suppress(OSError, ValueError):
-            sys.stderr.flush()
-
-
-def choose_device(args) -> torch.device:
-    """The device of --device, tried. Raises InputError."""
-    if args.device == "cpu" or args.device == "auto" and not torch.cuda.is_available():
-        return torch.device("cpu")
-    try:
-        return torch.ones(1, device="cuda").add(1).device
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {args.device}: the GPU can not be used ({error}); --device cpu works") from None
-
-
-def versions() -> dict:
-    """What a result may depend on beside its flags."""
-    found = {"python": platform.python_version(), "cpu": platform.processor() or platform.machine()}
-    with contextlib.suppress(OSError, IndexError):
-        found["cpu"] = re.findall(r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[0]
-    for name in ("torch", "numpy", "gymnasium", "mujoco", "pybullet"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
-
-
-def flatten(tree, prefix=""):
-    """Nested dicts -> {"a/b/c": value}; not an optimizer's flags, which are those of the command line."""
-    flat = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}/")
-        elif key != "param_groups":
-            flat[f"{prefix}{key}"] = torch.as_tensor(value).detach().cpu().numpy()
-    return flat
 
 
 class Run:
@@ -965,169 +605,3 @@ class Run:
                 torch.set_float32_matmul_precision(before)
 
         return record(call) if self.device.type == "cuda" and self.args.cuda_graph else call
-
-
-# ===== Speed
-
-
-@functools.cache
-def matmul_precision(device, rows, width):
-    """The precision of matrix products: "medium" where it is as exact as "highest" and faster, else "highest"."""
-    # glibc gives large freed blocks back to the system: thousands of page faults in a step. Let it keep them.
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    for option, size in ((-3, 1 << 25), (-2, 1 << 26), (-1, (1 << 31) - 1)) if mallopt else ():
-        mallopt(option, size)  # M_MMAP_THRESHOLD, M_TOP_PAD, M_TRIM_THRESHOLD
-    generator, before, times = torch.Generator().manual_seed(0), torch.get_float32_matmul_precision(), {}
-    x, w = (torch.randn(n, width, generator=generator).to(device) for n in (min(rows, 4096), width))
-    exact = x.double() @ w.double()
-    try:
-        for precision in 8 * ["highest", "medium"]:
-            torch.set_float32_matmul_precision(precision)
-            start = time.perf_counter()
-            error = ((x @ w - exact).norm() / exact.norm()).item()
-            times[precision] = min(time.perf_counter() - start, times.get(precision, math.inf))
-            if error > 1e-5:
-                return "highest"
-    finally:
-        torch.set_float32_matmul_precision(before)
-    return "medium" if times["medium"] < 0.9 * times["highest"] else "highest"  # not by chance where they are the same
-
-
-def record(function):
-    """On a GPU: `function` recorded on its fourth call and replayed, one launch in place of hundreds; a record for each
-    set of keyword arguments. Raises InputError if that fails.
-
-    What is recorded keeps the places of its tensors: arguments must be the same objects in every call, or what another
-    recorded function returned; every call overwrites what the one before returned.
-    """
-    stream, calls, records = torch.cuda.Stream(), {}, {}
-
-    def call(*arguments, **flags):
-        key = tuple(flags.items())
-        calls[key] = calls.get(key, 0) + 1
-        if calls[key] <= 3:  # as it is, on a stream of its own, so that libraries allocate what they need
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                result = function(*arguments, **flags)
-            torch.cuda.current_stream().wait_stream(stream)
-            return result
-        if key not in records:
-            graph = torch.cuda.CUDAGraph()
-            try:
-                for argument in arguments:
-                    if isinstance(argument, torch.Generator):
-                        graph.register_generator_state(argument)
-                with torch.cuda.graph(graph):  # records, computes nothing
-                    records[key] = graph, function(*arguments, **flags)
-            except RuntimeError as error:
-                raise InputError(f"no CUDA graph can be made ({error}): --no-cuda-graph goes without") from None
-        records[key][0].replay()
-        return records[key][1]
-
-    return call
-
-
-# ===== Pictures and tables of a run
-
-
-COLOURS = {  # in every picture of a run, as in the paper's Figures 2, 6 and 8
-    "offline data": "tab:red", "exploration": "tab:green",
-    "offline context": "tab:blue", "online context": "tab:orange",
-}  # fmt: skip
-
-
-def draw_paths(axes, ground: dict) -> None:
-    """Draw {label: paths (., L+1, 2) in metres} on matplotlib axes, from above."""
-    for label in (label for label in COLOURS if label in ground):
-        line = np.pad(ground[label], ((0, 0), (0, 1), (0, 0)), constant_values=np.nan).reshape(-1, 2)  # one for all
-        axes.plot(*line.T, color=COLOURS[label], linewidth=0.6, label=label)
-    axes.set(aspect="equal", xlabel="x (m)", ylabel="y (m)")
-    for line in axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1)).get_lines():  # beside the paths
-        line.set_linewidth(2)
-
-
-def draw_kls(axes, arrays: dict) -> None:
-    """Figure 2: how far the posterior is from the prior on the training tasks, {kl_train_{context}_context: (E,)}."""
-    kls = {f"{context} context": arrays.get(f"kl_train_{context}_context") for context in ("offline", "online")}
-    kls = {context: kl for context, kl in kls.items() if kl is not None}
-    axes.set_visible(bool(kls))  # MACAW has no posterior
-    bins = np.linspace(0, max([1e-6, *(kl.max() for kl in kls.values())]), 25)  # rounding may take a KL below 0
-    for context, kl in kls.items():
-        label = f"{context}, mean {kl.mean():.1f}"
-        axes.hist(kl, bins=bins, histtype="step", color=COLOURS[context], linewidth=1.5, label=label)
-    axes.set(xlabel="KL of the posterior to the prior", ylabel="meta-episodes on training tasks")
-    axes.margins(y=0.3)  # above the bars is room for the legend
-    if kls:
-        axes.legend(fontsize=8, loc="upper left")
-
-
-def read_csv(path) -> dict:
-    """eval.csv -> {(split, context): {(gradient step, new transitions): mean return over tasks}}."""
-    cells = {}
-    with open(path, newline="") as file:
-        for row in csv.DictReader(file):
-            steps = cells.setdefault((row["split"], row["context"]), {})
-            steps.setdefault((int(row["gradient_step"]), int(row["env_steps"])), []).append(float(row["return"]))
-    return {group: {at: float(np.mean(values)) for at, values in steps.items()} for group, steps in cells.items()}
-
-
-def table(path) -> str:
-    """Every evaluation of an eval.csv, mean over tasks."""
-    groups = read_csv(path)
-    lines = ["", "Post-adaptation return, mean over tasks"]
-    lines += [f"{'gradient step':>14}{'transitions':>13}" + "".join(f"{f'{s}, {c} context':>24}" for s, c in groups)]
-    for at in dict.fromkeys(at for steps in groups.values() for at in steps):
-        values = "".join(f"{steps[at]:>24.1f}" if at in steps else " " * 24 for steps in groups.values())
-        lines.append(f"{at[0]:>14}{at[1]:>13}{values}")
-    return "\n".join(lines)
-
-
-def read_figures(folder, last=math.inf) -> dict:
-    """The last ten figures_{step}.npz of a run up to a step: {step: {name: KLs (E,), or paths (., L+1, 2)}}. Raises
-    InputError: they can not be read, or hold numbers that can not be drawn."""
-
-    def accept(name, dtype, shape):
-        wanted = len(shape) == 1 if name.startswith("kl_") else len(shape) == 3 and shape[2] == 2
-        return wanted and dtype == np.float32 and 0 < math.prod(shape) <= 1 << 21
-
-    files = [file for file in Path(folder).glob("figures_*.npz") if re.fullmatch(r"figures_\d{1,16}", file.stem)]
-    files = {int(file.stem.split("_")[1]): file for file in files}
-    steps = sorted(step for step in files if step <= last)[-10:]
-    figures = {step: read_npz(files[step], accept) for step in steps}
-    for step, arrays in figures.items():
-        for name, array in arrays.items():
-            if (np.abs(array) > 1e19).any() or name.startswith("kl_") and not (array > -1).all():
-                raise InputError(f"{files[step]}: {name} can not be drawn")
-    return figures
-
-
-def draw_summary(folder) -> Figure:
-    """The picture of a run: its returns, and for each phase the KLs of Figure 2 and the paths of Figures 6 and 8."""
-    groups = read_csv(Path(folder) / "eval.csv")
-    last = max((step for steps in groups.values() for step, _ in steps), default=0)
-    figures = read_figures(folder, last)
-    rows = max(1, len(figures))
-    figure = Figure(figsize=(13, 3.6 * rows), layout="constrained")
-    grid = figure.add_gridspec(rows, 3)
-    axes = figure.add_subplot(grid[:, 0])
-    for (split, context), steps in groups.items():
-        points = np.array([[step, value] for (step, _), value in steps.items()])
-        style = dict(color=COLOURS[f"{context} context"], linestyle="-" if split == "test" else "--")
-        axes.plot(*points.T, **style, label=f"{split} tasks, {context} context")
-    offline = [step for steps in groups.values() for step, transitions in steps if not transitions]
-    if offline and max(offline) < last:
-        axes.axvspan(max(offline), last, color="0.93", zorder=0, label="self-supervised phase")
-    axes.set(xlabel="gradient step", ylabel="post-adaptation return")
-    axes.set_title(Path(folder).resolve().name, parse_math=False)
-    if groups:
-        axes.legend(fontsize=8)
-    for number, (step, arrays) in enumerate(figures.items()):
-        ground = {name: array for name, array in arrays.items() if not name.startswith("kl_")}
-        kls, paths = (figure.add_subplot(grid[number, column]) for column in (1, 2))
-        draw_kls(kls, arrays)
-        paths.set_visible(bool(ground))
-        if ground:
-            draw_paths(paths, ground)
-        for axes in (kls, paths):
-            axes.set_title(f"after {step} gradient steps")
-    return figure

@@ -36,7 +36,7 @@ class Args:
     cuda_graph: bool = True  # on a GPU, record the gradient step once and replay it
 
     # --- Algorithm. [M]: the authors' configuration of their published results
-    preset: Literal["original", "matched", "short"] = "original"  # its values, SMAC's sizes and rate, or half an hour
+    preset: Literal["original", "matched", "short"] = "original"  # its values, SMAC's, or fewer steps
     rl_batch: int = 256  # transitions a task for the outer losses [M]
     context_batch: int = 256  # transitions a task for the inner steps [M]
     meta_batch: int = 5  # tasks a gradient step [M]
@@ -62,8 +62,7 @@ PRESETS = {
         preset="matched", weight_transform=False, policy_hidden=(300, 300, 300), value_hidden=(300, 300, 300),
         policy_lr=3e-4, value_lr=3e-4, meta_batch=4,
     ),
-    "short": dict(preset="short", offline_steps=10_000, eval_every=2_500),
-    "AntDirection short": dict(eval_every=5_000),
+    "short": dict(preset="short", offline_steps=10_000, eval_every=5_000),
     "PointDirection matched": dict(
         policy_hidden=(128, 128), value_hidden=(128, 128), policy_lr=1e-3, value_lr=1e-3, rl_batch=128,
         context_batch=128,

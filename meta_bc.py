@@ -24,7 +24,7 @@ import envs
 class Args:
     # --- Run
     env_id: str = "HopperParam"  # a key of envs.SPECS, or module:key of one's own; its PRESETS replace what follows
-    preset: Literal["paper", "short"] = "paper"  # the paper's sizes, or about half an hour on one core
+    preset: Literal["paper", "short"] = "paper"  # the paper's sizes, or small ones: some ten minutes on one core
     seed: int = 1  # seed of the networks, of exploration and of sampling
     dataset: Optional[str] = None  # offline dataset; default datasets/{env_id}.npz beside this file
     offline_steps: int = 50_000  # gradient steps [C.3]
@@ -51,14 +51,14 @@ class Args:
 # What differs from the defaults above. The KL weight must fit the rewards, as in smac_offline_online.py. PointDirection
 # is not in the paper: small networks and a short run.
 PRESETS = {
-    "HopperParam": {}, "WalkerParam": {}, "CheetahVelocity": {}, "AntDirection": dict(eval_every=8_000),
-    "HumanoidDirection": {}, "SawyerManipulation": dict(kl_coef=1 / 256, eval_every=8_000),
+    "AntDirection": dict(eval_every=8_000), "SawyerManipulation": dict(kl_coef=1 / 256, eval_every=8_000),
     "PointDirection": dict(
         policy_hidden=(128, 128), encoder_hidden=(128, 128), rl_batch=128, lr=1e-3, kl_coef=0.002, offline_steps=3_000,
         eval_every=1_200,
     ),
-    "short": dict(preset="short", rl_batch=64, offline_steps=15_000, eval_every=2_500),
-    "AntDirection short": dict(eval_every=5_000),
+    "short": dict(
+        preset="short", policy_hidden=(128, 128), encoder_hidden=(128, 128), rl_batch=64, lr=1e-3, offline_steps=15_000,
+        eval_every=5_000),
 }  # fmt: skip
 PRESETS["SawyerManipulation8"] = PRESETS["SawyerManipulation"]
 

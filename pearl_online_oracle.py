@@ -24,7 +24,7 @@ import envs
 class Args:
     # --- Run
     env_id: str = "HopperParam"  # a key of envs.SPECS, or module:key of one's own; its PRESETS replace what follows
-    preset: Literal["paper", "short"] = "paper"  # the paper's sizes, or about half an hour on one core
+    preset: Literal["paper", "short"] = "paper"  # the paper's sizes, or small ones: some ten minutes on one core
     seed: int = 1  # seed of the networks, of exploration and of sampling
     task_seed: int = 1337  # seed of the task list; 1337 gives the published tasks of Cheetah and Ant
     online_iterations: int = 100  # iterations of collecting data and training on them
@@ -70,8 +70,9 @@ PRESETS = {
         online_iterations=24, tasks_per_iteration=5, initial_steps=300, prior_steps=150, posterior_steps=250,
         updates_per_iteration=400, eval_every=1_200, dataset_iteration=10,
     ),
-    "short": dict(preset="short", rl_batch=64, online_iterations=20, updates_per_iteration=1_000, eval_every=2_500),
-    "AntDirection short": dict(eval_every=5_000),
+    "short": dict(
+        preset="short", q_hidden=(128, 128), policy_hidden=(128, 128), encoder_hidden=(128, 128), rl_batch=64, lr=1e-3,
+        online_iterations=35, updates_per_iteration=1_000, eval_every=5_000),
 }  # fmt: skip
 PRESETS["SawyerManipulation8"] = PRESETS["SawyerManipulation"]
 # The transitions of each task that become the dataset, (RL buffer, encoder buffer) [C.2]; None: RL's serve as both.

@@ -19,6 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import buffers
 import envs
 from benchmark import watch
+from plumbing.files import read_npz, write_file
+from plumbing.flags import say
 
 
 @dataclasses.dataclass
@@ -39,16 +41,16 @@ def main(args):
     arrays, returns = {"script": script.__name__, "test_tasks": tasks}, {}
     kept = watch.SCRIPTS[script.__name__]
     for step in sorted({getattr(flags, "offline_steps", max(files)), max(files)} & set(files)):
-        found = buffers.read_npz(files[step], lambda name, *_: name.startswith((*kept, "flags", "returns")))
+        found = read_npz(files[step], lambda name, *_: name.startswith((*kept, "flags", "returns")))
         arrays |= {f"{step}/{name}": array for name, array in found.items() if name.startswith(kept)}
         arrays["flags"], returns[step] = found.get("flags", ""), found.get("returns", "")
     arrays["returns"] = json.dumps(returns)
     out = args.out or watch.ROOT / "agents" / f"{envs.short_name(flags.env_id)}.npz"
     out.parent.mkdir(parents=True, exist_ok=True)
-    buffers.write_file(out, lambda file: np.savez_compressed(file, allow_pickle=False, **arrays))
+    write_file(out, lambda file: np.savez_compressed(file, allow_pickle=False, **arrays))
     watch.load(out, args.env_id)  # raises if it can not be read
     return out
 
 
 if __name__ == "__main__":
-    buffers.say(watch.launch(main, tyro.cli(Args, description=__doc__)))
+    say(watch.launch(main, tyro.cli(Args, description=__doc__)))

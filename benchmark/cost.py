@@ -20,6 +20,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import buffers
 import smac_offline_online as smac
+from plumbing.flags import parse_args
+from plumbing.machine import versions
 
 UPDATES = 20
 FLAGS = f"--env-id HopperParam --device cpu --offline-steps {UPDATES} --updates-per-iteration {UPDATES}"
@@ -58,12 +60,12 @@ def main(flags=FLAGS, out=OUT):
     try:
         with tempfile.TemporaryDirectory(dir=ROOT) as folder:
             words = [*flags.split(), "--run-dir", folder]
-            smac.main(buffers.parse_args(smac.Args, smac.PRESETS, words))
+            smac.main(parse_args(smac.Args, smac.PRESETS, words))
     finally:
         buffers.Run.save, smac.update, smac.evaluate = save, update, evaluate
 
     write, step, every = np.median(saves[-10:]), np.median(updates[UPDATES:]), smac.Args().eval_every
-    text = f"""`python benchmark/cost.py`, one thread, {buffers.versions()["cpu"]}: `smac_offline_online.py {flags}`
+    text = f"""`python benchmark/cost.py`, one thread, {versions()["cpu"]}: `smac_offline_online.py {flags}`
 
 - a checkpoint of {rows[-1][-1]:.1f} MB takes {write:.2f} s (median of the last ten; wall clock, fsync included)
 - the {every} gradient steps between two take {every * step:.0f} s, {1000 * step:.0f} ms each (median; CPU time)

@@ -14,6 +14,8 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import buffers
+from plumbing.flags import say
+from plumbing.pictures import draw_kls, draw_paths, read_figures
 
 
 @dataclasses.dataclass
@@ -24,19 +26,19 @@ class Args:
 
 def main(args):
     """Draw. Raises InputError."""
-    figures = buffers.read_figures(args.run)
+    figures = read_figures(args.run)
     if not figures:
         raise buffers.InputError(f"there is no figures_*.npz in {args.run}")
     figure = Figure(figsize=(12, 3.8 * len(figures)), layout="constrained")
     for row, (step, arrays) in zip(figure.subplots(len(figures), 3, squeeze=False), figures.items()):
-        buffers.draw_kls(row[0], arrays)
+        draw_kls(row[0], arrays)
         row[0].set_title(f"after {step} steps")
         everything = {name: array for name, array in arrays.items() if not name.startswith("kl_")}
         contexts = {name: array for name, array in everything.items() if name.endswith("context")}
         for axis, ground, title in ((row[1], contexts, "Figure 6"), (row[2], everything, "Figure 8")):
             axis.set_visible(bool(ground))
             if ground:
-                buffers.draw_paths(axis, ground)
+                draw_paths(axis, ground)
                 axis.set_title(title)
     figure.savefig(args.out, dpi=100, bbox_inches="tight")  # without the room for what is not drawn
 
@@ -45,4 +47,4 @@ if __name__ == "__main__":
     try:
         main(tyro.cli(Args, description=__doc__))
     except (buffers.InputError, OSError) as error:
-        sys.exit(buffers.say(f"error: {buffers.InputError(error)}", "stderr") or 2)
+        sys.exit(say(f"error: {buffers.InputError(error)}", "stderr") or 2)

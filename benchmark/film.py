@@ -19,7 +19,8 @@ from gymnasium.envs.mujoco import MujocoEnv
 from PIL import Image, ImageDraw, ImageFont
 
 import envs
-from buffers import InputError, write_file
+from envs import InputError
+from plumbing.files import write_file
 
 HEIGHT, TITLE, FONT = 180, 50, ImageFont.load_default(13)  # of one picture and of the words above it, in pixels
 

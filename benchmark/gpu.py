@@ -30,6 +30,9 @@ import meta_bc
 import pearl_online_oracle as pearl
 import smac_offline_online as smac
 from benchmark import speed
+from plumbing.files import read_npz
+from plumbing.flags import preset
+from plumbing.machine import versions
 
 
 @dataclasses.dataclass
@@ -75,7 +78,7 @@ def train(script, folder, args, **flags):
     finally:
         envs.make_evaluation, buffers.Run.scalars = before, scalars
     (file,) = Path(folder).glob("*/checkpoint.npz")
-    return buffers.read_npz(file, lambda name, *_: name.startswith(("agent/", "optimizer/"))), rates
+    return read_npz(file, lambda name, *_: name.startswith(("agent/", "optimizer/"))), rates
 
 
 def apart(first, second):
@@ -107,7 +110,7 @@ def stop_and_resume(script, folder, args, **flags):
 
 def busy(args):
     """The share of the time of SMAC's plain offline step in which the GPU computes."""
-    flags, spec = buffers.preset(smac.Args, smac.PRESETS, args.env_id), envs.lookup(args.env_id)
+    flags, spec = preset(smac.Args, smac.PRESETS, args.env_id), envs.lookup(args.env_id)
     agent = smac.Agent(spec.obs_dim, spec.action_dim, flags).to(args.device)
     trained = [parameter for parameter in agent.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=flags.lr, fused=True, capturable=True)
@@ -144,7 +147,7 @@ def main(args):
             rows.append(row)
             print(*row, sep="  ", flush=True)
     cuda = args.device == "cuda"
-    text = f"{torch.cuda.get_device_name() if cuda else 'no GPU'}, {buffers.versions()['cpu']}, PyTorch "
+    text = f"{torch.cuda.get_device_name() if cuda else 'no GPU'}, {versions()['cpu']}, PyTorch "
     text += f"{torch.__version__}; {args.env_id}, default sizes.\n\n"
     header = "script, phase, recorded (steps/s), plain (steps/s), ratio, recorded and plain apart, resumed apart"
     text += speed.table(header.split(", "), rows)

@@ -28,6 +28,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import buffers
 import envs
+from plumbing.flags import parse_args
+from plumbing.machine import versions
 
 SPEC = envs.SPECS["PointDirection"]
 TASKS, TEST_TASKS = 6, 2
@@ -67,7 +69,7 @@ def start(script, flags, log):
         buffers.LOG_EVERY, buffers.matmul_precision = 5, lambda *_: "highest"  # not what is faster at the moment
         envs.make_evaluation = functools.partial(envs.make_evaluation, num_train=2, repeats=1)
         envs.SPECS["PointDirection"] = dataclasses.replace(SPEC, num_train_tasks=TASKS, num_test_tasks=TEST_TASKS)
-        script.main(buffers.parse_args(script.Args, script.PRESETS, flags))
+        script.main(parse_args(script.Args, script.PRESETS, flags))
         sys.stdout.flush()
         os._exit(0)
     except BaseException as error:
@@ -171,7 +173,7 @@ def main(args):
             print(ended[-1], flush=True)
             if not all(equal):
                 sys.exit(f"{name}.py: {equal.count(False)} of {len(equal)} runs differ")
-    found = buffers.versions()
+    found = versions()
     text = f"`python benchmark/kill.py --kills {' '.join(map(str, args.kills))} --seed {args.seed}`, one thread of "
     text += f"{found['cpu']}; Python {found['python']}, PyTorch {found['torch']}\n\n"
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import buffers
+import plumbing.machine
 
 TASKS, TRANSITIONS, OBS_DIM, ACTION_DIM, STEPS = (10, 100, 1000), 500_000, 20, 6, 50  # sizes of CheetahVelocity
 MIB = 2**20
@@ -57,7 +58,7 @@ def main():
         rows.append([f"{num_tasks:,}", *(f"{value:.0f}" for value in found)])
     fields = TRANSITIONS * 4 * (2 * OBS_DIM + ACTION_DIM + 2) / MIB
     lines = [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
-    versions = buffers.versions()
+    versions = plumbing.machine.versions()
     note = f"""`python benchmark/memory.py` on {versions["cpu"]}, torch {versions["torch"]}.
 
 A replay buffer of {TRANSITIONS:,} transitions ({OBS_DIM} numbers, actions of {ACTION_DIM}), filled from a dataset:

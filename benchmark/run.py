@@ -32,6 +32,7 @@ sys.path.insert(0, str(ROOT))
 import buffers
 import envs
 from benchmark import agents
+from plumbing.flags import say
 
 POINT = "smac_offline_online.py --env-id PointDirection"
 HOPPER = "--env-id HopperParam"
@@ -288,10 +289,10 @@ def main(args):
     jobs = [(args.name, label, rows[label][0], seed, args) for label in labels for seed in rows[label][1]]
     for result in on_ray(jobs, args) if args.ray else here(jobs, args):
         try:
-            buffers.say(result())
+            say(result())
         except buffers.InputError as error:
             failed += 1
-            buffers.say(f"error: {error}", "stderr")
+            say(f"error: {error}", "stderr")
     if failed:
         raise buffers.InputError(f"{failed} of {len(jobs)} runs did not end")
 
@@ -300,4 +301,4 @@ if __name__ == "__main__":
     try:
         main(tyro.cli(Args, description=__doc__))
     except buffers.InputError as error:
-        sys.exit(buffers.say(f"error: {error}", "stderr") or 2)
+        sys.exit(say(f"error: {error}", "stderr") or 2)

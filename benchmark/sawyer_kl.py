@@ -20,6 +20,8 @@ import make_sawyer
 import buffers
 import envs
 import smac_offline_online as smac
+from plumbing.flags import preset
+from plumbing.machine import matmul_precision
 
 ENV_ID, WEIGHTS, STEPS, SEED, DRAWS = "SawyerManipulation", (0.1, 0.01, 1 / 256, 0.001), 12_500, 1, 20
 SPEC = envs.SPECS[ENV_ID]
@@ -45,7 +47,7 @@ def measure(agent, buffer, args):
 
 def train(buffer, kl_coef):
     """Encoder and decoder after the offline phase."""
-    args = dataclasses.replace(buffers.preset(smac.Args, smac.PRESETS, ENV_ID), kl_coef=kl_coef, seed=SEED)
+    args = dataclasses.replace(preset(smac.Args, smac.PRESETS, ENV_ID), kl_coef=kl_coef, seed=SEED)
     torch.manual_seed(SEED)
     agent = smac.Agent(SPEC.obs_dim, SPEC.action_dim, args)
     trained = [*agent.encoder.parameters(), *agent.decoder.parameters()]
@@ -63,7 +65,7 @@ def train(buffer, kl_coef):
 
 
 if __name__ == "__main__":
-    torch.set_float32_matmul_precision(buffers.matmul_precision(torch.device("cpu"), 1024, 200))
+    torch.set_float32_matmul_precision(matmul_precision(torch.device("cpu"), 1024, 200))
     dataset = buffers.load_dataset(ENV_ID)
     seen = buffers.from_dataset(dataset, ENV_ID)
     unseen = buffers.ReplayBuffer(SPEC.num_test_tasks, SPEC.obs_dim, SPEC.action_dim, 200_000)

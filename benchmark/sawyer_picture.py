@@ -14,6 +14,7 @@ import matplotlib.pyplot as plt
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import envs
+import sawyer
 
 spec, env = envs.SPECS["SawyerManipulation"], envs.make("SawyerManipulation", render_mode="rgb_array")
 tasks = envs.sample_tasks("SawyerManipulation", spec.num_train_tasks + spec.num_test_tasks)
@@ -23,7 +24,7 @@ for row, color, shown in zip(axes, ("tab:blue", "tab:orange"), (tasks[:3], tasks
         env.unwrapped.set_task(task)
         env.reset(seed=0)
         axis.imshow(env.render())
-        axis.set(xticks=[], yticks=[], title=envs.BEHAVIOURS[int(task[-1])].replace("_", " "))
+        axis.set(xticks=[], yticks=[], title=sawyer.BEHAVIOURS[int(task[-1])].replace("_", " "))
         plt.setp(axis.spines.values(), color=color, linewidth=4)
 figure.tight_layout()
 figure.savefig(ROOT / "benchmark" / "results" / "sawyer" / "tasks.png", dpi=80)

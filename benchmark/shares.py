@@ -17,10 +17,11 @@ import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import buffers
 import envs
 import smac_offline_online as smac
 from benchmark import speed
+from plumbing.flags import preset
+from plumbing.machine import matmul_precision, versions
 
 GPU_STEPS = 3_000  # gradient steps a second
 
@@ -49,9 +50,9 @@ def env_rate(groups, agent, args, env_steps):
 
 def measure(env_id, cli):
     """Rates, and the seconds of an iteration's parts."""
-    args, spec = buffers.preset(smac.Args, smac.PRESETS, env_id), envs.lookup(env_id)
+    args, spec = preset(smac.Args, smac.PRESETS, env_id), envs.lookup(env_id)
     agent, _, steps, sample = speed.make(spec, args)
-    precision = buffers.matmul_precision(torch.device("cpu"), args.meta_batch * args.rl_batch, args.policy_hidden[0])
+    precision = matmul_precision(torch.device("cpu"), args.meta_batch * args.rl_batch, args.policy_hidden[0])
     torch.set_float32_matmul_precision(precision)
     updates = 1 / (1 / speed.rate(steps[True], cli.seconds, clock=clock) + 1 / speed.rate(sample, 1.0, clock=clock))
     torch.set_float32_matmul_precision("highest")
@@ -92,7 +93,7 @@ def main(cli):
             row.append(" / ".join(f"{100 * part / sum(parts.values()):.1f}" for part in parts.values()))
         rows.append(row)
         print(*row, sep="  ", flush=True)
-    text = f"{buffers.versions()['cpu']}, PyTorch {torch.__version__}, {cli.threads} thread(s). Shares in %: update / "
+    text = f"{versions()['cpu']}, PyTorch {torch.__version__}, {cli.threads} thread(s). Shares in %: update / "
     text += f"collection / evaluation / logging; GPU: computed for {GPU_STEPS} gradient steps a second.\n\n"
     header = (
         "environment, gradient steps/s, env steps/s in turn, side by side, in an evaluation, side by side / in turn"

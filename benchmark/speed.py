@@ -1,7 +1,7 @@
 """How fast a gradient step of SMAC is, against this machine's limit: python benchmark/speed.py
 
 On the same random data, in one run: a plain version of the same step (benchmark/plain_update.py) and the shipped one
-at PyTorch's defaults; then, with the settings of `buffers.matmul_precision`, the shipped step, and the matrix products
+at PyTorch's defaults; then, with the settings of `matmul_precision`, the shipped step, and the matrix products
 of the step alone at the better of both precisions (the ceiling). Then how the cost grows. Writes
 benchmark/results/speed/{name}.md and prints it.
 """
@@ -24,6 +24,7 @@ import buffers
 import envs
 import smac_offline_online as smac
 from benchmark.plain_update import PlainAgent, plain_update
+from plumbing.machine import matmul_precision, versions
 
 
 @dataclasses.dataclass
@@ -73,7 +74,7 @@ def make(spec, args, num_tasks=50):
 
 def set_precision(args):
     """What `Run.fast` does for the step of these flags; returns the precision."""
-    precision = buffers.matmul_precision(torch.device("cpu"), args.meta_batch * args.rl_batch, args.policy_hidden[0])
+    precision = matmul_precision(torch.device("cpu"), args.meta_batch * args.rl_batch, args.policy_hidden[0])
     torch.set_float32_matmul_precision(precision)
     return precision
 
@@ -131,7 +132,7 @@ def table(header, rows):
 def main(cli):
     first, threads = cli.env_ids[0], torch.get_num_threads()
     args, spec = smac.Args(env_id=first), envs.SPECS[first]
-    text = f"{buffers.versions()['cpu']}, {threads} threads, PyTorch {torch.__version__}, {args.meta_batch} tasks x "
+    text = f"{versions()['cpu']}, {threads} threads, PyTorch {torch.__version__}, {args.meta_batch} tasks x "
     text += f"{args.rl_batch} transitions.\n"
 
     # Before any setting of ours

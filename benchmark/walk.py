@@ -18,6 +18,8 @@ import buffers
 import envs
 import pearl_online_oracle as pearl
 from benchmark import speed
+from plumbing.files import read_npz
+from plumbing.flags import read_flags, say
 
 
 @dataclasses.dataclass
@@ -29,12 +31,12 @@ class Args:
 def main(cli):
     """Print the table. Raises InputError."""
     file = cli.run / "checkpoint.npz"
-    args = buffers.read_flags(pearl.Args, pearl.PRESETS, file)
+    args = read_flags(pearl.Args, pearl.PRESETS, file)
     spec = envs.lookup(args.env_id)
     if not issubclass(spec.env_class, envs.Direction):
         raise buffers.InputError(f"the tasks of {args.env_id} are no directions")
     names = ("fields/next_obs", "fields/rewards", "fields/actions", "fields/terminals", "index/rl", "sizes/rl")
-    data = buffers.read_npz(file, lambda name, *_: name.removeprefix("buffer/") in names)
+    data = read_npz(file, lambda name, *_: name.removeprefix("buffer/") in names)
     data = {name.split("/", 1)[1]: array for name, array in data.items()}
     tasks = envs.sample_tasks(args.env_id, spec.num_train_tasks + spec.num_test_tasks, args.task_seed)
     owners = np.empty(len(data["index/rl"]), int)  # the task of each transition
@@ -60,4 +62,4 @@ if __name__ == "__main__":
     try:
         main(tyro.cli(Args, description=__doc__))
     except buffers.InputError as error:
-        sys.exit(buffers.say(f"error: {error}", "stderr") or 2)
+        sys.exit(say(f"error: {error}", "stderr") or 2)

@@ -24,7 +24,10 @@ sys.path.insert(0, str(ROOT))
 from benchmark import film  # isort: skip, it comes before whatever imports MuJoCo
 import buffers
 import envs
+import sawyer
 from buffers import InputError
+from plumbing.files import MAX_TASKS, MAX_TEXT, check_array, read_npz, write_file
+from plumbing.flags import read_flags, say
 
 # What acting needs of each script's agent: the beginnings of its parameters' names
 SCRIPTS = dict.fromkeys(("smac_offline_online", "pearl_online_oracle", "meta_bc", "borel"), ("policy.", "encoder."))
@@ -58,13 +61,13 @@ def load(path, env_id=None, dataset=None):
     """
     run = path.is_dir()
     file = path / "checkpoint.npz" if run else path
-    text = dict.fromkeys(("script", "sha256"), ("U", (), buffers.MAX_TEXT))
-    words = buffers.read_npz(file, lambda x, *has: x in text and buffers.check_array(f"{file}: {x}", *has, *text[x]))
+    text = dict.fromkeys(("script", "sha256"), ("U", (), MAX_TEXT))
+    words = read_npz(file, lambda x, *has: x in text and check_array(f"{file}: {x}", *has, *text[x]))
     name = [*path.resolve().name.split("__"), ""][1] if run else words.get("script")
     if name not in SCRIPTS:
         raise InputError(f"{path} is no {'folder of a run, by its name' if run else 'agent file'}")
     script = importlib.import_module(name)
-    args = buffers.read_flags(script.Args, script.PRESETS, file)
+    args = read_flags(script.Args, script.PRESETS, file)
     if ":" in args.env_id and args.env_id != env_id:  # a file must not run code
         raise InputError(f"the agent's environment is of a module: give --env-id {args.env_id} as well")
     spec = envs.lookup(args.env_id)
@@ -75,12 +78,12 @@ def load(path, env_id=None, dataset=None):
     def accept(name, dtype, shape):
         phase, _, key = name.rpartition("/")
         if key in shapes and (phase == "agent" if run else re.fullmatch("[0-9]{1,15}", phase)):
-            return buffers.check_array(f"{file}: {name}", dtype, shape, "f4", shapes[key])
+            return check_array(f"{file}: {name}", dtype, shape, "f4", shapes[key])
         if name == "test_tasks":
-            return buffers.check_array(f"{file}: {name}", dtype, shape, "f8", (None, spec.task_dim), buffers.MAX_TASKS)
-        return name == "step" and buffers.check_array(f"{file}: {name}", dtype, shape, "i8", ())
+            return check_array(f"{file}: {name}", dtype, shape, "f8", (None, spec.task_dim), MAX_TASKS)
+        return name == "step" and check_array(f"{file}: {name}", dtype, shape, "i8", ())
 
-    arrays, agents = buffers.read_npz(file, accept), {}
+    arrays, agents = read_npz(file, accept), {}
     phases = {name.rpartition("/")[0] for name in arrays if "/" in name}
     if not phases:
         raise InputError(f"{file} has no agent to watch: give a run's folder, or a file that benchmark/agents.py wrote")
@@ -158,8 +161,8 @@ def describe(env_id, number, task):
     family, asks = envs.lookup(env_id).env_class, f": {task[0]:.2f}" if len(task) == 1 else ""
     if issubclass(family, envs.Direction):
         asks = f": {np.rad2deg(task[0]) % 360:.0f} deg"
-    if issubclass(family, envs.SawyerManipulation):
-        asks = ": " + envs.BEHAVIOURS[int(task[-1])].replace("_", " ")
+    if issubclass(family, sawyer.SawyerManipulation):
+        asks = ": " + sawyer.BEHAVIOURS[int(task[-1])].replace("_", " ")
     return f"task {number}{asks}"
 
 
@@ -169,7 +172,7 @@ def show(labels, returns):
     rows = {"": returns} | {label: [x[i].mean() for x in returns.values()] for i, label in enumerate(labels)}
     for label, cells in (rows | {"mean": [x.mean() for x in returns.values()]}).items():
         words = (cell if label == "" else f"{cell:.1f}" for cell in cells)
-        buffers.say(f"{label:<{width}}" + "".join(f"{word:>{len(name) + 3}}" for word, name in zip(words, returns)))
+        say(f"{label:<{width}}" + "".join(f"{word:>{len(name) + 3}}" for word, name in zip(words, returns)))
 
 
 def write_row(file, name, step, returns):
@@ -184,7 +187,7 @@ def write_row(file, name, step, returns):
         old = f"{episodes}; ± is the standard error over them, for these tasks.\n\n"
         lines = [["run", "gradient step", *COLUMNS], ["---"] * len(row)]
     new = "".join(f"| {' | '.join(line)} |\n" for line in [*lines, row])
-    buffers.write_file(file, lambda out: out.write((old + new).encode()))
+    write_file(file, lambda out: out.write((old + new).encode()))
 
 
 def main(args):
@@ -198,7 +201,7 @@ def main(args):
     if num_tasks * args.episodes > MAX_PLAYED:
         raise InputError(f"{num_tasks} tasks x {args.episodes} episodes are more than {MAX_PLAYED} environments")
     for step, agent in agents.items():
-        buffers.say(f"{flags.env_id}, {script.__name__}.py, seed {flags.seed}, after {step} gradient steps")
+        say(f"{flags.env_id}, {script.__name__}.py, seed {flags.seed}, after {step} gradient steps")
         numbers, returns = measure(script, agent, flags, tasks, num_tasks, args.episodes, bool(args.out))
         show([describe(flags.env_id, number, tasks[number]) for number in numbers], returns)
         if args.out:
@@ -216,7 +219,7 @@ def main(args):
                 columns[-1].append(film.shoot(flags.env_id, task, words, args.every, play))
     if args.video:
         film.save(columns, args.video)
-        buffers.say(args.video)
+        say(args.video)
 
 
 def launch(main, args):
@@ -224,7 +227,7 @@ def launch(main, args):
     try:
         return main(args)
     except (InputError, OSError) as error:
-        sys.exit(buffers.say(f"error: {InputError(error)}", "stderr") or 2)
+        sys.exit(say(f"error: {InputError(error)}", "stderr") or 2)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from sawyer_policy import SawyerPolicy
 
 import buffers
 import envs
+import sawyer
 
 TRAJECTORIES, STEPS = 50, 75  # Table 2: 3750 transitions a task
 
@@ -51,4 +52,4 @@ if __name__ == "__main__":
     print(f"{file.name}: {len(entries)} trajectories, reward 0 in {solved.mean():.1%} of the steps")
     for behaviour in np.unique(train_tasks[:, -1]).astype(int):
         of = train_tasks[:, -1] == behaviour
-        print(f"  {envs.BEHAVIOURS[behaviour]}: {of.sum()} tasks, {solved[of].mean():.1%}")
+        print(f"  {sawyer.BEHAVIOURS[behaviour]}: {of.sum()} tasks, {solved[of].mean():.1%}")

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import envs
+import sawyer
 
 UP, LEVEL = np.array([0.0, 0.0, 1.0]), np.array([1.0, 1.0, 0.0])
 
@@ -31,8 +31,8 @@ class SawyerPolicy:
             (True, self.move_hand),
             (self.scene["top_drawer"], self.move_top_drawer),
             (self.scene["button"], self.press_button),
-            (thing, self.carry, envs.GOAL[:2]),
-            (to_tray, self.carry, envs.PLACES[self.scene["tray"]] * [1, self.side]),
+            (thing, self.carry, sawyer.GOAL[:2]),
+            (to_tray, self.carry, sawyer.PLACES[self.scene["tray"]] * [1, self.side]),
         ]
         self.jobs = [job for possible, *job in jobs if possible]
         self.job = rng.integers(len(self.jobs))
@@ -49,8 +49,8 @@ class SawyerPolicy:
     # A job: state in metres -> motion (3,) in 5 cm, gripper, done. Most go up, then over something, then down to it.
 
     def move_hand(self, state):
-        """To envs.GOAL, and stay there: never done."""
-        return UP if state[2] < -0.2 else 3 * (envs.GOAL - state[:3]), -1, False
+        """To sawyer.GOAL, and stay there: never done."""
+        return UP if state[2] < -0.2 else 3 * (sawyer.GOAL - state[:3]), -1, False
 
     def move_top_drawer(self, state):
         """Lower the open fingers around the handle and drag it: one of them is in the gap behind it."""
@@ -72,7 +72,7 @@ class SawyerPolicy:
         """With a finger, from above."""
         way, done = (
             np.array([0.6, 0.125 * self.side, state[12]]) - state[:3],
-            self.button_z - state[12] > envs.IS_PRESSED,
+            self.button_z - state[12] > sawyer.IS_PRESSED,
         )
         if np.hypot(*way[:2]) < 0.05:
             return (way[0], way[1], -1), -1, done

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import buffers
 import envs
+import sawyer
 
 torch.set_num_threads(1)
 
@@ -70,8 +71,8 @@ def set_sizes(monkeypatch, env_id, **sizes):
 def drawers():
     """Sawyer's environments of an evaluation, the behaviour being an open bottom drawer: for a policy that hardly moves
     it stays closed in the test task, and open in the training task."""
-    scene = dict.fromkeys(envs.TASK_COLUMNS, 0) | dict(side=1, bottom_drawer=1, button=1, object=-1)
-    scene["behaviour"] = envs.BEHAVIOURS.index("open_bottom_drawer")
+    scene = dict.fromkeys(sawyer.TASK_COLUMNS, 0) | dict(side=1, bottom_drawer=1, button=1, object=-1)
+    scene["behaviour"] = sawyer.BEHAVIOURS.index("open_bottom_drawer")
     eval_envs = {}
     for split, task in (("test", scene), ("train", scene | {"bottom_open": 1})):
         env = envs.make("SawyerManipulation")

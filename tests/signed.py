@@ -13,6 +13,7 @@ import macaw
 import meta_bc
 import pearl_online_oracle as pearl
 import smac_offline_online as smac
+from plumbing.flags import parse_args
 
 SIGNS = np.array([5, 2, 7, 4, 3, 11, 6, 9]) / 16  # of the tasks; the first are training tasks
 TRAIN, TEST = SIGNS[:5], SIGNS[5:]
@@ -144,14 +145,14 @@ def arguments(name, folder, data, *flags):
 def start(name, folder, data, *flags):
     """Make a run; returns the trained agent."""
     script = RUNS[name][0]
-    return script.main(buffers.parse_args(script.Args, script.PRESETS, arguments(name, folder, data, *flags)))
+    return script.main(parse_args(script.Args, script.PRESETS, arguments(name, folder, data, *flags)))
 
 
 def resume(name, folder, data, *flags):
     """Continue a run, to its end; returns the trained agent."""
     script = RUNS[name][0]
     words = ["--resume", str(run_of(name, folder)), *flags, *([] if name == "pearl" else ["--dataset", str(data)])]
-    return script.main(buffers.parse_args(script.Args, script.PRESETS, words))
+    return script.main(parse_args(script.Args, script.PRESETS, words))
 
 
 def run_of(name, folder):

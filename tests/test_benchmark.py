@@ -19,6 +19,8 @@ from matplotlib.figure import Figure
 import buffers
 import smac_offline_online as smac
 from benchmark import gpu, plot, run, watch
+from plumbing.files import CSV_COLUMNS
+from plumbing.flags import parse_args
 
 SMALL = "--q-hidden 8 --policy-hidden 8 --encoder-hidden 8 --rl-batch 8 --context-batch 8"
 SHORT = "--offline-steps 20 --online-iterations 1 --updates-per-iteration 10 --eval-every 10"
@@ -31,7 +33,7 @@ def test_results_of_a_run_that_stopped_and_went_on(tmp_path, monkeypatch):
         """The command that run.py starts, in this process."""
         assert line[0] == sys.executable and line[1] == "smac_offline_online.py" and cwd == tmp_path
         assert env["OMP_NUM_THREADS"] == "1"
-        smac.main(buffers.parse_args(smac.Args, smac.PRESETS, line[2:]))
+        smac.main(parse_args(smac.Args, smac.PRESETS, line[2:]))
         return SimpleNamespace(stdout=["a line\n"], wait=lambda: 0)
 
     whole = buffers.load_dataset("PointDirection")
@@ -69,7 +71,7 @@ def test_results_of_a_run_that_stopped_and_went_on(tmp_path, monkeypatch):
 
 def test_a_run_that_fails_says_why(tmp_path, monkeypatch):
     """A real process: it is started with the flags and folders of the table."""
-    for name in ("smac_offline_online.py", "envs.py", "buffers.py"):
+    for name in ("smac_offline_online.py", "envs.py", "sawyer.py", "buffers.py", "plumbing"):
         (tmp_path / name).symlink_to(run.ROOT / name)
     monkeypatch.setattr(run, "ROOT", tmp_path)
     with pytest.raises(
@@ -95,7 +97,7 @@ def test_every_command_can_be_parsed_and_is_the_one_that_made_the_results():
         for label, (command, seeds) in rows.items():
             script, *flags = shlex.split(command)
             script = importlib.import_module(script.removesuffix(".py"))
-            expected = json.loads(json.dumps(vars(buffers.parse_args(script.Args, script.PRESETS, flags))))
+            expected = json.loads(json.dumps(vars(parse_args(script.Args, script.PRESETS, flags))))
             for seed in seeds:
                 found = files.pop(f"{label}__{seed}", {})
                 shared = found.keys() & expected.keys() - {"seed", "run_dir", "resume", "device"}
@@ -147,7 +149,7 @@ def test_runs_on_ray_are_those_of_the_plain_runner(tmp_path, monkeypatch):
     run.main(run.Args("point", run_dir=str(tmp_path / "runs"), results=str(tmp_path / "results"), ray="local"))
     for seed in ("1", "2"):
         flags = [*shlex.split(COMMAND)[1:], "--seed", seed, "--run-dir", str(tmp_path / "plain")]
-        smac.main(buffers.parse_args(smac.Args, smac.PRESETS, flags))
+        smac.main(parse_args(smac.Args, smac.PRESETS, flags))
         plain = tmp_path / "plain" / f"PointDirection__smac_offline_online__{seed}" / "eval.csv"
         assert (tmp_path / "results" / "point" / f"smac__{seed}.csv").read_bytes() == plain.read_bytes()
 
@@ -168,7 +170,7 @@ def write_run(folder, label, seed, rows, **flags):
     """Files of a run; rows of (gradient step, new transitions, return), each on test tasks with online context."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = [f"{step},{env_steps},test,online,0,{value},0" for step, env_steps, value in rows]
-    (folder / f"{label}__{seed}.csv").write_text("\n".join([",".join(buffers.CSV_COLUMNS), *lines, ""]))
+    (folder / f"{label}__{seed}.csv").write_text("\n".join([",".join(CSV_COLUMNS), *lines, ""]))
     flags = {"env_id": "PointDirection", "dataset": None, "meta_batch": 4, "rl_batch": 50_000} | flags
     (folder / f"{label}__{seed}.json").write_text(json.dumps(flags))
 

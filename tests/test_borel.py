@@ -18,6 +18,7 @@ from torch.distributions import Normal, kl_divergence
 import borel
 import buffers
 import envs
+from plumbing.flags import parse_args
 
 OBS, ACTION, DZ = 4, 2, 3
 SMALL = (
@@ -278,7 +279,7 @@ def test_the_vae_descends_both_terms():
 
 
 def parse(arguments):
-    return buffers.parse_args(borel.Args, borel.PRESETS, arguments)
+    return parse_args(borel.Args, borel.PRESETS, arguments)
 
 
 @pytest.fixture(scope="module")

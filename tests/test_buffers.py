@@ -14,7 +14,9 @@ import torch
 
 import buffers
 import envs
+import plumbing.files
 from buffers import InputError, ReplayBuffer
+from plumbing.files import PATH_FIELDS, read_npz, write_file
 
 OBS, ACTION = 4, 2  # those of PointDirection
 SPEC = envs.SPECS["PointDirection"]
@@ -46,7 +48,7 @@ def draw(buffer, tasks, n, source="rl", seed=0):
 def assert_same_paths(found, expected):
     assert len(found) == len(expected)
     for a, b in zip(found, expected):
-        for name in buffers.PATH_FIELDS:
+        for name in PATH_FIELDS:
             np.testing.assert_array_equal(a[name], b[name])
 
 
@@ -365,7 +367,7 @@ def test_what_save_dataset_writes_is_read_whatever_its_order_and_size(tmp_path, 
     path |= {"rewards": rng.normal(size=8), "terminals": np.zeros(8)}
     tasks = envs.sample_tasks("PointDirection", 3)
     for room in (1 << 27, 100):
-        monkeypatch.setattr(buffers, "MAX_UNPACKED", room)
+        monkeypatch.setattr(plumbing.files, "MAX_UNPACKED", room)
         buffers.save_dataset(tmp_path / "d.npz", "PointDirection", tasks[:1], tasks[1:], [(0, path)], [], "x")
         ((task, found),) = load(tmp_path / "d.npz")["rl"]
         for name in path:
@@ -461,7 +463,7 @@ REFUSED = {  # name: (what is changed, given the file's fields; what the message
     "env id for the terminal": (lambda d: dict(env_id=np.array("\x1b[31mX")), r"env_id is \?\[31mX, expected"),
     "a long command": (lambda d: dict(command=np.array("x" * 10_001)), "command has 10001 entries, expected at most"),
     "no text": (lambda d: dict(command=np.array(1)), r"command is int64 \(\), expected text"),
-    "no data": (lambda d: {f"rl_{n}": d[f"rl_{n}"][:0] for n in (*buffers.PATH_FIELDS, "tasks", "lengths")}, "no tran"),
+    "no data": (lambda d: {f"rl_{n}": d[f"rl_{n}"][:0] for n in (*PATH_FIELDS, "tasks", "lengths")}, "no tran"),
 }  # fmt: skip
 
 
@@ -529,7 +531,7 @@ def test_a_file_that_declares_too_much_is_refused_before_it_is_unpacked(tmp_path
     make_dataset(tmp_path / "d.npz")
     np.savez_compressed(tmp_path / "d.npz", **fields(tmp_path / "d.npz"), more=np.zeros(100_000))
     load(tmp_path / "d.npz")
-    monkeypatch.setattr(buffers, "MAX_UNPACKED", 800_000)
+    monkeypatch.setattr(plumbing.files, "MAX_UNPACKED", 800_000)
     monkeypatch.setattr(zipfile.ZipFile, "open", lambda *_: pytest.fail("unpacked"))
     with pytest.raises(InputError, match="can not be read: its arrays are too large"):
         load(tmp_path / "d.npz")
@@ -555,7 +557,7 @@ ARRAYS += [np.array([True, False]), np.arange(6, dtype="u1").reshape(2, 3).T, np
 def test_the_reader_gives_what_numpy_wrote(tmp_path, array, save):
     save(tmp_path / "a.npz", a=array, b=np.ones(3))
     seen = []
-    found = buffers.read_npz(tmp_path / "a.npz", lambda *which: seen.append(which) or which[0] == "a")
+    found = read_npz(tmp_path / "a.npz", lambda *which: seen.append(which) or which[0] == "a")
     assert seen == [("a", array.dtype, array.shape), ("b", np.ones(3).dtype, (3,))] and list(found) == ["a"]
     if array.dtype.kind == "U":
         assert found["a"] == array.item()
@@ -573,7 +575,7 @@ def test_a_file_of_more_than_4_gb_has_one_record_more(tmp_path):
     end = b"PK\5\6" + bytes(4) + 2 * b"\xff\xff" + 2 * b"\xff\xff\xff\xff" + bytes(2)
     locator = struct.pack("<4sLQL", b"PK\6\7", 0, at, 1)
     (tmp_path / "a.npz").write_bytes(content[:at] + record + locator + end)
-    found = buffers.read_npz(tmp_path / "a.npz", lambda *_: True)
+    found = read_npz(tmp_path / "a.npz", lambda *_: True)
     assert found["a"].tolist() == [0, 1, 2]
 
 
@@ -585,14 +587,14 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         raise OSError("the disk is full")
 
     with pytest.raises(OSError, match="the disk is full"):
-        buffers.write_file(tmp_path / "file", fail)
+        write_file(tmp_path / "file", fail)
     assert (tmp_path / "file").read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]
 
 
 def test_a_link_in_the_place_of_the_temporary_file_is_not_followed(tmp_path):
     (tmp_path / "target").write_bytes(b"precious")
     (tmp_path / "file.tmp").symlink_to(tmp_path / "target")
-    buffers.write_file(tmp_path / "file", lambda file: file.write(b"new"))
+    write_file(tmp_path / "file", lambda file: file.write(b"new"))
     assert (tmp_path / "file").read_bytes() == b"new" and (tmp_path / "target").read_bytes() == b"precious"
     assert sorted(os.listdir(tmp_path)) == ["file", "target"]
 

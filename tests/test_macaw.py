@@ -18,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import buffers
 import envs
 import macaw
+from plumbing.flags import parse_args
 
 OBS, ACTION, T, B = 4, 2, 2, 5
 DATA = Path(macaw.__file__).parent / "datasets" / "PointDirection.npz"
@@ -59,7 +60,7 @@ def start(folder, *flags):
 
 
 def parse(arguments):
-    return buffers.parse_args(macaw.Args, macaw.PRESETS, arguments)
+    return parse_args(macaw.Args, macaw.PRESETS, arguments)
 
 
 def read(run):

@@ -13,6 +13,7 @@ from conftest import set_sizes
 import buffers
 import envs
 import pearl_online_oracle as pearl
+from plumbing.flags import parse_args
 
 OBS, ACTION, T, B = 4, 2, 2, 3
 SMALL = [
@@ -30,7 +31,7 @@ def few_tasks(short, monkeypatch):
 
 
 def parse(arguments):
-    return buffers.parse_args(pearl.Args, pearl.PRESETS, [str(word) for word in arguments])
+    return parse_args(pearl.Args, pearl.PRESETS, [str(word) for word in arguments])
 
 
 def start(folder, *flags):

@@ -16,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import buffers
 import envs
+from plumbing.flags import PATHS
 
 SCRIPTS = ("smac", "pearl", "meta_bc", "macaw", "borel")
 ENDS = {"smac": [4, 13], "borel": [6, 13]}  # gradient steps at the end of a phase; [9] in the others
@@ -118,7 +119,7 @@ def test_a_run_leaves_its_flags_table_curves_agents_figures_and_picture(name, wh
     assert flags["versions"].keys() >= {"python", "torch", "cpu"} and flags["precision"] in ("medium", "highest")
     with np.load(run / f"agent_{ends[-1]}.npz") as file:
         last = dict(file)
-    assert json.loads(str(last.pop("flags"))) == {k: v for k, v in own.items() if k not in buffers.PATHS}
+    assert json.loads(str(last.pop("flags"))) == {k: v for k, v in own.items() if k not in PATHS}
     assert str(last.pop("script")) == RUNS[name][0].__name__ and "test (online context)" in str(last.pop("returns"))
     assert same_arrays(last, {key: value.numpy() for key, value in agent.state_dict().items()})
     checkpoint = load(run)

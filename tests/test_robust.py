@@ -35,9 +35,12 @@ import envs
 import macaw
 import meta_bc
 import pearl_online_oracle as pearl
+import plumbing.flags
 import smac_offline_online as smac
 from benchmark import kill
 from buffers import InputError
+from plumbing.files import CSV_COLUMNS, MAX_UNPACKED, flatten
+from plumbing.flags import check_flags, parse_args, preset, read_flags
 
 ROOT = Path(smac.__file__).parent
 SPEC = envs.SPECS["PointDirection"]
@@ -91,7 +94,7 @@ def directory(script, folder):
 
 def resume(script, dataset, run, *flags):
     data = [] if script is pearl else ["--dataset", str(dataset)]
-    return script.main(buffers.parse_args(script.Args, script.PRESETS, ["--resume", str(run), *data, *flags]))
+    return script.main(parse_args(script.Args, script.PRESETS, ["--resume", str(run), *data, *flags]))
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +222,7 @@ def test_a_stopped_run_goes_on_by_the_pasted_command(script, whole, dataset, tmp
     monkeypatch.chdir(tmp_path / "another")
     file, words = pasted(str(stopped.value))
     assert file == Path(script.__file__)
-    script.main(buffers.parse_args(script.Args, script.PRESETS, words))
+    script.main(parse_args(script.Args, script.PRESETS, words))
     assert os.listdir() == []
     assert_equal_runs(whole(script), run)
 
@@ -359,10 +362,10 @@ def test_a_dataset_that_the_command_line_names_is_written_after_a_resume(dataset
 
 @pytest.mark.parametrize("place", ["", "nowhere/d.npz"])
 def test_a_dataset_that_can_not_be_saved_is_found_out_at_once(tmp_path, place):
-    args = buffers.preset(pearl.Args, pearl.PRESETS, "PointDirection")
-    words = refusal(buffers.check_flags, dataclasses.replace(args, save_dataset=str(tmp_path / place)))
+    args = preset(pearl.Args, pearl.PRESETS, "PointDirection")
+    words = refusal(check_flags, dataclasses.replace(args, save_dataset=str(tmp_path / place)))
     assert words == f"--save-dataset {tmp_path / place} is no file in a folder that can be written to"
-    buffers.check_flags(dataclasses.replace(args, save_dataset=str(tmp_path / "d.npz")))
+    check_flags(dataclasses.replace(args, save_dataset=str(tmp_path / "d.npz")))
 
 
 def test_only_one_process_at_a_time_writes_to_a_run(whole, dataset, tmp_path):
@@ -467,7 +470,7 @@ def test_streams_that_are_not_there(whole, dataset, tmp_path, monkeypatch):
 
 
 def test_the_checkpoint_comes_before_the_words(dataset, tmp_path, monkeypatch):
-    told, say, run = {}, buffers.say, directory(smac, tmp_path)
+    told, say, run = {}, plumbing.flags.say, directory(smac, tmp_path)
 
     def look(text, *stream):
         if text.startswith("step"):
@@ -621,9 +624,9 @@ BAD_FLAGS = [
 
 @pytest.mark.parametrize("script, flags, words", BAD_FLAGS)
 def test_flags_that_can_not_be(script, flags, words):
-    args = buffers.preset(script.Args, script.PRESETS, "PointDirection")
-    buffers.check_flags(args)
-    message = refusal(buffers.check_flags, dataclasses.replace(args, **flags))
+    args = preset(script.Args, script.PRESETS, "PointDirection")
+    check_flags(args)
+    message = refusal(check_flags, dataclasses.replace(args, **flags))
     assert words in message
 
 
@@ -686,7 +689,7 @@ def test_requirements_install_without_a_compiler():
     for other in (dict(python_version="3.12"), dict(python_version="3.13"), dict(sys_platform="darwin"),
                   dict(sys_platform="win32"), dict(platform_machine="aarch64")):  # fmt: skip
         assert not marker.evaluate(where | {"python_version": "3.11"} | other)
-    said = (ROOT / "envs.py").read_text()
+    said = (ROOT / "sawyer.py").read_text()
     assert f"pip install pybullet{requirements['pybullet'].specifier}" in said
 
 
@@ -704,7 +707,7 @@ def good(dataset, tmp_path_factory):
             start(smac, dataset, folder)
         run = directory(smac, folder)
     data = buffers.load_dataset("PointDirection", dataset)
-    args = buffers.parse_args(smac.Args, smac.PRESETS, ["--resume", str(run)])
+    args = parse_args(smac.Args, smac.PRESETS, ["--resume", str(run)])
     agent = smac.Agent(SPEC.obs_dim, SPEC.action_dim, args)
     buffer = buffers.from_dataset(data, "PointDirection", more=1000)
     parts = {"agent": agent, "buffer": buffer, "act_rng": torch.Generator(), "rng": torch.Generator()}
@@ -717,7 +720,7 @@ def good(dataset, tmp_path_factory):
         parts["optimizer"].state.clear()
         for name, size in buffer.sizes.items():
             size.copy_(sizes[name])
-        flags = buffers.read_flags(smac.Args, smac.PRESETS, folder / "checkpoint.npz")
+        flags = read_flags(smac.Args, smac.PRESETS, folder / "checkpoint.npz")
         flags = dataclasses.replace(flags, resume=str(folder))
         buffers.Run(flags, smac.__file__, data["sha256"], **parts).file.close()
 
@@ -750,7 +753,7 @@ def damage(good, rng):
 
 def same_state(parts, arrays):
     """Whether networks, optimizer and buffer hold what a checkpoint says."""
-    state = buffers.flatten({name: parts[name].state_dict() for name in ("agent", "optimizer", "buffer")})
+    state = flatten({name: parts[name].state_dict() for name in ("agent", "optimizer", "buffer")})
     return len(state) > 50 and all(np.array_equal(state[name], arrays[name]) for name in state)
 
 
@@ -831,10 +834,10 @@ def test_a_module_is_imported_if_the_command_line_names_it_and_not_for_a_file(go
     flags = json.loads(good[1]["flags"].item()) | {"env_id": "trap_module:PointDirection2"}
     write(tmp_path / "checkpoint.npz", good[1] | {"flags": np.array(json.dumps(flags))})
     words = ["--resume", str(tmp_path)]
-    message = refusal(buffers.parse_args, smac.Args, smac.PRESETS, words)
+    message = refusal(parse_args, smac.Args, smac.PRESETS, words)
     assert "give --env-id trap_module:PointDirection2 as well" in message and not Path("created").exists()
     words += ["--env-id", "trap_module:PointDirection2"]
-    assert "there is no environment" in refusal(buffers.parse_args, smac.Args, smac.PRESETS, words)
+    assert "there is no environment" in refusal(parse_args, smac.Args, smac.PRESETS, words)
     assert Path("created").exists()  # the trap works
 
 
@@ -849,11 +852,11 @@ def test_a_flag_that_a_checkpoint_lacks_takes_its_default(good, dataset, tmp_pat
     flags = json.loads(good[1]["flags"].item())
     del flags["gamma"]
     write(tmp_path / "checkpoint.npz", good[1] | {"flags": np.array(json.dumps(flags))})
-    args = buffers.parse_args(smac.Args, smac.PRESETS, ["--resume", str(tmp_path), "--dataset", str(dataset)])
+    args = parse_args(smac.Args, smac.PRESETS, ["--resume", str(tmp_path), "--dataset", str(dataset)])
     assert args.gamma == 0.99 and args.offline_steps == 8
 
 
-HEADER = ",".join(buffers.CSV_COLUMNS) + "\r\n"
+HEADER = ",".join(CSV_COLUMNS) + "\r\n"
 TABLES = ["", "x", HEADER[:-2], HEADER + "1,2\r\n", HEADER + "1,2,test,online,3,4,much\r\n"]
 TABLES += [HEADER + "1,2,\x1b[31mtest,online,3,4.0,5.0\r\n", HEADER + "1,2,test,online,3,nan,5.0\r\n"]
 TABLES += [HEADER + "1,2,test,online,3,4.0,5.0", HEADER + "9" * 5000 + ",2,test,online,3,4.0,5.0\r\n"]
@@ -959,7 +962,7 @@ def zip_tricks(members, name):
     whole = archive(members)
     at = whole.rindex(b"PK\5\6")
     table = whole[whole.index(b"PK\1\2") : at]
-    bomb = archive({name: bytes(buffers.MAX_UNPACKED + 1)}, zipfile.ZIP_DEFLATED)
+    bomb = archive({name: bytes(MAX_UNPACKED + 1)}, zipfile.ZIP_DEFLATED)
     yield "a comment", whole[:at] + end_record(len(members), len(table), at - len(table), b"comment")
     inner = table + end_record(len(members), len(table), at + 22)
     yield "a second table in the comment", whole[:at] + end_record(0, 0, at, inner)
@@ -972,7 +975,7 @@ def zip_tricks(members, name):
     yield "a zip64 table of a terabyte", whole[:at] + huge + struct.pack("<4sLQL", b"PK\6\7", 0, at, 1) + whole[at:]
     yield "a zip bomb", bomb
     many = {f"totals/{i}.npy": npy("<f4", "()", bytes(4)) for i in range(20)}
-    share = bytes(buffers.MAX_UNPACKED // 4)
+    share = bytes(MAX_UNPACKED // 4)
     yield "a zip bomb in five parts", archive(many | {f"totals/{i}.npy": share for i in range(5)}, zipfile.ZIP_DEFLATED)
     yield "lzma", archive(members, zipfile.ZIP_LZMA)
     yield "bzip2", archive(members, zipfile.ZIP_BZIP2)

@@ -12,6 +12,7 @@ import pytest
 
 import buffers
 import envs
+import sawyer
 
 sys.path.insert(1, str(Path(envs.__file__).parent / "datasets"))
 from sawyer_policy import SawyerPolicy
@@ -23,8 +24,8 @@ ROOT = Path(envs.__file__).parent
 
 def make_task(behaviour="move_hand", **fields):
     """A task with everything in the scene, at side 1, drawers closed, but for `fields`."""
-    task = dict.fromkeys(envs.TASK_COLUMNS, 0) | dict(side=1, bottom_drawer=1, top_drawer=1, button=1, object=2)
-    return list((task | fields | {"behaviour": envs.BEHAVIOURS.index(behaviour)}).values())
+    task = dict.fromkeys(sawyer.TASK_COLUMNS, 0) | dict(side=1, bottom_drawer=1, top_drawer=1, button=1, object=2)
+    return list((task | fields | {"behaviour": sawyer.BEHAVIOURS.index(behaviour)}).values())
 
 
 @pytest.fixture(params=[PAPER])
@@ -102,12 +103,12 @@ def test_observation():
     start(env, button=0)
     env.reset(seed=0)
     obs, state = env.step(np.ones(4))[0], env.measure()
-    assert obs.dtype == np.float32 and obs[12] == envs.ABSENT
-    np.testing.assert_allclose(obs[:12] * envs.OBS_SCALE[:12] + envs.OBS_CENTRE[:12], state[:12], atol=1e-6)
+    assert obs.dtype == np.float32 and obs[12] == sawyer.ABSENT
+    np.testing.assert_allclose(obs[:12] * sawyer.OBS_SCALE[:12] + sawyer.OBS_CENTRE[:12], state[:12], atol=1e-6)
     data = buffers.load_dataset(PAPER)
     seen = np.concatenate([path["obs"] for _, path in data["rl"]])
-    assert abs(seen).max() < 10 and (seen == envs.ABSENT).mean(0)[:4].max() == 0
-    present = np.where(seen == envs.ABSENT, np.nan, seen)
+    assert abs(seen).max() < 10 and (seen == sawyer.ABSENT).mean(0)[:4].max() == 0
+    present = np.where(seen == sawyer.ABSENT, np.nan, seen)
     assert (abs(np.nanmean(present, 0)) < 1).all() and (0.4 < np.nanstd(present, 0)).all()
     assert (np.nanstd(present, 0) < 1.6).all()
     env.close()
@@ -118,9 +119,9 @@ def test_the_object_changes_with_the_seed(env):
     for seed in range(30):
         start(env, seed=seed)
         sizes.add(env.bullet.getCollisionShapeData(env.bodies["object"], -1)[0][3])
-    assert {tuple(np.round(size, 6)) for size in sizes} == set(envs.OBJECT_SIZES)
-    inside = 2 * envs.TRAY_HALF - 0.00875
-    assert all(y < 0.06 and max(x, y) < inside for x, y, z in envs.OBJECT_SIZES)  # fingers are .0715 apart, the tray
+    assert {tuple(np.round(size, 6)) for size in sizes} == set(sawyer.OBJECT_SIZES)
+    inside = 2 * sawyer.TRAY_HALF - 0.00875
+    assert all(y < 0.06 and max(x, y) < inside for x, y, z in sawyer.OBJECT_SIZES)  # fingers are .0715 apart, the tray
 
 
 def test_motion(env):
@@ -133,7 +134,7 @@ def test_motion(env):
         assert 0.06 < moved < 0.11  # .02 to .035 a step
     for _ in range(40):  # into a corner of the hand's limits
         state = step(env, [5, 5, 5, 1])
-    np.testing.assert_allclose(state[:3], envs.HAND_LIMITS[1], atol=0.01)
+    np.testing.assert_allclose(state[:3], sawyer.HAND_LIMITS[1], atol=0.01)
     assert state[3] < -0.01  # closed
     for _ in range(5):
         state = step(env, [0, 0, 0, -1])
@@ -183,7 +184,7 @@ def test_rewards_of_steps(env, side):
     start(env, behaviour="open_bottom_drawer", bottom_open=1, side=side)
     assert env.step(np.zeros(4))[1] == 0  # solved from the start
     assert start(env, behaviour="move_hand", side=side)[0] == pytest.approx(0.6, abs=1e-3)
-    rewards = [env.step([*np.clip(20 * (envs.GOAL - env.hand()), -1, 1), -1])[1] for _ in range(20)]
+    rewards = [env.step([*np.clip(20 * (sawyer.GOAL - env.hand()), -1, 1), -1])[1] for _ in range(20)]
     assert rewards == sorted(rewards) and (rewards[0], rewards[-1]) == (-1, 0)
 
 
@@ -214,7 +215,7 @@ def test_the_script_opens_the_top_drawer(env, side, bottom_drawer):
 def test_the_script_presses_the_button_and_the_bottom_drawer_moves(env, side, bottom_open):
     scene = dict(behaviour="open_bottom_drawer", side=side, bottom_open=bottom_open)
     trace, rewards, done = perform(env, "press_button", seed=1, **scene)
-    pressed = np.flatnonzero(trace[0, 12] - trace[:, 12] > envs.IS_PRESSED)[0]
+    pressed = np.flatnonzero(trace[0, 12] - trace[:, 12] > sawyer.IS_PRESSED)[0]
     assert pressed <= done < 40
     drawer = (0.75625, 0.6) if bottom_open else (0.6, 0.75625)
     np.testing.assert_allclose(trace[[0, pressed - 1, pressed, -1], 10], np.repeat(drawer, 2), atol=2e-3)
@@ -234,7 +235,7 @@ def test_the_button_works_once_an_episode(env):
 def test_the_script_grasps_and_carries_the_object(env, seed):
     trace, _, done = perform(env, "carry", seed=seed, side=1 if seed % 2 else -1)
     assert done is not None and trace[:, 6].max() > -0.2  # lifted
-    near = np.linalg.norm(trace[:, 4:7] - envs.GOAL, axis=1) < envs.NEAR
+    near = np.linalg.norm(trace[:, 4:7] - sawyer.GOAL, axis=1) < sawyer.NEAR
     assert near.any()
     assert trace[-1, 6] < -0.25  # dropped
 
@@ -250,7 +251,7 @@ def test_the_script_closes_the_top_drawer_and_fills_the_tray():
 
 
 def test_the_script_does_not_see_the_behaviour(env):
-    traces = [rollout(env, make_task(behaviour), seed=3)[:, :13] for behaviour in envs.BEHAVIOURS[:3]]
+    traces = [rollout(env, make_task(behaviour), seed=3)[:, :13] for behaviour in sawyer.BEHAVIOURS[:3]]
     np.testing.assert_array_equal(traces[0], traces[1])
     np.testing.assert_array_equal(traces[0], traces[2])
 
@@ -261,7 +262,7 @@ def test_the_script_does_not_see_the_behaviour(env):
 @pytest.mark.parametrize("env_id, number", [(PAPER, 3), (EIGHT, 8)])
 def test_distribution_of_tasks(env_id, number):
     tasks = envs.sample_tasks(env_id, 3000)
-    column = {name: tasks[:, i] for i, name in enumerate(envs.TASK_COLUMNS)}
+    column = {name: tasks[:, i] for i, name in enumerate(sawyer.TASK_COLUMNS)}
     assert set(column["side"]) == {-1, 1} and set(column["behaviour"]) == set(range(number))
     bottom, top, button = (column[name] == 1 for name in ("bottom_drawer", "top_drawer", "button"))
     tray, thing = column["tray"] >= 0, column["object"] >= 0
@@ -369,7 +370,7 @@ def test_dataset(env):
     for task, path in data["rl"][::97]:
         env.set_task(data["train_tasks"][task])
         np.testing.assert_allclose(path["obs"][0, :4], env.reset(seed=0)[0][:4], atol=1e-3)
-        states = path["obs"][1:].astype(np.float64) * envs.OBS_SCALE + envs.OBS_CENTRE
+        states = path["obs"][1:].astype(np.float64) * sawyer.OBS_SCALE + sawyer.OBS_CENTRE
         rewards = [0.0 if env.achieved(state) else -1.0 for state in states]
         assert np.mean(rewards == path["rewards"]) > 0.98  # a value at a threshold may round to the other side
 
@@ -383,8 +384,8 @@ def test_share_of_solved_steps_under_the_authors_rule():
         side, behaviour = data["train_tasks"][task][[0, -1]]
         shares["ours"].append(np.mean(path["rewards"] == 0))
         shares["theirs"].append(shares["ours"][-1])
-        if envs.BEHAVIOURS[int(behaviour)] == "open_top_drawer":
-            handle = path["obs"][1:, 11] * envs.OBS_SCALE[11] + envs.OBS_CENTRE[11]
+        if sawyer.BEHAVIOURS[int(behaviour)] == "open_top_drawer":
+            handle = path["obs"][1:, 11] * sawyer.OBS_SCALE[11] + sawyer.OBS_CENTRE[11]
             pulled = -0.0125 - side * handle  # (75,)
             solved = np.clip(np.minimum(pulled + 0.065, 0.18) - np.maximum(pulled - 0.065, 0.05), 0, None) / 0.13
             shares["theirs"][-1] = solved.mean()  # the probability of such a goal

@@ -23,10 +23,12 @@ import meta_bc
 import pearl_online_oracle as pearl
 import smac_offline_online as smac
 from benchmark import plot
+from plumbing.flags import parse_args
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS = {file.stem for file in ROOT.glob("*.py")}
-TREES = {file.name: ast.parse(file.read_text()) for file in sorted(ROOT.glob("*.py"))}
+FILES = sorted((*ROOT.glob("*.py"), *ROOT.glob("plumbing/*.py")))
+TREES = {file.relative_to(ROOT).as_posix(): ast.parse(file.read_text()) for file in FILES}
 MODULES = {f"{module.__name__}.py": module for module in (smac, pearl, meta_bc, macaw, borel)}
 SCRIPTS = [
     name
@@ -126,8 +128,9 @@ def test_every_flag_is_read_and_has_a_help_text(script):
 
 
 def test_what_a_script_leaves_to_the_run_is_read_there():
-    words = set(re.findall(r"\b(?:args|known)\.(\w+)", source("buffers.py")))
-    assert set(READ_BY_RUN) - words == {"preset"} and 'getattr(known, "preset", "")' in source("buffers.py")
+    text = "".join(map(source, ("buffers.py", "plumbing/flags.py", "plumbing/machine.py")))
+    words = set(re.findall(r"\b(?:args|known)\.(\w+)", text))
+    assert set(READ_BY_RUN) - words == {"preset"} and 'getattr(known, "preset", "")' in text
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -135,7 +138,7 @@ def test_help_shows_the_comment_behind_each_flag(script, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "250")
     module = MODULES[script]
     with pytest.raises(SystemExit) as end:
-        buffers.parse_args(module.Args, module.PRESETS, ["--help"], description=module.__doc__)
+        parse_args(module.Args, module.PRESETS, ["--help"], description=module.__doc__)
     shown = re.sub(r"[^\w]+", " ", capsys.readouterr().out)
     assert end.value.code == 0
     for flag, text in help_texts(script).items():
@@ -402,7 +405,7 @@ def test_a_batch_has_the_transitions_of_one_buffer_and_the_context_of_the_other(
 
 
 def parse(module, *words):
-    return buffers.parse_args(module.Args, module.PRESETS, list(words))
+    return parse_args(module.Args, module.PRESETS, list(words))
 
 
 def test_the_flags_are_those_of_the_papers_tables():

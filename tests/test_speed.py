@@ -19,6 +19,7 @@ import envs
 import smac_offline_online as smac
 from benchmark import speed
 from benchmark.plain_update import NETWORKS, PlainAgent, plain_update, unstack
+from plumbing.machine import matmul_precision, record
 
 SMALL = dict(rl_batch=16, context_batch=8, q_hidden=(16, 16), policy_hidden=(16,), encoder_hidden=(16,))
 
@@ -99,7 +100,7 @@ def test_the_cuda_graph_ends_at_the_same_parameters(online):
 
         sample, learn = smac.sample_batch, smac.update
         if graph:
-            sample, learn = buffers.record(sample), buffers.record(learn)
+            sample, learn = record(sample), record(learn)
         info = []
         for _ in range(20):
             step = learn(agent, optimizer, sample(buffer, args, generator), args, online=online)
@@ -142,7 +143,7 @@ def test_a_step_is_recorded_at_its_fourth_call_once_for_each_phase(graphs):
         calls.append(online)
         return len(calls)
 
-    fast = buffers.record(step)
+    fast = record(step)
     assert [fast(generator, online=False) for _ in range(3)] == [1, 2, 3] and graphs == []
     assert [fast(generator, online=False) for _ in range(3)] == [4, 4, 4]  # what was recorded
     assert [graph.replays for graph in graphs] == [3] and graphs[0].generators == [generator]
@@ -160,7 +161,7 @@ def test_a_step_that_can_not_be_recorded_stops_the_run(graphs):
             raise RuntimeError("operation not permitted\nwhen stream is capturing")
         return len(calls)
 
-    fast = buffers.record(step)
+    fast = record(step)
     assert [fast() for _ in range(3)] == [1, 2, 3]
     words = (
         r"no CUDA graph can be made \(operation not permitted when stream is capturing\): --no-cuda-graph goes without"
@@ -185,7 +186,7 @@ def test_the_faster_precision_is_taken(monkeypatch, slow, expected):
 
     monkeypatch.setattr(torch.Tensor, "__matmul__", matmul)
     before = torch.get_float32_matmul_precision()
-    assert buffers.matmul_precision.__wrapped__(torch.device("cpu"), 96, 40) == expected
+    assert matmul_precision.__wrapped__(torch.device("cpu"), 96, 40) == expected
     assert torch.get_float32_matmul_precision() == before
     assert {precision for precision, *_ in products} == {"highest", "medium"}
     assert {(x, w) for _, x, w in products} == {((96, 40), (40, 40))}
@@ -202,7 +203,7 @@ def test_a_precision_that_is_less_exact_is_not_taken(monkeypatch):
         return product(x, w)
 
     monkeypatch.setattr(torch.Tensor, "__matmul__", matmul)
-    assert buffers.matmul_precision.__wrapped__(torch.device("cpu"), 64, 32) == "highest"
+    assert matmul_precision.__wrapped__(torch.device("cpu"), 64, 32) == "highest"
 
 
 def test_a_step_runs_in_the_runs_precision_and_leaves_the_old_one(set_up, tmp_path):

@@ -26,6 +26,8 @@ import meta_bc
 import pearl_online_oracle as pearl
 import smac_offline_online as smac
 from benchmark import agents, figures, film, watch
+from plumbing.files import CSV_COLUMNS
+from plumbing.pictures import draw_summary, read_figures
 
 SCRIPTS = [smac, pearl, meta_bc, macaw, borel]
 TINY = dict(policy_hidden=(8,), rl_batch=4, meta_batch=2, eval_every=1_000)
@@ -36,7 +38,7 @@ FLAGS = {
     macaw: dict(offline_steps=2, value_hidden=(8,)),
     borel: dict(vae_steps=1, offline_steps=2, vae_tasks=2, elbo_terms=2),
 }
-DRAW_SUMMARY = buffers.draw_summary  # the fixture `runs` replaces it
+DRAW_SUMMARY = draw_summary  # the fixture `runs` replaces it
 STEPS = {smac: 4, pearl: 2, meta_bc: 2, macaw: 2, borel: 3}  # of a whole run
 
 
@@ -409,7 +411,7 @@ def test_the_picture_of_a_run_by_hand(tmp_path):
     rows = [(10, 0, "train,offline", 4.0), (20, 0, "test,online", 1.0), (20, 0, "train,online", 3.0)]
     rows += [(30, 50, "test,online", 5.0), (30, 50, "test,online", 7.0)]
     lines = [f"{step},{new},{group},0,{value},0" for step, new, group, value in rows]
-    (tmp_path / "eval.csv").write_text("\n".join([",".join(buffers.CSV_COLUMNS), *lines, ""]))
+    (tmp_path / "eval.csv").write_text("\n".join([",".join(CSV_COLUMNS), *lines, ""]))
     kls = {"kl_train_offline_context": np.float32([1, 3]), "kl_train_online_context": np.float32([8, 8])}
     paths = {"offline data": np.zeros((2, 5, 2), np.float32), "online context": np.ones((2, 5, 2), np.float32)}
     for step, ground in ((20, {}), (30, paths), (40, paths)):  # the last is of a later step than eval.csv has
@@ -449,7 +451,7 @@ BAD_FIGURES = {
 def test_figures_that_can_not_be_drawn(tmp_path, arrays, message):
     np.savez(tmp_path / "figures_20.npz", **arrays)
     with pytest.raises(buffers.InputError, match=message):
-        buffers.read_figures(tmp_path)
+        read_figures(tmp_path)
 
 
 def test_figures_of_other_kinds_are_not_read(tmp_path):
@@ -461,7 +463,7 @@ def test_figures_of_other_kinds_are_not_read(tmp_path):
     }
     np.savez(tmp_path / "figures_20.npz", **arrays)
     (tmp_path / "figures_x.npz").write_text("none")
-    assert buffers.read_figures(tmp_path) == {20: {}}
+    assert read_figures(tmp_path) == {20: {}}
 
 
 def test_more_environments_than_fit_are_refused(tmp_path, capsys):
