@@ -245,7 +245,7 @@ def evaluate(agent, buffer, eval_envs, args):
     environments; scalars to log; trajectories of the dataset to draw.
     """
     rng, buffer_rng = torch.Generator().manual_seed(args.seed), torch.Generator(buffer.device).manual_seed(args.seed)
-    results = {}
+    results, scalars = {}, {}
     for split, (tasks, env_list) in eval_envs.items():  # "train" comes last, and is used below
         final, exploration, mu, sigma = adapt(env_list, agent, args, rng)
         results[split, "online"] = (tasks, final, exploration, kl_to_prior(mu, sigma))
@@ -259,10 +259,8 @@ def evaluate(agent, buffer, eval_envs, args):
     results["train", "offline"] = (tasks, final, exploration, kl_to_prior(mu, sigma))
 
     # Decoder against true rewards, on offline data and on this exploration: for us to read, never for training
-    offline = buffer.sample(tasks, args.rl_batch, buffer_rng, "offline")
-    offline = {name: field.flatten(0, 1) for name, field in offline.items()}
+    offline = {k: v.flatten(0, 1) for k, v in buffer.sample(tasks, args.rl_batch, buffer_rng, "offline").items()}
     explored = buffers.join([path for pair in exploration for path in pair], buffer.device)
-    scalars = {}
     for name, batch, repeat in (("decoder_loss", offline, args.rl_batch), ("generated_reward_mse", explored, lengths)):
         error = agent.decoder(batch["obs"], batch["actions"], mu.repeat_interleave(repeat, 0)) - batch["rewards"][:, 0]
         scalars[f"eval/{name}"] = error.square().mean()

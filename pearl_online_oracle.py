@@ -347,8 +347,7 @@ def main(args):
     capacity += args.online_iterations * args.tasks_per_iteration * visit
     buffer = buffers.ReplayBuffer(len(train_tasks), spec.obs_dim, spec.action_dim, capacity, device)
     agent = Agent(spec.obs_dim, spec.action_dim, args).to(device)
-    trained = [parameter for parameter in agent.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.Adam(trained, lr=args.lr, fused=True, capturable=device.type == "cuda")
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.lr, fused=True, capturable=device.type == "cuda")
 
     env_list = [envs.make(args.env_id) for _ in range(args.tasks_per_iteration)]
     eval_envs = envs.make_evaluation(args.env_id, train_tasks, test_tasks)

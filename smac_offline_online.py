@@ -3,7 +3,6 @@
 Paper: Pong, Nair, Smith, Huang, Levine, "Offline Meta-Reinforcement Learning with Online Self-Supervision", ICML 2022,
 https://arxiv.org/abs/2107.03974. Start at the end: `main` is Algorithm 1. Before it networks (C.3), losses (Eq. 1 to 4)
 and acting (Section 3). A departure from the paper says `PAPER: ... CODE: ...`; PAPER.md lists them all.
-
 Run: python smac_offline_online.py --env-id HopperParam
 """
 
@@ -67,9 +66,9 @@ class Args:
     encoder_loss: Literal["reward", "reward_then_q", "q"] = "reward"  # what trains the encoder beside the KL [Figure 7]
 
 
-# What differs from the defaults above. C.2 freezes the encoder buffer on Cheetah, and has a single buffer on Sawyer.
-# The KL weight must fit the rewards. Sawyer's are 0 or -1: 0.1 leaves the latent empty, and Eq. 3 is taken as written,
-# a sum over 256 transitions. PointDirection, not in the paper, has rewards of .1 to .5; small networks, a short run.
+# What differs from the defaults above. C.2 freezes the encoder buffer on Cheetah, and has one buffer on Sawyer. The KL
+# weight must fit the rewards: on Sawyer, where they are 0 or -1 and 0.1 leaves the latent empty, Eq. 3 is taken as
+# written, a sum over 256 transitions; on PointDirection, which is not in the paper, they are .1 to .5.
 PRESETS = {
     "CheetahVelocity": dict(encoder_buffer="frozen"), "AntDirection": dict(eval_every=8_000),
     "SawyerManipulation": dict(
@@ -222,8 +221,7 @@ def actor_loss(agent, batch, z, q, args, lambda_pearl):
     advantage = (q.amin(0) - q_new).detach()
     # PAPER: exp. CODE: softmax over the batch, times N: exp scaled to mean 1, no overflow. On Sawyer exp, at most 20.
     scaled = advantage / args.awr_lambda  # (N,)
-    softmax = args.awr_weights == "softmax"
-    weights = len(scaled) * F.softmax(scaled, dim=0) if softmax else scaled.exp().clamp(max=20)
+    weights = len(scaled) * F.softmax(scaled, dim=0) if args.awr_weights == "softmax" else scaled.exp().clamp(max=20)
     data_u = torch.atanh(batch["actions"].clamp(-1 + 1e-6, 1 - 1e-6))
     loss = 0.0 if args.actor_ablation else -(weights * tanh_gaussian_log_prob(data_u, mean, log_std)).mean()
     if lambda_pearl:  # D_KL(pi(a | s, z) || exp Q / Z), up to a constant
@@ -262,13 +260,12 @@ def sample_batch(buffer, args, rng):
 
 def update(agent, optimizer, batch, args, online):
     """One gradient step [Alg. 1, l. 4 and 5; online: l. 11 and 12]. Returns scalars to log, as tensors.
+    On a GPU this is recorded once and replayed: no .item(), no `if` on a tensor, all noise from the batch.
 
     Args:
         batch: context h (T, C, in_dim); of the second history h': obs, next_obs (T, B, o), actions (T, B, a), rewards,
             terminals (T, B, 1); standard normal noise_z (T, dz), noise_a and noise_next_a (N, a).
         online: self-supervised phase: the PEARL actor loss joins, encoder and decoder stay as they are (Section 5.2).
-
-    On a GPU this is recorded once and replayed: no .item(), no `if` on a tensor, all noise from the batch.
     """
     # Who trains: Section 5.2, and the ablations of Figures 5 and 7
     train_decoder = not online or args.oracle_rewards
@@ -374,7 +371,7 @@ def evaluate(agent, buffer, eval_envs, args):
     environments; scalars to log; trajectories of the dataset to draw.
     """
     rng, buffer_rng = torch.Generator().manual_seed(args.seed), torch.Generator(buffer.device).manual_seed(args.seed)
-    results = {}
+    results, scalars = {}, {}
     for split, (tasks, env_list) in eval_envs.items():  # "train" comes last, and is used below
         final, exploration, mu, sigma = adapt(env_list, agent, args, rng)
         results[split, "online"] = (tasks, final, exploration, kl_to_prior(mu, sigma))
@@ -388,10 +385,8 @@ def evaluate(agent, buffer, eval_envs, args):
     results["train", "offline"] = (tasks, final, exploration, kl_to_prior(mu, sigma))
 
     # Decoder against true rewards, on offline data and on this exploration: for us to read, never for training
-    offline = buffer.sample(tasks, args.rl_batch, buffer_rng, "offline")
-    offline = {name: field.flatten(0, 1) for name, field in offline.items()}
+    offline = {k: v.flatten(0, 1) for k, v in buffer.sample(tasks, args.rl_batch, buffer_rng, "offline").items()}
     explored = buffers.join([path for pair in exploration for path in pair], buffer.device)
-    scalars = {}
     for name, batch, repeat in (("decoder_loss", offline, args.rl_batch), ("generated_reward_mse", explored, lengths)):
         error = agent.decoder(batch["obs"], batch["actions"], mu.repeat_interleave(repeat, 0)) - batch["rewards"][:, 0]
         scalars[f"eval/{name}"] = error.square().mean()
@@ -416,8 +411,7 @@ def main(args):
     more = args.online_iterations * args.tasks_per_iteration * visit
     buffer = buffers.from_dataset(dataset, args.env_id, device, more_tasks, more)
     agent = Agent(spec.obs_dim, spec.action_dim, args).to(device)
-    trained = [parameter for parameter in agent.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.Adam(trained, lr=args.lr, fused=True, capturable=device.type == "cuda")
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.lr, fused=True, capturable=device.type == "cuda")
 
     env_list = [envs.make(args.env_id) for _ in range(args.tasks_per_iteration)]
     eval_envs = envs.make_evaluation(args.env_id, dataset["train_tasks"], dataset["test_tasks"])
