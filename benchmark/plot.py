@@ -2,8 +2,8 @@
 
 python benchmark/plot.py point_direction    curve.png and table.md of this benchmark, beside its files
 python benchmark/plot.py figure5            the six domains of the paper in one picture; also figure7, figure9
-python benchmark/plot.py glance             glance.md, a row for each environment
-python benchmark/plot.py short              of the preset short a panel and a row for each environment
+python benchmark/plot.py glance             glance.md, a row for each environment; also larger
+python benchmark/plot.py short              of SMAC with the preset short a panel and a row for each environment
 """
 
 import csv
@@ -51,12 +51,12 @@ PANELS = {
     "how much it collects": "smac smac_one_task",
     "data that give the task away": "smac smac_goal_data smac_goal_data_slow smac_goal_data_oracle_rewards",
 }
-FOLDERS = {  # the benchmark that stands for an environment
+LARGER = {  # the benchmark of an environment with larger networks and more steps
     "HopperParam": "hopper_small", "WalkerParam": "walker_small", "CheetahVelocity": "cheetah_small",
     "AntDirection": "ant_small", "HumanoidDirection": "humanoid_small", "SawyerManipulation": "sawyer_small",
-    "SawyerManipulation8": "sawyer8_small", "PointDirection": "point_direction",
 }  # fmt: skip
-DOMAINS = [*FOLDERS][:6]
+DOMAINS = [*LARGER]
+FOLDERS = {env_id: f"short/{env_id}" for env_id in envs.SPECS} | {"PointDirection": "point_direction"}
 FIGURES = {
     "figure5": ("methods (Figure 5)", DOMAINS),
     "figure7": ("what trains the encoder (Figure 7)", ("HopperParam", "WalkerParam", "HumanoidDirection")),
@@ -256,31 +256,32 @@ def cell(runs, labels, phase):
     return f"{words([values])[:-1]}; {step / 1000:g}k{f'; {new / 1000:.0f}k' if new else ''})"
 
 
-def glance():
-    """Write glance.md."""
+def glance(file, folders, sizes):
+    """Write a table with a row for each environment; sizes: what the runs have in common, in words."""
     head = "environment|data|SMAC, offline|after|actor ablation|meta-BC|MACAW|BOReL|Online Oracle|of it adaptation"
-    note = """\
+    note = f"""\
+{sizes}
 On test tasks, with z from two episodes of the agent's own exploration: mean over seeds ± half the width of its 95 %
 interval (Student's t; none of one seed); in brackets seeds; gradient steps; new transitions, the oracle's with rewards,
 SMAC's without. Data: mean over the training tasks of the mean return of a task's trajectories; how many transitions. Of
 MACAW and BOReL the better of the presets that were run, as in the paper. Of it adaptation: SMAC at the end with z from
-its own context / from another task's / from the prior (benchmark/watch.py). Empty: not run. Batches of 4 x 64
-transitions (the paper: 4 x 256), Sawyer 4 x 128 and one task an iteration, PointDirection 4 x 128, BOReL 16 x 128."""
+its own context / from another task's / from the prior (benchmark/watch.py). Empty: not run."""
     rows = []
-    for env_id in (*DOMAINS, "PointDirection"):
-        runs = load(FOLDERS[env_id])
+    for env_id, folder in folders.items():
+        runs = load(folder)
         data = [f"{mean:.1f} ({n / 1000:g}k)" for mean, _, n in (data_of(run.args) for run in runs.values()) if n > 0]
         rows.append([env_id, *(data[:1] or [""])])
         rows[-1] += [cell(runs, "smac", phase) for phase in (0, 1)]
         for labels in ("smac_actor_ablation", "meta_bc", "macaw macaw_matched", "borel borel_matched", "pearl"):
             rows[-1].append(cell(runs, labels, -1))
-        rows[-1].append(adaptation(FOLDERS[env_id]))
-    write_table(RESULTS / "glance.md", head.split("|"), rows, note)
+        rows[-1].append(adaptation(folder))
+    write_table(file, head.split("|"), rows, note)
 
 
-def short(runs):
-    """Write short/curve.png and short/table.md: {environment: Runs of SMAC}."""
-    runs = {env_id: runs[env_id] for env_id in FOLDERS if env_id in runs}
+def short():
+    """Write short/curve.png and short/table.md, of SMAC in each environment."""
+    runs = {env_id: load(f"short/{env_id}").get("smac") for env_id in envs.SPECS}
+    runs = {env_id: run for env_id, run in runs.items() if run}
     panels = {env_id: ({"smac": run}, ["smac"]) for env_id, run in runs.items()}
     picture(RESULTS / "short" / "curve.png", panels, one_legend=True)
     note = f"""SMAC with --preset short, on test tasks with online context.
@@ -294,7 +295,7 @@ Minutes: processor time, mean over seeds, where times.txt has it."""
         offline, last = values[:, steps.index(run.end)], values[:, [step > run.end for step in steps]][:, -3:]
         ends = [last.mean(1)] if last.size else []  # none: no second phase yet
         gains = ", ".join(f"{gain:+.1f}" for end in ends for gain in end - offline)
-        minutes = re.findall(rf"^short {env_id} seed \d+: ([\d.]+) minutes of processor time", times, re.MULTILINE)
+        minutes = re.findall(rf"^short/{env_id} smac seed \d+: ([\d.]+) minutes of processor time", times, re.MULTILINE)
         minutes = f"{np.mean([float(word) for word in minutes]):.0f}" if minutes else ""
         data = data_of(run.args)[0]
         rows.append([env_id, "" if np.isnan(data) else f"{data:.1f}", words([offline]), words(ends), gains, minutes])
@@ -304,16 +305,22 @@ Minutes: processor time, mean over seeds, where times.txt has it."""
 
 def main(name):
     if name == "glance":
-        return glance()
+        sizes = "--preset short, with five tasks an iteration on Sawyer; the point mass at its own sizes."
+        folders = {env_id: FOLDERS[env_id] for env_id in (*DOMAINS, "PointDirection")}
+        return glance(RESULTS / "glance.md", folders, sizes)
+    if name == "larger":
+        sizes = """\
+The paper's networks; batches of 4 x 64 transitions (the paper: 4 x 256), Sawyer 4 x 128 and one task an iteration."""
+        return glance(RESULTS / "larger.md", {env_id: name for env_id, name in LARGER.items() if load(name)}, sizes)
     if name in FIGURES:
         title, env_ids = FIGURES[name]
         panels = {env_id: (load(FOLDERS[env_id]), PANELS[title].split()) for env_id in env_ids}
         return picture(RESULTS / f"{name}.png", panels, one_legend=True)
+    if name == "short":
+        return short()
     if not (runs := load(name)):
         print(f"error: there are no results in {RESULTS / name}: run benchmark/run.py {name}", file=sys.stderr)
         sys.exit(2)
-    if name == "short":
-        return short(runs)
     panels = {title: (runs, [label for label in labels.split() if label in runs]) for title, labels in PANELS.items()}
     panels = {title: panel for title, panel in panels.items() if len(panel[1]) > 1 or title == next(iter(PANELS))}
     picture(RESULTS / name / "curve.png", panels, one_legend=False)

@@ -71,6 +71,26 @@ def encoder_ablations(rows):
     return {f"smac_encoder_{loss}": (f"{rows['smac'][0]} --encoder-loss {loss}", (1,)) for loss in losses}
 
 
+def short(env_id):
+    """All methods with --preset short."""
+    flags = f"--env-id {env_id} --preset short"
+    smac = f"smac_offline_online.py {flags}" + " --tasks-per-iteration 5" * env_id.startswith("Sawyer")  # its row: one
+    rows = {"smac": (smac, (1, 2, 3))}
+    if env_id == "PointDirection":  # of the rest there is a benchmark of its own: its sizes are short anyway
+        return rows
+    if env_id.startswith("Sawyer"):  # Figure 9
+        rows["smac_test_tasks"] = f"{smac} --explore-tasks test", (1, 2)
+        rows["smac_test_tasks_oracle_rewards"] = f"{smac} --explore-tasks test --oracle-rewards", (1, 2)
+    if env_id == "SawyerManipulation8":
+        return rows
+    rows["smac_actor_ablation"] = f"{smac} --actor-ablation", (1,)
+    rows |= {name: (f"{name}.py {flags}", (1,)) for name in ("meta_bc", "macaw", "borel")}
+    if env_id == "SawyerManipulation":
+        return rows | {"smac_one_task": (f"smac_offline_online.py {flags}", (1,))}
+    rows["pearl"] = f"pearl_online_oracle.py {flags}", (1,)
+    return rows | (encoder_ablations(rows) if env_id in ("HopperParam", "WalkerParam", "HumanoidDirection") else {})
+
+
 HOPPER_SMALL = small("HopperParam", 5000, "--online-iterations 50", (1, 2, 3))
 CHEETAH_SMALL = small(
     "CheetahVelocity", 5000, "--online-iterations 50 --save-dataset datasets/CheetahVelocity.npz"
@@ -137,10 +157,7 @@ BENCHMARKS = {
     "humanoid_small": {
         **HUMANOID_SMALL, **baselines("HumanoidDirection"), **encoder_ablations(HUMANOID_SMALL),
     },
-    "short": {
-        env_id: (f"smac_offline_online.py --env-id {env_id} --preset short", (1, 2, 3))
-        for env_id in envs.SPECS if env_id != "SawyerManipulation8"
-    },
+    **{f"short/{env_id}": short(env_id) for env_id in envs.SPECS},
     "sawyer": {
         "smac": (f"smac_offline_online.py {SAWYER} --online-iterations 20", (1,)),
         "meta_bc": (f"meta_bc.py {SAWYER}", (1,)),
@@ -156,7 +173,7 @@ BENCHMARKS = {
 
 @dataclasses.dataclass
 class Args:
-    name: tyro.conf.Positional[str]  # a key of BENCHMARKS
+    name: tyro.conf.Positional[str]  # a key of BENCHMARKS, or what several begin with: short
     only: tuple[str, ...] = ()  # labels of the runs to make, in place of all of them
     parallel: int = 2  # runs side by side, one thread each
     run_dir: str = "runs/benchmark"  # where the runs write; a run that was stopped goes on from its checkpoint
@@ -280,13 +297,15 @@ def here(jobs, args):
 
 def main(args):
     """Make the runs. Raises InputError: there is no such benchmark, or a run failed."""
-    if args.name not in BENCHMARKS:
+    names, failed = [name for name in BENCHMARKS if f"{name}/".startswith(f"{args.name}/")], 0
+    if not names:
         raise buffers.InputError(f"there is no benchmark {args.name}, only {', '.join(BENCHMARKS)}")
-    rows = BENCHMARKS[args.name]
-    if unknown := set(args.only) - set(rows):
-        raise buffers.InputError(f"{args.name} has no {', '.join(sorted(unknown))}, only {', '.join(rows)}")
-    labels, failed = args.only or rows, 0
-    jobs = [(args.name, label, rows[label][0], seed, args) for label in labels for seed in rows[label][1]]
+    rows = [(name, label, *BENCHMARKS[name][label]) for name in names for label in BENCHMARKS[name]]
+    labels = dict.fromkeys(label for _, label, *_ in rows)
+    if unknown := set(args.only) - set(labels):
+        raise buffers.InputError(f"{args.name} has no {', '.join(sorted(unknown))}, only {', '.join(labels)}")
+    rows = [row for row in rows if row[1] in (args.only or labels)]
+    jobs = [(name, label, command, seed, args) for name, label, command, seeds in rows for seed in seeds]
     for result in on_ray(jobs, args) if args.ray else here(jobs, args):
         try:
             say(result())

@@ -239,9 +239,9 @@ def test_transitions_by_hand(results):
 def test_figures_are_whole_where_runs_are_missing(results, monkeypatch):
     for seed, last in ((1, 300.0), (2, 310.0)):
         rows = [(10, 0, 100.0), (20, 50, last)]
-        write_run(results / "hopper_small", "smac", seed, rows, env_id="HopperParam")
-    write_run(results / "hopper_small", "meta_bc", 1, [(10, 0, 80.0)], env_id="HopperParam")
-    write_run(results / "walker_small", "pearl", 1, [(5, 900, 10.0), (10, 999, 20.0)], env_id="WalkerParam")
+        write_run(results / "short" / "HopperParam", "smac", seed, rows, env_id="HopperParam")
+    write_run(results / "short" / "HopperParam", "meta_bc", 1, [(10, 0, 80.0)], env_id="HopperParam")
+    write_run(results / "short" / "WalkerParam", "pearl", 1, [(5, 900, 10.0), (10, 999, 20.0)], env_id="WalkerParam")
     figures = []
     monkeypatch.setattr(plot.plt, "close", figures.append)
     for name, panels in (("figure5", 6), ("figure7", 3), ("figure9", 2)):
@@ -263,12 +263,15 @@ def test_figures_are_whole_where_runs_are_missing(results, monkeypatch):
 
 def test_glance_has_a_row_for_each_environment(results):
     row = "| {} | {} | {} ± 0.5 | {} ± 0.5 | 5.0 ± 0.5 | 9.0 ± 0.5 |\n"
+    ant = [(10, 0, 1.0), (20, 9_000, 3.0)]
     for seed in (1, 2):
-        write_run(results / "ant_small", "smac", seed, [(10, 0, 1.0), (20, 9_000, 3.0)], env_id="AntDirection")
+        write_run(results / "short" / "AntDirection", "smac", seed, ant, env_id="AntDirection")
+        write_run(results / "ant_small", "smac", seed, ant, env_id="AntDirection")
         write_run(results / "point_direction", "smac", seed, [(10, 0, 1.0), (20, 9_000, 3.0)])
     for label, value in (("macaw", 1.0), ("macaw_matched", 2.0), ("borel", 4.0), ("borel_matched", 3.0)):
         write_run(results / "point_direction", label, 1, [(10, 0, value)])
-    common = [row.format(f"ant_small/smac{suffix}/A__1", 20, own, 1.0) for suffix, own in (("", 7.0), ("_q", 70.0))]
+    common = [row.format(f"{folder}/smac{suffix}/A__1", 20, own, 1.0) for suffix, own in (("", 7.0), ("_q", 70.0))
+              for folder in ("ant_small", "short/AntDirection")]  # fmt: skip
     common.append(row.format("point_direction/smac/P__1", 20, 70.0, 70.0))
     (results / "adaptation.md").write_text("| run | gradient step | own context | prior |\n" + "".join(common))
     own = [row.format("x/smac/P__1", 20, 2.0, 1.0), row.format("x/smac/P__2", 20, 3.0, 0.0)]
@@ -283,6 +286,9 @@ def test_glance_has_a_row_for_each_environment(results):
     assert rows["AntDirection"][1:] == [*phases, "", "", "", "", "", "7.0 / 1.0 / 5.0 (1)"]
     rivals = ["2.0 (1; 0.01k)", "4.0 (1; 0.01k)"]
     assert rows["PointDirection"] == ["2.3 (15k)", *phases, "", "", *rivals, "", "2.5 / 0.5 / 5.0 (2)"]
+    plot.main("larger")
+    (line,) = [line for line in (results / "larger.md").read_text().splitlines() if line.startswith("| ")][2:]
+    assert [cell.strip() for cell in line[1:-1].split("|")] == ["AntDirection", *rows["AntDirection"]]
 
 
 def test_the_table_of_the_short_preset_by_hand(results, monkeypatch):
@@ -290,13 +296,15 @@ def test_the_table_of_the_short_preset_by_hand(results, monkeypatch):
     monkeypatch.setattr(plot.plt, "close", figures.append)
     for seed, offline, ends in ((1, 3.0, (90.0, 4.0, 5.0, 9.0)), (2, 5.0, (90.0, 6.0, 7.0, 2.0))):
         rows = [(10, 0, 1.0), (20, 0, offline)] + [(30 + 10 * i, 9 * i + 9, end) for i, end in enumerate(ends)]
-        write_run(results / "short", "PointDirection", seed, rows)
-    write_run(results / "short", "HopperParam", 1, [(10, 0, 70.0), (20, 0, 80.0), (30, 9, 75.0)], env_id="HopperParam")
+        write_run(results / "short" / "PointDirection", "smac", seed, rows)
+    hopper = [(10, 0, 70.0), (20, 0, 80.0), (30, 9, 75.0)]
+    write_run(results / "short" / "HopperParam", "smac", 1, hopper, env_id="HopperParam")
     walker = dict(env_id="WalkerParam", dataset="datasets/none.npz")
-    write_run(results / "short", "WalkerParam", 1, [(10, 0, 7.0), (20, 0, 8.0)], **walker)  # goes on
+    write_run(results / "short" / "WalkerParam", "smac", 1, [(10, 0, 7.0), (20, 0, 8.0)], **walker)  # goes on
     times = (("PointDirection seed 1", 3.0), ("PointDirection seed 2", 8.6), ("HopperParam seed 1", 26))
-    lines = [f"short {run}: {minutes} minutes of processor time" for run, minutes in times]
-    lines.append("short WalkerParam seed 1: 99 minutes")  # by the clock
+    times = ((run.replace(" ", " smac ", 1), minutes) for run, minutes in times)
+    lines = [f"short/{run}: {minutes} minutes of processor time" for run, minutes in times]
+    lines.append("short/WalkerParam smac seed 1: 99 minutes")  # by the clock
     (results / "short" / "times.txt").write_text("\n".join(lines))
     plot.main("short")
     note, table = (results / "short" / "table.md").read_text().split("\n\n")
@@ -322,7 +330,7 @@ def test_a_colour_means_one_thing():
     assert len({colour for _, colour in plot.METHODS.values()}) == len(plot.METHODS)
     drawn = {label for labels in plot.PANELS.values() for label in labels.split()}
     labels = {label for runs in run.BENCHMARKS.values() for label in runs}
-    assert drawn == set(plot.METHODS) >= labels - set(plot.FOLDERS)  # those of short are environments
+    assert drawn == set(plot.METHODS) >= labels
 
 
 def test_gpu_compares_recorded_plain_and_resumed_runs(tmp_path, monkeypatch):

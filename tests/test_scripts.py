@@ -251,13 +251,15 @@ TABLES = [
 def test_every_table_has_its_place():
     names = [name.removesuffix(".md") for _, name, _ in TABLES]
     made = [file.parent.name for file in plot.RESULTS.glob("*/table.md")]
-    assert sorted(names) == sorted([*(f"{name}/table" for name in made), "glance"])
+    assert sorted(names) == sorted([*(f"{name}/table" for name in made), "glance", "larger"])
 
 
 @pytest.mark.parametrize("file, name, text", TABLES, ids=[name for _, name, _ in TABLES])
 def test_tables_in_the_texts_are_those_of_the_results(file, name, text, tmp_path, monkeypatch, capsys):
     results = tmp_path / "benchmark" / "results"
-    shutil.copytree(plot.RESULTS, results, ignore=shutil.ignore_patterns("table.md", "glance.md", "*.png", "speed"))
+    shutil.copytree(
+        plot.RESULTS, results, ignore=shutil.ignore_patterns("table.md", "glance.md", "larger.md", "*.png", "speed")
+    )
     (tmp_path / "datasets").symlink_to(ROOT / "datasets")
     monkeypatch.setattr(plot, "RESULTS", results)
     monkeypatch.setattr(plot, "picture", lambda *_, **__: None)  # they take a second each
