@@ -146,7 +146,9 @@ def test_a_run_ends_with_the_process_that_started_it():
 def test_runs_on_ray_are_those_of_the_plain_runner(tmp_path, monkeypatch):
     pytest.importorskip("ray")
     monkeypatch.setitem(run.BENCHMARKS, "point", {"smac": (COMMAND, (1, 2))})
+    before = signal.getsignal(signal.SIGTERM)
     run.main(run.Args("point", run_dir=str(tmp_path / "runs"), results=str(tmp_path / "results"), ray="local"))
+    signal.signal(signal.SIGTERM, before)  # Ray leaves one of its own
     for seed in ("1", "2"):
         flags = [*shlex.split(COMMAND)[1:], "--seed", seed, "--run-dir", str(tmp_path / "plain")]
         smac.main(parse_args(smac.Args, smac.PRESETS, flags))
