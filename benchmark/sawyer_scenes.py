@@ -14,10 +14,9 @@ TASKS, TRAJECTORIES, TASK_SEED = 200, 12, 1  # the dataset's tasks have another 
 
 def fill(tasks, first, trajectories):
     """A buffer of the script's data in some tasks; `first` is the number of the first of them, which seeds its data."""
-    make_sawyer.TRAJECTORIES = trajectories
     buffer = buffers.ReplayBuffer(len(tasks), SPEC.obs_dim, SPEC.action_dim, len(tasks) * trajectories * 75)
     for i, task in enumerate(tasks):
-        for _, path in make_sawyer.collect(ENV_ID, first + i, task):
+        for _, path in make_sawyer.collect(ENV_ID, first + i, task, trajectories):
             buffer.add(i, path)
     return buffer
 

@@ -1,7 +1,8 @@
-"""Make the Sawyer dataset (Section 6): python datasets/make_sawyer.py [SawyerManipulation8]
+"""Make a Sawyer dataset (Section 6): python datasets/make_sawyer.py [SawyerManipulation8] [NUMBER_OF_TASKS]
 
 A script that does not know the rewarded behaviour acts in each of 50 training tasks, for 50 trajectories of 75 steps.
-Two processes share the tasks; what they write does not depend on that.
+With another number of tasks, which are then others, the trajectories of a task are fewer or more, so that there are as
+many transitions; the test tasks stay. Two processes share the tasks; what they write does not depend on that.
 """
 
 import multiprocessing
@@ -20,11 +21,11 @@ import sawyer
 TRAJECTORIES, STEPS = 50, 75  # Table 2: 3750 transitions a task
 
 
-def collect(env_id, number, task):
+def collect(env_id, number, task, trajectories=TRAJECTORIES):
     """The trajectories of one task, a list of (task number, trajectory)."""
     env, rng, entries = envs.make(env_id).unwrapped, np.random.default_rng(number), []  # unwrapped: beyond the horizon
     env.set_task(task)
-    for trajectory in range(TRAJECTORIES):
+    for trajectory in range(trajectories):
         obs, _ = env.reset(seed=TRAJECTORIES * number + trajectory)
         policy, path = SawyerPolicy(env, rng), {"obs": [obs], "actions": [], "rewards": [], "terminals": []}
         for _ in range(STEPS):
@@ -38,14 +39,18 @@ def collect(env_id, number, task):
 
 
 if __name__ == "__main__":
-    env_id = (sys.argv[1:] or ["SawyerManipulation"])[0]
+    env_id, number = (sys.argv[1:] + ["SawyerManipulation", ""][len(sys.argv) - 1 :])[:2]
     spec = envs.lookup(env_id)
     tasks = envs.sample_tasks(env_id, spec.num_train_tasks + spec.num_test_tasks)
     train_tasks, test_tasks = np.split(tasks, [spec.num_train_tasks])
+    if number:
+        train_tasks = envs.sample_tasks(env_id, int(number), seed=1)
+    trajectories = TRAJECTORIES * spec.num_train_tasks // len(train_tasks)
     with multiprocessing.Pool(2) as pool:
-        parts = pool.starmap(collect, [(env_id, *numbered) for numbered in enumerate(train_tasks)], chunksize=1)
+        jobs = [(env_id, i, task, trajectories) for i, task in enumerate(train_tasks)]
+        parts = pool.starmap(collect, jobs, chunksize=1)
     entries = [entry for part in parts for entry in part]
-    file = Path(__file__).parent / f"{env_id}.npz"
+    file = Path(__file__).parent / f"{env_id}{number}.npz"
     command = " ".join(["python datasets/make_sawyer.py", *sys.argv[1:]])
     buffers.save_dataset(file, env_id, train_tasks, test_tasks, entries, [], command)
     solved = np.array([np.mean([path["rewards"] == 0 for _, path in part]) for part in parts])  # (50,) shares of steps
