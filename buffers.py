@@ -325,8 +325,8 @@ class Run:
         except BlockingIOError:
             self.file.close()
             raise InputError(f"another process writes to {self.folder}, or another run of this one") from None
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):  # a file system without locks
+        except (OSError, ImportError) as error:  # a file system without locks, a Python without fcntl
+            if getattr(error, "errno", errno.ENOLCK) not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                 raise
             say(f"warning: {self.folder} can not be locked: start no second process with it", "stderr")
         self.file.truncate(0)
@@ -549,7 +549,8 @@ class Run:
                 wanted = (None, *wanted[1:])
             if isinstance(self.parts.get(name), torch.Generator) and shape != wanted:
                 raise InputError(f"{path} is of the other kind of device, GPU or CPU; its agent can be watched")
-            return check_array(f"{path}: {name}", dtype, shape, kind, wanted)
+            longest = files.MAX_CSV if name in words else math.inf
+            return check_array(f"{path}: {name}", dtype, shape, kind, wanted, longest)
 
         sha256 = read_npz(path, lambda name, *has: name == "sha256" and accept(name, *has)).get("sha256", self.sha256)
         if sha256 != self.sha256:  # first: with other data nothing else may fit, and this is what to do about it

@@ -6,6 +6,7 @@ import ctypes.util
 import importlib.util
 import os
 import sys
+import tempfile
 import traceback
 import warnings
 
@@ -95,6 +96,12 @@ def check_file(file):
     """Raise an InputError unless a film can be written to this file."""
     if file.suffix not in (".gif", ".mp4") or not file.absolute().parent.is_dir():
         raise InputError(f"--video {file}: expected a .gif or .mp4 in a folder that exists")
+    if file.is_dir():
+        raise InputError(f"--video {file} is a folder")
+    try:
+        tempfile.TemporaryFile(dir=file.absolute().parent).close()  # now, and not after all has been played
+    except OSError as error:
+        raise InputError(f"--video {file} can not be written: {error.strerror}") from None
     if file.suffix == ".mp4" and not importlib.util.find_spec("imageio_ffmpeg"):
         raise InputError("an .mp4 needs imageio-ffmpeg (pip install imageio-ffmpeg); a .gif needs nothing more")
 

@@ -194,6 +194,8 @@ def main(args):
     """Print the tables, write the film and the line. Raises InputError."""
     if min(args.tasks, args.episodes, args.every) < 1 or args.out and args.episodes < 2:
         raise InputError("--tasks, --episodes and --every must be at least 1, and with --out --episodes at least 2")
+    if args.out and (args.out.is_dir() or not args.out.absolute().parent.is_dir()):
+        raise InputError(f"--out {args.out} is no file in a folder that exists")
     if args.video:
         film.check_file(args.video)
     script, flags, tasks, agents = load(args.agent, args.env_id, args.dataset)

@@ -25,6 +25,7 @@ from envs import InputError
 
 MAX_UNPACKED = 1 << 26  # bytes that all compressed arrays of a file may have together; what is stored plain is no more
 MAX_TABLE = 1 << 18  # bytes of the table of contents
+MAX_CSV = 1 << 22  # characters of an eval.csv
 HEADER = re.compile(  # of an array as numpy.savez writes it: type, whether it lies by columns, shape
     rb"\x93NUMPY\x01\x00..{'descr': '(<[fi][48]|\|[ub]1|<U[1-9]\d{0,7})', 'fortran_order': (True|False), "
     rb"'shape': \((|\d{1,15},|\d{1,15}(?:, \d{1,15}){1,3})\), } *\n",

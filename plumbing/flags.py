@@ -9,6 +9,7 @@ import os
 import shlex
 import shutil
 import sys
+import tempfile
 import typing
 from pathlib import Path
 
@@ -43,6 +44,8 @@ def check_flags(args, before=None) -> None:
         value, flag, (low, high) = values[name], "--" + name.replace("_", "-"), bounds(name)
         if not is_a(value, kind):
             raise InputError(f"{flag} is {value!r}, which is not of its type")
+        if value == "":  # as from a variable of the shell that is not set
+            raise InputError(f"{flag} is empty")
         if before and name not in FREE and value != getattr(before, name):
             raise InputError(f"{flag} is {getattr(before, name)} in the run to resume and can not become {value}")
         numbers = value if isinstance(value, tuple) else (value,)
@@ -57,8 +60,12 @@ def check_flags(args, before=None) -> None:
             raise InputError(f"{' x '.join(names.split())} must be at most {most} (PRODUCTS in plumbing/flags.py)")
     if values.get("save_dataset"):
         file = Path(os.path.expanduser(args.save_dataset)).absolute()
-        if file.is_dir() or not os.access(file.parent, os.W_OK):
-            raise InputError(f"--save-dataset {file} is no file in a folder that can be written to")
+        try:
+            if file.is_dir():
+                raise IsADirectoryError
+            tempfile.TemporaryFile(dir=file.parent).close()
+        except OSError:
+            raise InputError(f"--save-dataset {file} is no file in a folder that can be written to") from None
     if args.compile and not shutil.which("g++"):
         raise InputError("--compile needs a C++ compiler, and there is no g++ here")
 

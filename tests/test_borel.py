@@ -372,9 +372,9 @@ def test_it_learns_to_infer_the_task_and_to_act_on_it():
 
 
 def test_one_long_trajectory_among_short_ones_is_refused_before_it_is_padded():
-    """2000 meta-trajectories of one step and one of 25,000: padded they would be 2001 x 25,000 x 4 observed numbers."""
-    trajectories = [[[make_episode(length)] for length in [25_000] + 2000 * [1]]]
+    """800 meta-trajectories of one step and one of 25,000: padded they would be 801 x 25,000 x 12 numbers, 1 GB."""
+    trajectories = [[[make_episode(length)] for length in [25_000] + 800 * [1]]]
     with pytest.raises(buffers.InputError, match="the longest meta-trajectory of the dataset is too long to pad"):
         borel.stack(trajectories, "cpu")
     steps, lengths, _ = borel.stack([trajectories[0][1:]], "cpu")
-    assert steps["obs"].shape[:2] == (2000, 1) and lengths.tolist() == 2000 * [1]
+    assert steps["obs"].shape[:2] == (800, 1) and lengths.tolist() == 800 * [1]

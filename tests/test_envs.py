@@ -315,6 +315,8 @@ def test_paths_over_ground(env_id):
         places.append(np.array(place))
     ground = envs.ground_paths(env_id, paths)
     assert ground.shape == (3, max(len(place) for place in places) + 1, 2)
+    longer = {"obs": np.resize(paths[0]["obs"], (1000, len(paths[0]["obs"][0])))}  # data may have longer episodes
+    assert envs.ground_paths(env_id, [longer]).shape == (1, envs.SPECS[env_id].horizon + 1, 2)
     for line, place in zip(ground, places):
         assert np.isfinite(line[: len(place) + 1]).all() and np.isnan(line[len(place) + 1 :]).all()
         moved, observed = place[-1] - place[0], line[len(place)] - line[1]
@@ -339,6 +341,9 @@ def test_an_evaluation_has_every_test_task_and_evenly_spaced_training_tasks():
         assert len({id(env.unwrapped) for env in env_list}) == len(env_list)  # each has a simulation of its own
     numbers, env_list = envs.make_evaluation("PointDirection", train, test, 10, 1, 3)["test"]
     assert len(set(numbers)) == 1 and len(env_list) == 3
+    many = np.linspace(0, 1, 10_000)[:, None]  # as in no dataset of the family: as many of them as its row says
+    numbers, env_list = envs.make_evaluation("PointDirection", train, many, repeats=1)["test"]
+    assert len(env_list) == 20 and numbers[0] < 500 and numbers[-1] >= 9500
     numbers, _ = envs.make_evaluation("PointDirection", test, test, num_train=10, repeats=1)["train"]
     assert numbers in ([0, 1], [1, 0])  # no more than there are
 

@@ -15,7 +15,7 @@ import resource
 import shlex
 import shutil
 import signal
-import struct
+import subprocess
 import sys
 import threading
 import time
@@ -38,6 +38,7 @@ import pearl_online_oracle as pearl
 import plumbing.flags
 import smac_offline_online as smac
 from benchmark import kill
+from benchmark.hostile import archive, header_tricks, write, zip_tricks
 from buffers import InputError
 from plumbing.files import CSV_COLUMNS, MAX_UNPACKED, flatten
 from plumbing.flags import check_flags, parse_args, preset, read_flags
@@ -113,11 +114,6 @@ def whole(dataset, tmp_path_factory):
 def read(run, name="step"):
     with np.load(run / "checkpoint.npz") as file:
         return file[name]
-
-
-def write(file, arrays, save=np.savez):
-    with open(file, "wb") as out:  # numpy would append .npz to a name
-        save(out, **arrays)
 
 
 def assert_equal_runs(one, other):
@@ -322,12 +318,14 @@ def test_another_dataset_is_refused_and_the_same_one_elsewhere_is_taken(script, 
         "rl_tasks": (arrays["rl_tasks"] + 1) % 4, "encoder_rewards": arrays["encoder_rewards"] + 1,
         "rl_obs": arrays["rl_obs"] + np.float32(1e-3),
     }  # fmt: skip
+    fewer = {name: arrays[name] % 3 for name in ("rl_tasks", "encoder_tasks")}  # of which no size fits
+    others = [{name: array} for name, array in others.items()] + [fewer | {"train_tasks": arrays["train_tasks"][:3]}]
     run = stopped(script, dataset, tmp_path, monkeypatch)
     before = snapshot(run)
-    for name, array in others.items():
-        write(tmp_path / "other.npz", arrays | {name: array})
+    for other in others:
+        write(tmp_path / "other.npz", arrays | other)
         words = refusal(resume, script, tmp_path / "other.npz", run)
-        assert words == f"the data of {run} are others than in this dataset: name theirs with --dataset", name
+        assert words == f"the data of {run} are others than in this dataset: name theirs with --dataset", list(other)
     with pytest.raises(InputError, match="there is no dataset at"):
         resume(script, tmp_path / "nothing.npz", run)
     with pytest.raises(InputError, match="--seed is 1 in the run to resume and can not become 2"):
@@ -469,6 +467,15 @@ def test_streams_that_are_not_there(whole, dataset, tmp_path, monkeypatch):
     assert ended.value.code == 2
 
 
+def test_streams_that_are_closed(tmp_path):
+    """GLFW, which Gymnasium loads, needs an error stream; and no file may take the place of one."""
+    lines = "import os, sys, envs", "kept = [os.fstat(n).st_rdev == os.stat(os.devnull).st_rdev for n in range(3)]"
+    code = "; ".join([*lines, f"open({str(tmp_path / 'kept')!r}, 'w').write(str(kept))"])
+    command = f"{shlex.quote(sys.executable)} -c {shlex.quote(code)} <&- >&- 2>&-"
+    subprocess.run(["bash", "-c", command], cwd=ROOT, check=True)
+    assert (tmp_path / "kept").read_text() == "[True, True, True]"
+
+
 def test_the_checkpoint_comes_before_the_words(dataset, tmp_path, monkeypatch):
     told, say, run = {}, plumbing.flags.say, directory(smac, tmp_path)
 
@@ -496,6 +503,17 @@ def test_output_that_is_not_a_terminal_stays_small(tmp_path, monkeypatch, capsys
     lines = [line for line in err.splitlines() if line]
     assert len(lines) == 7 and lines[0].startswith("training: step 30") and lines[0].endswith(" of 22000")
     assert len(err) < 300 and len(out) < 1000
+
+
+def test_few_of_many_trajectories_are_drawn(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    path = {"obs": rng.normal(size=(2, 4)), "actions": np.zeros((1, 2)), "rewards": [0], "terminals": [0]}
+    entries = [(number % 4, path | {"obs": rng.normal(size=(2, 4))}) for number in range(600)]
+    tasks = envs.sample_tasks("PointDirection", 6)
+    buffers.save_dataset(tmp_path / "d.npz", "PointDirection", tasks[:4], tasks[4:], entries, [], "python test")
+    monkeypatch.setattr(envs, "make_evaluation", functools.partial(envs.make_evaluation, num_train=4))
+    with np.load(start(meta_bc, tmp_path / "d.npz", tmp_path) / "figures_13.npz") as file:
+        assert file["offline data"].shape == (500, 2, 2)
 
 
 # ----- What can not be written, or is not worth it
@@ -538,7 +556,10 @@ def test_the_home_folder_may_be_a_tilde(dataset, tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path)) == ["d.npz", "runs"]
 
 
-@pytest.mark.parametrize("script, what", [(smac, "observation"), (pearl, "reward"), (macaw, "observation")])
+NANS = [(smac, "observation"), (pearl, "reward"), (macaw, "observation"), (macaw, "observation alone")]
+
+
+@pytest.mark.parametrize("script, what", NANS)
 def test_nan_from_the_environment(script, dataset, tmp_path, monkeypatch, what):
     """The environment's numbers become NaN after the first checkpoint: the sentence names step and checkpoint."""
     step, save, broken = envs.PointDirection.step, buffers.Run.save, []
@@ -547,6 +568,8 @@ def test_nan_from_the_environment(script, dataset, tmp_path, monkeypatch, what):
         obs, reward, *rest = step(env, action)
         if broken and what == "observation":
             return obs * np.float32("nan"), reward, *rest
+        if broken and what == "observation alone":  # no return tells, and MACAW has no KL
+            return obs * np.float32("nan"), 0.0, *rest
         return obs, float("nan") if broken else reward, *rest
 
     monkeypatch.setattr(envs.PointDirection, "step", spoiled)
@@ -596,6 +619,9 @@ def test_a_checkpoint_never_holds_nan(dataset, tmp_path, monkeypatch, value):
 
 HUGE = 10**400
 BAD_FLAGS = [
+    (smac, dict(resume=""), "--resume is empty"),
+    (smac, dict(dataset=""), "--dataset is empty"),
+    (pearl, dict(save_dataset=""), "--save-dataset is empty"),
     (smac, dict(q_hidden=(9000, 9000)), "--q-hidden is (9000, 9000), it must be above 0 and at most 2048"),
     (smac, dict(q_hidden=(2048,) * 3), "--q-hidden is (2048, 2048, 2048), which makes more than 4194304 weights"),
     (macaw, dict(policy_hidden=(600, 600)), "--policy-hidden is (600, 600), which makes more than 262144 weights"),
@@ -619,6 +645,7 @@ BAD_FLAGS = [
     (smac, dict(num_critics=3), "--num-critics is 3, which is not of its type"),
     (smac, dict(q_hidden=[16]), "--q-hidden is [16], which is not of its type"),
     (smac, dict(device="tpu"), "--device is 'tpu', which is not of its type"),
+    (smac, dict(tasks_per_iteration=33), "--tasks-per-iteration is 33, it must be above 0 and at most 32"),
 ]  # fmt: skip
 
 
@@ -859,6 +886,7 @@ def test_a_flag_that_a_checkpoint_lacks_takes_its_default(good, dataset, tmp_pat
 HEADER = ",".join(CSV_COLUMNS) + "\r\n"
 TABLES = ["", "x", HEADER[:-2], HEADER + "1,2\r\n", HEADER + "1,2,test,online,3,4,much\r\n"]
 TABLES += [HEADER + "1,2,\x1b[31mtest,online,3,4.0,5.0\r\n", HEADER + "1,2,test,online,3,nan,5.0\r\n"]
+TABLES += [HEADER + "1,2,other,online,3,4.0,5.0\r\n", HEADER + "1,2,test,other,3,4.0,5.0\r\n"]  # a curve for each
 TABLES += [HEADER + "1,2,test,online,3,4.0,5.0", HEADER + "9" * 5000 + ",2,test,online,3,4.0,5.0\r\n"]
 CHANGES = [  # (what of a checkpoint is changed, what the message says)
     *((dict(eval_csv=np.array(text)), "its step, table of evaluations or precision is none") for text in TABLES),
@@ -928,94 +956,8 @@ def adam(network):
 # ----- Checkpoints and datasets made to do harm
 
 
-class Hostile:
-    """Unpickling this creates a file."""
-
-    def __init__(self, file):
-        self.file = str(file)
-
-    def __reduce__(self):
-        return open, (self.file, "w")
-
-
-def archive(members, compression=zipfile.ZIP_STORED):
-    out = io.BytesIO()
-    with warnings.catch_warnings(), zipfile.ZipFile(out, "w", compression) as file:
-        warnings.simplefilter("ignore")  # two of one name
-        for name, data in members.items() if isinstance(members, dict) else members:
-            file.writestr(name, data)
-    return out.getvalue()
-
-
-def npy(descr, shape, data=b"", version=1):
-    """An array as a file of its own, whatever its header says."""
-    header = f"{{'descr': {descr!r}, 'fortran_order': False, 'shape': {shape}, }}\n".encode()
-    return b"\x93NUMPY" + bytes([version, 0]) + len(header).to_bytes(2 if version == 1 else 4, "little") + header + data
-
-
-def end_record(members, size, offset, comment=b""):
-    return struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, members, members, size, offset, len(comment)) + comment
-
-
-def zip_tricks(members, name):
-    """{what: bytes}: archives that are not what they seem. `name` is a member that is read."""
-    whole = archive(members)
-    at = whole.rindex(b"PK\5\6")
-    table = whole[whole.index(b"PK\1\2") : at]
-    bomb = archive({name: bytes(MAX_UNPACKED + 1)}, zipfile.ZIP_DEFLATED)
-    yield "a comment", whole[:at] + end_record(len(members), len(table), at - len(table), b"comment")
-    inner = table + end_record(len(members), len(table), at + 22)
-    yield "a second table in the comment", whole[:at] + end_record(0, 0, at, inner)
-    yield "a second archive in the comment", whole[:-2] + len(bomb).to_bytes(4, "little")[:2] + bomb[: 1 << 16]
-    numbers = len(members), len(members), len(table), at - len(table)
-    record = struct.pack("<4sQ2H2L4Q", b"PK\6\6", 44, 45, 45, 0, 0, *numbers)
-    for what, place in (("elsewhere", 0), ("nowhere", 1 << 60), ("behind the end", len(whole) + 1)):
-        yield f"a zip64 record {what}", whole[:at] + record + struct.pack("<4sLQL", b"PK\6\7", 0, place, 1) + whole[at:]
-    huge = struct.pack("<4sQ2H2L4Q", b"PK\6\6", 44, 45, 45, 0, 0, 9, 9, 1 << 40, 0)
-    yield "a zip64 table of a terabyte", whole[:at] + huge + struct.pack("<4sLQL", b"PK\6\7", 0, at, 1) + whole[at:]
-    yield "a zip bomb", bomb
-    many = {f"totals/{i}.npy": npy("<f4", "()", bytes(4)) for i in range(20)}
-    share = bytes(MAX_UNPACKED // 4)
-    yield "a zip bomb in five parts", archive(many | {f"totals/{i}.npy": share for i in range(5)}, zipfile.ZIP_DEFLATED)
-    yield "lzma", archive(members, zipfile.ZIP_LZMA)
-    yield "bzip2", archive(members, zipfile.ZIP_BZIP2)
-    yield "two of one name", archive([*members.items(), (name, members[name])])
-    yield "two that are one without .npy", archive({**members, name.removesuffix(".npy"): members[name]})
-    size, first = len(table), table.index(b"PK\1\2", 4)  # all entries once more, with other names
-    more = b"".join(table.replace(b".npy", b".%dpy" % i) for i in range(5))
-    yield "members that overlap", whole[:at] + more + end_record(6 * len(members), 6 * size, at - size)
-    entry = bytearray(table[:first])
-    entry[24:28] = (0xFFFFFFF0).to_bytes(4, "little")
-    yield "a member that declares 4 GB", whole[: at - size] + entry + table[first:] + whole[at:]
-    entry = bytearray(table[:first])
-    entry[8] |= 1
-    yield "an encrypted member", whole[: at - size] + entry + table[first:] + whole[at:]
-    yield "6,000 empty members", archive({str(i): b"" for i in range(6000)})
-    yield "6,000 empty arrays", archive(members | {f"totals/{i}.npy": npy("<f4", "(0,)") for i in range(6000)})
-    yield "an archive without an end", whole[:-1]
-    yield "an empty archive", archive({})
-
-
-def header_tricks(name, trap):
-    """{what: bytes of the member `name`}."""
-    yield "a pickle", pickle.dumps(Hostile(trap))
-    array = io.BytesIO()
-    np.lib.format.write_array(array, np.array([Hostile(trap)], object), allow_pickle=True)
-    yield "an array of objects", array.getvalue()
-    for descr in ("<U0", "|V0", "|S0", "|O", "|i1", ">f4", "<f2", "<c8", "<M8[s]", "<f4,<f4", "?", "<U999999999"):
-        for shape in ("(1000000000,)", "()", f"(600000, {'1, ' * 60})", "(-1,)", "(-1, -4)", "(99999999999999999999,)"):
-            yield f"{descr} {shape}", npy(descr, shape, bytes(16))
-    for shape in ("(3L,)", "('\\d',)", "(" * 4000, "(1,) * 10**9", "(0, 10000000000000000)", "(1e9,)", "{}", "None"):
-        yield shape, npy("<f4", shape, bytes(12))
-    for text in (b"\xff\xff\xff\x7f", b"\0\xd8\0\0", b"\x1b\0\0\0"):
-        yield f"text {text}", npy("<U1", "()", text)
-    yield "a header of 500 MB", npy("<f4", "()")[:6] + b"\2\0" + (500 << 20).to_bytes(4, "little")
-    yield "version 2", npy("<f4", "(3,)", bytes(12), version=2)
-    yield "nothing", b""
-
-
 def harmful(members, names, trap):
-    yield from zip_tricks(members, names[0])
+    yield from zip_tricks(members, names[0], MAX_UNPACKED)
     for name in names:
         for what, data in header_tricks(name, trap):
             yield f"{what} in {name}", archive({**members, name: data})

@@ -333,6 +333,15 @@ def test_a_film_that_can_not_be_written_or_drawn(agent_file, tmp_path, monkeypat
     for name in ("film.avi", "film", "nowhere/film.gif"):
         with pytest.raises(buffers.InputError, match="expected a .gif or .mp4 in a folder that exists"):
             watch.main(watch.Args(agent_file, video=tmp_path / name))
+    for place in (".", "nowhere/table.md"):
+        with pytest.raises(buffers.InputError, match="is no file in a folder that exists"):
+            watch.main(watch.Args(agent_file, episodes=2, out=tmp_path / place))
+    (tmp_path / "folder.gif").mkdir()
+    with pytest.raises(buffers.InputError, match="folder.gif is a folder"):
+        film.check_file(tmp_path / "folder.gif")
+    if sys.platform == "linux":  # a folder that takes no files, whoever asks
+        with pytest.raises(buffers.InputError, match="--video /proc/film.gif can not be written: "):
+            film.check_file(Path("/proc/film.gif"))
     monkeypatch.setattr(film.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(buffers.InputError, match="needs imageio-ffmpeg"):
         film.check_file(tmp_path / "film.mp4")
