@@ -280,7 +280,8 @@ def ground_paths(env_id: str, paths: list) -> np.ndarray:
 
 def set_up(env: gym.Env, task) -> None:
     """Give `env` the float32 spaces of its family, unbounded observations and actions in [-1, 1], and a first task."""
-    env.env_id = type(env).__name__
+    # Of a class that somebody makes of one of these, the one it is made of
+    env.env_id = next(parent.__name__ for parent in type(env).__mro__ if parent.__name__ in SPECS)
     spec = SPECS[env.env_id]
     env.observation_space = gym.spaces.Box(-np.inf, np.inf, (spec.obs_dim,), np.float32)
     env.action_space = gym.spaces.Box(-1.0, 1.0, (spec.action_dim,), np.float32)

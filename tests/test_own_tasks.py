@@ -709,6 +709,20 @@ def test_a_wrapper_is_refused_if_what_it_wraps_has_no_set_task(register):
     assert "no attribute 'set_task'" in refusal(envs.make, "Mine")
 
 
+def test_a_family_may_be_made_of_a_shipped_one(monkeypatch):
+    class Slow(envs.PointDirection):
+        def step(self, action):
+            return super().step(np.asarray(action) / 2)
+
+    monkeypatch.setattr(envs, "SPECS", dict(envs.SPECS))
+    envs.register("Lazy", envs.Spec(Slow, 4, 2, 1, 50, 3, 2))
+    env = envs.make("Lazy")
+    env.unwrapped.set_task([0.0])
+    env.reset(seed=0)
+    assert env.step(np.ones(2))[1] == pytest.approx(0.1)  # velocity .2 * .5 along x
+    gym.registry.pop("smac/Lazy-v0")
+
+
 # ----- From Python: presets and checks, and everything is then as it was
 
 
