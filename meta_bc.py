@@ -59,6 +59,8 @@ PRESETS = {
     "short": dict(
         preset="short", policy_hidden=(128, 128), encoder_hidden=(128, 128), rl_batch=64, lr=1e-3, offline_steps=15_000,
         eval_every=5_000),
+    "CheetahVelocity short": dict(
+        policy_hidden=(300, 300, 300), encoder_hidden=(200, 200, 200), lr=3e-4, offline_steps=20_000),
 }  # fmt: skip
 PRESETS["SawyerManipulation8"] = PRESETS["SawyerManipulation"]
 

@@ -73,6 +73,9 @@ PRESETS = {
     "short": dict(
         preset="short", q_hidden=(128, 128), policy_hidden=(128, 128), encoder_hidden=(128, 128), rl_batch=64, lr=1e-3,
         online_iterations=35, updates_per_iteration=1_000, eval_every=5_000),
+    "CheetahVelocity short": dict(  # with small networks SMAC learned nothing here
+        q_hidden=(300, 300, 300), policy_hidden=(300, 300, 300), encoder_hidden=(200, 200, 200), lr=3e-4,
+        online_iterations=30),
 }  # fmt: skip
 PRESETS["SawyerManipulation8"] = PRESETS["SawyerManipulation"]
 # The transitions of each task that become the dataset, (RL buffer, encoder buffer) [C.2]; None: RL's serve as both.

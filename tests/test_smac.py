@@ -593,7 +593,7 @@ def test_zero_is_a_value_where_it_means_something():
 
 
 def test_presets_hold_for_their_environment_and_flags_override_them():
-    assert smac.PRESETS.keys() - envs.SPECS.keys() == {"short"}
+    assert smac.PRESETS.keys() - envs.SPECS.keys() == {"short", "CheetahVelocity short"}
     short, again = parse(["--preset", "short"]), parse(["--preset", "short", "--env-id", "PointDirection"])
     assert (short.preset, short.offline_steps, short.q_hidden, short.kl_coef) == ("short", 15_000, (128, 128), 0.1)
     assert (again.preset, again.offline_steps, again.q_hidden) == ("short", 3_000, (128, 128))  # it is short anyway
