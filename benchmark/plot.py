@@ -37,6 +37,7 @@ METHODS = {  # label of a run: its name and colour in every picture
     "smac_one_task": ("one task an iteration", "tab:orange"), "smac_oracle_rewards": ("true rewards", "dimgray"),
     "smac_test_tasks": ("explores test tasks", "tab:green"),
     "smac_test_tasks_oracle_rewards": ("explores test tasks, true rewards", "mediumslateblue"),
+    "smac_scenes": ("one task an iteration, 200 scenes", "hotpink"),
     "smac_goal_data": ("goal-directed data", "darkgreen"),
     "smac_goal_data_slow": ("goal-directed data, lr 3e-4", "darkseagreen"),
     "smac_goal_data_oracle_rewards": ("goal-directed data, true rewards", "saddlebrown"),
@@ -48,7 +49,7 @@ PANELS = {
     "true rewards in the second phase": "smac smac_oracle_rewards",
     "what enters the encoder buffer": "smac smac_encoder_prior",
     "critics": "smac smac_two_critics",
-    "how much it collects": "smac smac_one_task",
+    "how much it collects, and in how many scenes": "smac smac_one_task smac_scenes",
     "data that give the task away": "smac smac_goal_data smac_goal_data_slow smac_goal_data_oracle_rewards",
 }
 LARGER = {  # the benchmark of an environment with larger networks and more steps
@@ -190,8 +191,9 @@ def draw(axis, title, runs, labels):
         mean, half = interval(values)
         axis.plot(steps, mean, color=colour, label=name)
         outline = np.column_stack([steps + steps[::-1], np.append(mean - half, (mean + half)[::-1])])
-        # Not fill_between: lines alone decide how much the axis shows, the bands of two or three seeds may be cut off
-        axis.add_artist(plt.Polygon(outline, color=colour, alpha=0.12, linewidth=0))
+        if len(values) > 2:  # the interval of two seeds is twelve times their standard error: it would fill the panel
+            # Not fill_between: lines alone decide how much the axis shows, the bands of three seeds may be cut off
+            axis.add_artist(plt.Polygon(outline, color=colour, alpha=0.12, linewidth=0))
         if steps[-1] == runs[label].end < last:  # it has no second phase
             axis.plot([steps[-1], last], [mean[-1]] * 2, color=colour, linestyle=":")
     levels = [data_of(runs[label].args)[0] for label in labels]
@@ -223,7 +225,7 @@ def picture(file, panels, one_legend):
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     figure.suptitle(
-        "Mean over seeds; band: 95 % interval of the mean (none of one seed); dotted: no second phase", fontsize=9
+        "Mean over seeds; band: 95 % interval of the mean, of three seeds or more; dotted: no second phase", fontsize=9
     )
     figure.supylabel("return on test tasks", fontsize=10)
     if one_legend:

@@ -86,7 +86,8 @@ def short(env_id):
     rows["smac_actor_ablation"] = f"{smac} --actor-ablation", (1,)
     rows |= {name: (f"{name}.py {flags}", (1,)) for name in ("meta_bc", "macaw", "borel")}
     if env_id == "SawyerManipulation":
-        return rows | {"smac_one_task": (f"smac_offline_online.py {flags}", (1,))}
+        one, scenes = f"smac_offline_online.py {flags}", "--dataset datasets/SawyerManipulation200.npz"
+        return rows | {"smac_one_task": (one, (1,)), "smac_scenes": (f"{one} {scenes}", (1,))}
     rows["pearl"] = f"pearl_online_oracle.py {flags}", (1,)
     return rows | (encoder_ablations(rows) if env_id in ("HopperParam", "WalkerParam", "HumanoidDirection") else {})
 

@@ -461,16 +461,17 @@ def test_a_dataset_holds_what_its_command_makes_and_its_readme_says(file):
             for part in ("rl", "encoder")
         }
     assert not any(word.startswith(("/", "~")) for word in command)  # no path of a machine
-    spec = envs.SPECS[env_id]
+    spec, num_train = envs.SPECS[env_id], envs.SPECS[env_id].num_train_tasks
     if command[1] == "pearl_online_oracle.py":
         slices = pearl.DATASET_SLICES.get(env_id, pearl.DEFAULT_SLICES)
         made = {part: piece[1] if piece else 0 for part, piece in zip(held, slices)}
     else:  # episodes a task and steps an episode, the scripts' own constants
         episodes, steps = {"make_point_direction.py": (6, 50), "make_sawyer.py": (50, 75)}[Path(command[1]).name]
-        made = {"rl": episodes * steps, "encoder": 0}
+        num_train = int(command[3]) if len(command) > 3 else num_train  # then there are fewer episodes a task
+        made = {"rl": episodes * spec.num_train_tasks // num_train * steps, "encoder": 0}
     for part, number in made.items():
         assert (held[part] == number).all(), part
-    assert tasks == {"train": spec.num_train_tasks, "test": spec.num_test_tasks}
+    assert tasks == {"train": num_train, "test": spec.num_test_tasks}
 
     (row,) = re.findall(rf"^\| {file.name} \| (.*) \| (.*) \| `(.*)` \|$", source("datasets/README.md"), re.M)
     assert row[0] == f"{tasks['train']} + {tasks['test']}"

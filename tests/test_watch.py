@@ -194,7 +194,7 @@ def test_a_line_of_the_table_by_hand(tmp_path):
     "env_id, task, words",
     [
         ("PointDirection", [-math.pi / 2], "task 3: 270 deg"),
-        ("CheetahVelocity", [1.5], "task 3: 1.50"),
+        ("CheetahVelocity", [1.5], "task 3: 1.50 m/s"),
         ("HopperParam", np.ones(41), "task 3"),
         ("SawyerManipulation", [1, 1, 1, 1, 0, 0, 0, 2, 2], "task 3: open bottom drawer"),
     ],
