@@ -159,6 +159,8 @@ def measure(script, agent, args, tasks, num_tasks, episodes, sampled=False):
 def describe(env_id, number, task):
     """A test task in words: its number, and what it asks for where that is one thing."""
     family, asks = envs.lookup(env_id).env_class, f": {task[0]:.2f}" if len(task) == 1 else ""
+    if issubclass(family, envs.CheetahVelocity):
+        asks += " m/s"
     if issubclass(family, envs.Direction):
         asks = f": {np.rad2deg(task[0]) % 360:.0f} deg"
     if issubclass(family, sawyer.SawyerManipulation):
