@@ -74,7 +74,7 @@ PRESETS = {
         offline_steps=7_500, eval_every=2_500,
     ),
 }  # fmt: skip
-EPISODES = 3  # in a meta-trajectory: T of Section 3
+EPISODES = 3  # in a meta-trajectory: T of Section 6
 MAX_PADDED = 1 << 27  # numbers in all meta-trajectories, were all as long as the longest
 
 
@@ -400,7 +400,7 @@ def rollout_belief(env_list, agent, memory, rng, deterministic=False, frozen=Fal
 
 @torch.no_grad()
 def adapt_belief(env_list, agent, rng):
-    """The meta-episode of Section 3, T = 3: one policy plays all three episodes, and the belief runs on through them.
+    """The meta-episode (Section 3; T = 3 of Section 6): one policy plays all three episodes, with one belief.
 
     Nothing marks the first two as exploration: the policy explores while its belief is vague.
 

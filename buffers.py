@@ -222,10 +222,8 @@ def save_dataset(path, env_id: str, train_tasks, test_tasks, rl: list, encoder: 
             like = np.asarray(rl[0][1][name])  # gives an empty encoder part its number of columns
             data[f"{part}_{name}"] = np.concatenate([p[name] for _, p in entries] or [like[:0]]).astype(dtype)
     check_dataset(path, env_id, data)
-    large = (
-        sum(np.asarray(array).nbytes for array in data.values()) > files.MAX_UNPACKED
-    )  # `read_npz` would not unpack them
-    save = np.savez if large else np.savez_compressed
+    size = sum(np.asarray(array).nbytes for array in data.values())
+    save = np.savez if size > files.MAX_UNPACKED else np.savez_compressed  # `read_npz` would not unpack more
     write_file(os.path.expanduser(path), lambda file: save(file, allow_pickle=False, **data))
 
 
@@ -521,11 +519,16 @@ class Run:
             tree[name] = part.get_state() if isinstance(part, torch.Generator) else part.state_dict()
         return flatten(tree)
 
+    def broken(self, name, array):
+        """Whether an array of a checkpoint holds NaN, or infinity where it is no mask, a buffer of the agent."""
+        masks = {f"agent/{mask}" for mask, _ in self.parts["agent"].named_buffers()}
+        return not np.isfinite(array).all() and (name not in masks or np.isnan(array).any())
+
     def save(self):
         """Write checkpoint.npz. eval.csv goes in too: on disk it may end in half a line, or in lines of later steps."""
         state, words = self.state(), {"flags": self.flags(), "sha256": self.sha256, "precision": self.precision}
         for name, array in state.items():
-            if not np.isfinite(array).all():
+            if self.broken(name, array):
                 raise InputError(f"no checkpoint after step {self.step}, {name} is NaN or infinite; {self.saved()}")
         with self.writing():
             self.writer.flush()
@@ -562,15 +565,14 @@ class Run:
         known = found["precision"] in ("highest", "medium") and re.fullmatch(CSV, found["eval_csv"])
         if not known or any(not 0 <= found[name] <= 2**53 for name in ("step", "env_steps", "summed")):
             raise InputError(f"{path} does not fit this run: its step, table of evaluations or precision is none")
-        tree, masks = {}, {f"agent/{name}" for name, _ in self.parts["agent"].named_buffers()}  # they may be -inf
+        tree = {}
         for name in rules | {name: moments[name] for name in found if name in moments}:
             *nodes, last = name.split("/")
             node = tree
             for part in nodes:
                 node = node.setdefault(part, {})
             node[last] = torch.from_numpy(found[name])
-            bad = np.isnan(found[name]) if name in masks else ~np.isfinite(found[name])
-            if bad.any():
+            if self.broken(name, found[name]):
                 raise InputError(f"{path}: {name} is NaN or infinite")
         try:
             torch.set_rng_state(tree["torch_rng"])  # nothing here draws from it, but dropout would

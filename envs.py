@@ -153,6 +153,9 @@ def check_family(spec: Spec) -> None:
         obs, _ = env.reset(seed=0)
         compare("obs_dim", np.shape(obs), (spec.obs_dim,))
         compare("action_dim", env.action_space.shape, (spec.action_dim,))
+        box = env.action_space
+        if not isinstance(box, gym.spaces.Box) or (box.low != -1).any() or (box.high != 1).any():
+            raise InputError(f"{name}: its actions are {box}, expected a Box from -1 to 1")
         next_obs, reward, terminated, _, _ = env.step(np.zeros(spec.action_dim, np.float32))
         compare("obs_dim of a step", np.shape(next_obs), (spec.obs_dim,))
         if np.asarray(reward).size != 1 or np.asarray(terminated).size != 1:
@@ -236,8 +239,8 @@ class Episodes:
     def step(self, actions: torch.Tensor) -> None:
         """Act in the live episodes: actions (live, a)."""
         actions = actions.cpu().numpy()
-        parts = [slice(k, None, torch.get_num_threads()) for k in range(torch.get_num_threads())]
         if self.pool:
+            parts = [slice(k, None, torch.get_num_threads()) for k in range(torch.get_num_threads())]
             over = np.empty(len(self.live), bool)
             results = self.pool.map(lambda part: list(map(self.act, self.live[part], actions[part])), parts)
             for part, result in zip(parts, results):
@@ -280,8 +283,8 @@ def ground_paths(env_id: str, paths: list) -> np.ndarray:
 
 def set_up(env: gym.Env, task) -> None:
     """Give `env` the float32 spaces of its family, unbounded observations and actions in [-1, 1], and a first task."""
-    # Of a class that somebody makes of one of these, the one it is made of
-    env.env_id = next(parent.__name__ for parent in type(env).__mro__ if parent.__name__ in SPECS)
+    shipped = (parent for parent in type(env).__mro__ if parent.__module__ in (__name__, "sawyer"))
+    env.env_id = next(parent.__name__ for parent in shipped if parent.__name__ in SPECS)  # also of a class made of it
     spec = SPECS[env.env_id]
     env.observation_space = gym.spaces.Box(-np.inf, np.inf, (spec.obs_dim,), np.float32)
     env.action_space = gym.spaces.Box(-1.0, 1.0, (spec.action_dim,), np.float32)
@@ -491,7 +494,7 @@ class HumanoidDirection(Direction, HumanoidEnv):
         return obs, float(reward + info["reward_forward"] + 5.0), terminated, truncated, info
 
 
-# ----- Point Direction: not in the paper; it shows the paper's effect in a minute or two
+# ----- Point Direction: not in the paper; it shows the paper's effect in three minutes
 
 
 class PointDirection(Direction, gym.Env):

@@ -56,7 +56,7 @@ class Args:
     tasks_per_iteration: int = 5  # tasks that collect data in one iteration, side by side (authors: in turn)
     prior_steps: int = 400  # new transitions a task with z from the prior (the authors' split of the 1000 of C.2)
     posterior_steps: int = 600  # new transitions a task with z from the posterior
-    updates_per_iteration: int = 4_000  # gradient steps an iteration (authors' code; Table 1: 4 per new transition)
+    updates_per_iteration: int = 4_000  # gradient steps an iteration (PEARL's code; authors: 16,000; Table 1: 4,000)
     encoder_buffer: Literal["prior", "all", "frozen"] = "prior"  # new data that enter the encoder buffer [C.2]
 
     # --- Ablations and oracle of the paper
@@ -331,7 +331,7 @@ def explore(env_list, tasks, agent, buffer, args, act_rng, rng):
         while live := [e for e, steps in enumerate(missing) if steps > 0]:
             # PAPER: D_i drawn anew for each trajectory (l. 8). CODE: D_i of the training task that is explored.
             owners = [tasks[e] for e in live]
-            if args.explore_tasks == "test":  # which has no offline data: as in the text, or its own D_i (true rewards)
+            if args.explore_tasks == "test":  # it has no offline data: any D_i, as in the text, or one of its own
                 drawn = torch.randint(num_train, (len(live),), generator=act_rng)
                 owners = [num_train + task for task in owners] if args.oracle_rewards else drawn.tolist()
             mu, sigma = prior(len(live), args, rng.device)  # (live, dz)
@@ -399,6 +399,7 @@ def evaluate(agent, buffer, eval_envs, args):
 def main(args):
     """Algorithm 1. Returns the trained agent. Raises InputError."""
     spec, device = envs.lookup(args.env_id), buffers.choose_device(args)
+    # act_rng, on the CPU as the environments are, is for acting; rng, on the device, for training
     act_rng, rng = torch.Generator().manual_seed(args.seed), torch.Generator(device).manual_seed(args.seed)
     torch.manual_seed(args.seed)
 
@@ -416,7 +417,7 @@ def main(args):
     eval_envs = envs.make_evaluation(args.env_id, dataset["train_tasks"], dataset["test_tasks"])
     parts = dict(agent=agent, optimizer=optimizer, buffer=buffer, act_rng=act_rng, rng=rng)
     with buffers.Run(args, __file__, dataset["sha256"], **parts) as run:
-        sample, learn = run.fast(sample_batch), run.fast(update, args.compile)  # the same, but faster
+        sample, learn = run.fast(sample_batch), run.fast(update, args.compile)  # these, but faster
 
         for _ in run.steps(args.offline_steps, "offline"):  # l. 2; also counts, saves, and stops at a signal
             batch = sample(buffer, args, rng)  # l. 3: D_i ~ D, of each a history h (batch["context"]) and h' (the rest)

@@ -38,6 +38,7 @@ METHODS = {  # label of a run: its name and colour in every picture
     "smac_test_tasks": ("explores test tasks", "tab:green"),
     "smac_test_tasks_oracle_rewards": ("explores test tasks, true rewards", "mediumslateblue"),
     "smac_scenes": ("one task an iteration, 200 scenes", "hotpink"),
+    "smac_scenes_lambda_pearl": ("the same, lambda_pearl 1", "crimson"),
     "smac_goal_data": ("goal-directed data", "darkgreen"),
     "smac_goal_data_slow": ("goal-directed data, lr 3e-4", "darkseagreen"),
     "smac_goal_data_oracle_rewards": ("goal-directed data, true rewards", "saddlebrown"),
@@ -49,7 +50,7 @@ PANELS = {
     "true rewards in the second phase": "smac smac_oracle_rewards",
     "what enters the encoder buffer": "smac smac_encoder_prior",
     "critics": "smac smac_two_critics",
-    "how much it collects, and in how many scenes": "smac smac_one_task smac_scenes",
+    "how much it collects, and in how many scenes": "smac smac_one_task smac_scenes smac_scenes_lambda_pearl",
     "data that give the task away": "smac smac_goal_data smac_goal_data_slow smac_goal_data_oracle_rewards",
 }
 LARGER = {  # the benchmark of an environment with larger networks and more steps

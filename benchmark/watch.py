@@ -72,13 +72,16 @@ def load(path, env_id=None, dataset=None):
         raise InputError(f"the agent's environment is of a module: give --env-id {args.env_id} as well")
     spec = envs.lookup(args.env_id)
     with torch.device("meta"):  # takes no memory, whatever the sizes in the file
-        blank = script.Agent(spec.obs_dim, spec.action_dim, args).state_dict()
-    shapes = {key: tuple(value.shape) for key, value in blank.items() if key.startswith(SCRIPTS[name])}
+        blank = script.Agent(spec.obs_dim, spec.action_dim, args)
+    masks = {key for key, _ in blank.named_buffers()}  # they may be -inf
+    blank = {key: value for key, value in blank.state_dict().items() if key.startswith(SCRIPTS[name])}
+    kinds = {key: np.dtype(str(value.dtype).removeprefix("torch.")).str[1:] for key, value in blank.items()}
+    shapes = {key: (kinds[key], tuple(value.shape)) for key, value in blank.items()}
 
     def accept(name, dtype, shape):
         phase, _, key = name.rpartition("/")
         if key in shapes and (phase == "agent" if run else re.fullmatch("[0-9]{1,15}", phase)):
-            return check_array(f"{file}: {name}", dtype, shape, "f4", shapes[key])
+            return check_array(f"{file}: {name}", dtype, shape, *shapes[key])
         if name == "test_tasks":
             return check_array(f"{file}: {name}", dtype, shape, "f8", (None, spec.task_dim), MAX_TASKS)
         return name == "step" and check_array(f"{file}: {name}", dtype, shape, "i8", ())
@@ -92,7 +95,7 @@ def load(path, env_id=None, dataset=None):
     for phase in sorted(phases, key=lambda phase: phase.zfill(15)):
         state = {key: arrays.get(f"{phase}/{key}", np.array(np.nan)) for key in shapes}
         for key, array in state.items():
-            if not np.isfinite(array).all():
+            if np.isnan(array).any() or key not in masks and not np.isfinite(array).all():
                 raise InputError(f"{file}: {phase}/{key} is missing, NaN or infinite")
         with torch.device("meta"):
             agent = script.Agent(spec.obs_dim, spec.action_dim, args)

@@ -145,7 +145,7 @@ def launch(main, args_class, presets):
     except (InputError, OSError) as error:
         sys.exit(say(f"error: {InputError(error)}", "stderr") or 2)
     except KeyboardInterrupt:
-        sys.exit(say("stopped at once; what the last checkpoint does not have is lost", "stderr") or 130)
+        sys.exit(say("stopped at once; a run goes on from its last checkpoint, if it has one", "stderr") or 130)
     finally:
         try:
             print(end="", flush=True)

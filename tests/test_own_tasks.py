@@ -297,6 +297,7 @@ REFUSED = {
     "discrete actions": (
         dict(action_space=gym.spaces.Discrete(2)), "action_dim is (2,) in its row, but its environment has ()",
     ),
+    "actions beyond 1": (dict(action_space=gym.spaces.Box(0.0, 10.0, (2,))), "expected a Box from -1 to 1"),
     "tasks": (dict(task_dim=2), "is (2, 2) in its row, but its environment has (2, 1)"),
     "tasks as a vector": (
         dict(sample_tasks=staticmethod(lambda rng, n: rng.uniform(size=n))),
@@ -709,18 +710,19 @@ def test_a_wrapper_is_refused_if_what_it_wraps_has_no_set_task(register):
     assert "no attribute 'set_task'" in refusal(envs.make, "Mine")
 
 
-def test_a_family_may_be_made_of_a_shipped_one(monkeypatch):
+@pytest.mark.parametrize("name", ["Slow", "Lazy"])  # that of the class, and another
+def test_a_family_may_be_made_of_a_shipped_one(name, monkeypatch):
     class Slow(envs.PointDirection):
         def step(self, action):
             return super().step(np.asarray(action) / 2)
 
     monkeypatch.setattr(envs, "SPECS", dict(envs.SPECS))
-    envs.register("Lazy", envs.Spec(Slow, 4, 2, 1, 50, 3, 2))
-    env = envs.make("Lazy")
+    envs.register(name, envs.Spec(Slow, 4, 2, 1, 50, 3, 2))
+    env = envs.make(name)
     env.unwrapped.set_task([0.0])
     env.reset(seed=0)
     assert env.step(np.ones(2))[1] == pytest.approx(0.1)  # velocity .2 * .5 along x
-    gym.registry.pop("smac/Lazy-v0")
+    gym.registry.pop(f"smac/{name}-v0")
 
 
 # ----- From Python: presets and checks, and everything is then as it was

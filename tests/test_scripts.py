@@ -35,7 +35,7 @@ SCRIPTS = [
     for name, tree in TREES.items()
     if any(isinstance(node, ast.ClassDef) and node.name == "Args" for node in tree.body)
 ]
-LINES = dict(zip(MODULES, (450, 400, 320, 400, 520)))
+LINES = dict(zip(MODULES, (460, 400, 320, 400, 520)))
 SHARED = {"buffers.py": 620, "envs.py": 600, "sawyer.py": 400, "plumbing/files.py": 220, "plumbing/flags.py": 200,
           "plumbing/machine.py": 120, "plumbing/pictures.py": 130, "README.md": 200}  # fmt: skip
 MAY_DIFFER = {"Args", "Agent", "update", "main", "evaluate", "sample_batch", "rollout"}
@@ -92,7 +92,8 @@ def test_the_scripts_are_found():
 @pytest.mark.parametrize("script, most", LINES.items())
 def test_a_script_is_short_and_its_main_is_one_flat_function(script, most):
     main = tree_of(script, "main")
-    assert len(source(script).splitlines()) <= most
+    lines = len(source(script).splitlines())
+    assert lines <= most, f"{script} shall be read at a sitting: {lines} lines, at most {most}"
     assert main.end_lineno - main.lineno + 1 <= 60
     inside = [node for node in ast.walk(main) if isinstance(node, (ast.FunctionDef, ast.Lambda, ast.ClassDef))]
     assert inside == [main] and not any(isinstance(node, (ast.Global, ast.Nonlocal)) for node in ast.walk(main))
@@ -106,8 +107,8 @@ def test_what_scripts_share_is_small():
 @pytest.mark.parametrize("one, other", list(itertools.combinations(SCRIPTS, 2)))
 def test_copies_of_a_function_are_identical(one, other):
     ours, theirs = definitions(one), definitions(other)
-    common = (ours.keys() & theirs.keys()) - MAY_DIFFER
-    assert sorted(name for name in common if ours[name] != theirs[name]) == []
+    differ = sorted(name for name in (ours.keys() & theirs.keys()) - MAY_DIFFER if ours[name] != theirs[name])
+    assert not differ, f"{differ} of {one} and {other} are no copies: make them so, rename one, or add it to MAY_DIFFER"
 
 
 def test_smac_pearl_and_meta_bc_have_the_same_networks_and_meta_episode():

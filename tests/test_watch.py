@@ -278,6 +278,24 @@ def test_a_file_imports_no_module_unless_the_command_line_names_it(agent_file, t
     assert np.isfinite(returns["after adaptation"]).all()
 
 
+def test_masks_of_an_encoder_are_kept_and_watched(data, tmp_path, monkeypatch):
+    """As a transformer has them: a buffer of -inf, and one of bool."""
+
+    class Masked(smac.Encoder):
+        def __init__(self, *sizes):
+            super().__init__(*sizes)
+            self.register_buffer("causal", torch.full((2, 2), -math.inf))
+            self.register_buffer("padding", torch.tensor([True, False]))
+
+    monkeypatch.setattr(smac, "Encoder", Masked)
+    monkeypatch.setattr(buffers, "draw_summary", lambda folder: Figure())
+    run, flags = tmp_path / "PointDirection__smac_offline_online__1", TINY | FLAGS[smac] | dict(dataset=str(data))
+    buffers.train(smac, env_id="PointDirection", run_dir=str(tmp_path), **flags)
+    buffers.train(smac, resume=str(run), dataset=str(data), online_iterations=2)
+    (agent,) = watch.load(run, dataset=data)[3].values()
+    assert agent.encoder.padding.tolist() == [True, False] and torch.isneginf(agent.encoder.causal).all()
+
+
 # ===== The agents in the repository
 
 
