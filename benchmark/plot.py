@@ -264,11 +264,10 @@ def glance(file, folders, sizes):
     head = "environment|data|SMAC, offline|after|actor ablation|meta-BC|MACAW|BOReL|Online Oracle|of it adaptation"
     note = f"""\
 {sizes}
-On test tasks, with z from two episodes of the agent's own exploration: mean over seeds ± half the width of its 95 %
-interval (Student's t; none of one seed); in brackets seeds; gradient steps; new transitions, the oracle's with rewards,
-SMAC's without. Data: mean over the training tasks of the mean return of a task's trajectories; how many transitions. Of
-MACAW and BOReL the better of the presets that were run, as in the paper. Of it adaptation: SMAC at the end with z from
-its own context / from another task's / from the prior (benchmark/watch.py). Empty: not run."""
+On test tasks, z from two episodes of the agent's own exploration: mean over seeds ± half its 95 % interval (Student's
+t; none of one seed); in brackets seeds; gradient steps; new transitions, the oracle's with rewards. Data: mean over the
+training tasks of the mean return of a task's trajectories. Of MACAW and BOReL the better of the presets that were run.
+Of it adaptation: SMAC at the end with z from its own context / from another task's / from the prior. Empty: not run."""
     rows = []
     for env_id, folder in folders.items():
         runs = load(folder)
