@@ -207,6 +207,8 @@ def save_dataset(path, env_id: str, train_tasks, test_tasks, rl: list, encoder: 
     """Write an offline dataset.
 
     Args:
+        path: the file to write.
+        env_id: the family, also as "module:key".
         train_tasks, test_tasks: (N, k) and (M, k) task descriptions, from `envs.sample_tasks`.
         rl, encoder: lists of (task number, trajectory), a trajectory as in `ReplayBuffer.add`.
         command: the command line that made the data, kept in the file.

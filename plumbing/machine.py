@@ -37,13 +37,17 @@ def versions() -> dict:
     return found
 
 
-@functools.cache
-def matmul_precision(device, rows, width):
-    """The precision of matrix products: "medium" where it is as exact as "highest" and faster, else "highest"."""
-    # glibc gives large freed blocks back to the system: thousands of page faults in a step. Let it keep them.
+def keep_freed_memory():
+    """glibc gives large freed blocks back to the system: thousands of page faults in a step. Let it keep them."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     for option, size in ((-3, 1 << 25), (-2, 1 << 26), (-1, (1 << 31) - 1)) if mallopt else ():
         mallopt(option, size)  # M_MMAP_THRESHOLD, M_TOP_PAD, M_TRIM_THRESHOLD
+
+
+@functools.cache
+def matmul_precision(device, rows, width):
+    """The precision of matrix products: "medium" where it is as exact as "highest" and faster, else "highest"."""
+    keep_freed_memory()
     generator, before, times = torch.Generator().manual_seed(0), torch.get_float32_matmul_precision(), {}
     x, w = (torch.randn(n, width, generator=generator).to(device) for n in (min(rows, 4096), width))
     exact = x.double() @ w.double()

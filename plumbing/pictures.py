@@ -71,8 +71,8 @@ def read_figures(folder, last=math.inf) -> dict:
         wanted = len(shape) == 1 if name.startswith("kl_") else len(shape) == 3 and shape[2] == 2
         return wanted and dtype == np.float32 and 0 < math.prod(shape) <= 1 << 21
 
-    files = [file for file in Path(folder).glob("figures_*.npz") if re.fullmatch(r"figures_\d{1,16}", file.stem)]
-    files = {int(file.stem.split("_")[1]): file for file in files}
+    found = [file for file in Path(folder).glob("figures_*.npz") if re.fullmatch(r"figures_\d{1,16}", file.stem)]
+    files = {int(file.stem.split("_")[1]): file for file in found}
     steps = sorted(step for step in files if step <= last)[-10:]
     figures = {step: read_npz(files[step], accept) for step in steps}
     for step, arrays in figures.items():
@@ -109,6 +109,6 @@ def draw_summary(folder) -> Figure:
         paths.set_visible(bool(ground))
         if ground:
             draw_paths(paths, ground)
-        for axes in (kls, paths):
-            axes.set_title(f"after {step} gradient steps")
+        for panel in (kls, paths):
+            panel.set_title(f"after {step} gradient steps")
     return figure
