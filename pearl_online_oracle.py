@@ -24,7 +24,7 @@ import envs
 class Args:
     # --- Run
     env_id: str = "HopperParam"  # a key of envs.SPECS, or module:key of one's own; its PRESETS replace what follows
-    preset: Literal["paper", "short"] = "paper"  # the paper's sizes, or small ones: some ten minutes on one core
+    preset: Literal["paper", "short"] = "paper"  # the paper's sizes, or small ones: 10 to 25 minutes on one core
     seed: int = 1  # seed of the networks, of exploration and of sampling
     task_seed: int = 1337  # seed of the task list; 1337 gives the published tasks of Cheetah and Ant
     online_iterations: int = 100  # iterations of collecting data and training on them
