@@ -24,7 +24,7 @@ import envs
 class Args:
     # --- Run
     env_id: str = "HopperParam"  # a key of envs.SPECS, or module:key of one's own; its PRESETS replace what follows
-    preset: Literal["paper", "short"] = "paper"  # the paper's sizes, or small ones: 10 to 25 minutes on one core
+    preset: Literal["paper", "short"] = "paper"  # the paper's sizes, or small ones: 8 to 20 minutes of one core
     seed: int = 1  # seed of the networks, of exploration and of sampling
     dataset: Optional[str] = None  # offline dataset; default datasets/{env_id}.npz beside this file
     offline_steps: int = 50_000  # gradient steps [C.3]
@@ -48,17 +48,13 @@ class Args:
     next_obs_in_context: bool = False  # the encoder sees s' as well (Section 3 lists it in h, C.3 does not)
 
 
+SMALL = dict(policy_hidden=(128, 128), encoder_hidden=(128, 128), lr=1e-3)
 # What differs from the defaults above. The KL weight must fit the rewards, as in smac_offline_online.py. PointDirection
 # is not in the paper: small networks and a short run.
 PRESETS = {
     "AntDirection": dict(eval_every=8_000), "SawyerManipulation": dict(kl_coef=1 / 256, eval_every=8_000),
-    "PointDirection": dict(
-        policy_hidden=(128, 128), encoder_hidden=(128, 128), rl_batch=128, lr=1e-3, kl_coef=0.002, offline_steps=3_000,
-        eval_every=1_200,
-    ),
-    "short": dict(
-        preset="short", policy_hidden=(128, 128), encoder_hidden=(128, 128), rl_batch=64, lr=1e-3, offline_steps=15_000,
-        eval_every=5_000),
+    "PointDirection": SMALL | dict(rl_batch=128, kl_coef=0.002, offline_steps=3_000, eval_every=1_200),
+    "short": SMALL | dict(preset="short", rl_batch=64, offline_steps=15_000, eval_every=5_000),
     "CheetahVelocity short": dict(
         policy_hidden=(300, 300, 300), encoder_hidden=(200, 200, 200), lr=3e-4, offline_steps=20_000),
 }  # fmt: skip

@@ -22,7 +22,7 @@ import envs
 class Args:
     # --- Run
     env_id: str = "HopperParam"  # a key of envs.SPECS, or module:key of one's own; its PRESETS replace what follows
-    preset: Literal["paper", "short"] = "paper"  # the paper's sizes, or small ones: 10 to 25 minutes on one core
+    preset: Literal["paper", "short"] = "paper"  # the paper's sizes, or small ones: 8 to 20 minutes of one core
     seed: int = 1  # seed of the networks, of exploration and of sampling
     dataset: Optional[str] = None  # offline dataset; default datasets/{env_id}.npz beside this file
     offline_steps: int = 50_000  # gradient steps of the offline phase [C.3]
@@ -66,10 +66,10 @@ class Args:
     encoder_loss: Literal["reward", "reward_then_q", "q"] = "reward"  # what trains the encoder beside the KL [Figure 7]
 
 
+SMALL = dict(q_hidden=(128, 128), policy_hidden=(128, 128), encoder_hidden=(128, 128), lr=1e-3)  # of both short runs
 # What differs from the defaults above. C.2 freezes the encoder buffer on Cheetah, and has one buffer on Sawyer. The KL
 # weight must fit the rewards: on Sawyer, where they are 0 or -1 and 0.1 leaves the latent empty, Eq. 3 is taken as
 # written, a sum over 256 transitions; on PointDirection, which is not in the paper, they are .1 to .5.
-SMALL = dict(q_hidden=(128, 128), policy_hidden=(128, 128), encoder_hidden=(128, 128), lr=1e-3)
 PRESETS = {
     "CheetahVelocity": dict(encoder_buffer="frozen"), "AntDirection": dict(eval_every=8_000),
     "SawyerManipulation": dict(num_critics=1, tasks_per_iteration=1, eval_every=8_000, reward_scale=1.0, awr_lambda=0.3,

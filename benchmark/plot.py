@@ -38,7 +38,7 @@ METHODS = {  # label of a run: its name and colour in every picture
     "smac_test_tasks": ("explores test tasks", "tab:green"),
     "smac_test_tasks_oracle_rewards": ("explores test tasks, true rewards", "mediumslateblue"),
     "smac_scenes": ("one task an iteration, 200 scenes", "hotpink"),
-    "smac_scenes_lambda_pearl": ("the same, lambda_pearl 1", "crimson"),
+    "smac_scenes_lambda_pearl": ("the same, lambda_pearl 1", "indigo"),
     "smac_goal_data": ("goal-directed data", "darkgreen"),
     "smac_goal_data_slow": ("goal-directed data, lr 3e-4", "darkseagreen"),
     "smac_goal_data_oracle_rewards": ("goal-directed data, true rewards", "saddlebrown"),

@@ -39,7 +39,8 @@ def collect(env_id, number, task, trajectories=TRAJECTORIES):
 
 
 if __name__ == "__main__":
-    env_id, number = (sys.argv[1:] + ["SawyerManipulation", ""][len(sys.argv) - 1 :])[:2]
+    env_id = sys.argv[1] if len(sys.argv) > 1 else "SawyerManipulation"
+    number = sys.argv[2] if len(sys.argv) > 2 else ""
     spec = envs.lookup(env_id)
     tasks = envs.sample_tasks(env_id, spec.num_train_tasks + spec.num_test_tasks)
     train_tasks, test_tasks = np.split(tasks, [spec.num_train_tasks])

@@ -130,7 +130,7 @@ def defaults(args_class, presets, known):
     """What flags are where nothing says them, and those of the run to resume, or None; known: what was said. Raises
     InputError, also if the run's environment is of a module that --env-id does not name: a file must not run code."""
     if not known.resume:
-        return preset(args_class, presets, known.env_id, getattr(known, "preset", "")), None
+        return preset(args_class, presets, known.env_id, known.preset), None
     before = read_flags(args_class, presets, Path(os.path.expanduser(known.resume), "checkpoint.npz"))
     if ":" in before.env_id and known.env_id != before.env_id:
         raise InputError(f"the run's environment is of a module: give --env-id {before.env_id} as well")
