@@ -60,19 +60,16 @@ class Args:
     alpha: float = 0.2  # weight of the policy's entropy
 
 
+SMALL = dict(q_hidden=(128, 128), policy_hidden=(128, 128), lr=1e-3)
 # What differs from the defaults above. PointDirection is not in the paper: small networks, short stages, and the
 # entropy weight of the authors' point robot, which fits rewards of about .1 to .5.
 PRESETS = {
     "AntDirection": dict(eval_every=8_000),
-    "PointDirection": dict(
-        q_hidden=(128, 128), policy_hidden=(128, 128), rl_batch=128, lr=1e-3, alpha=0.01, vae_trajectories=2,
-        vae_lr=3e-3, vae_steps=1_000, offline_steps=2_000, eval_every=500,
+    "PointDirection": SMALL | dict(
+        rl_batch=128, alpha=0.01, vae_trajectories=2, vae_lr=3e-3, vae_steps=1_000, offline_steps=2_000, eval_every=500,
     ),
     "matched": dict(preset="matched", q_hidden=(300, 300, 300), policy_hidden=(300, 300, 300), meta_batch=4),
-    "short": dict(
-        preset="short", q_hidden=(128, 128), policy_hidden=(128, 128), rl_batch=64, lr=1e-3, vae_steps=1_500,
-        offline_steps=7_500, eval_every=2_500,
-    ),
+    "short": SMALL | dict(preset="short", rl_batch=64, vae_steps=1_500, offline_steps=7_500, eval_every=2_500),
 }  # fmt: skip
 EPISODES = 3  # in a meta-trajectory: T of Section 6
 MAX_PADDED = 1 << 27  # numbers in all meta-trajectories, were all as long as the longest

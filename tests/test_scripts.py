@@ -331,6 +331,22 @@ def frozen_belief():
     return last
 
 
+def sawyer_short(label):
+    """Success and return of a short run on test tasks at two evaluations of the offline phase, and means after it."""
+    folder = ROOT / "benchmark" / "results" / "short" / "SawyerManipulation"
+    with open(folder / "diagnostics" / f"{label}__1.csv", newline="") as file:
+        solved = [float(row["charts/test/online_context_success"]) for row in csv.DictReader(file)]
+    scores = [*returns("short/SawyerManipulation", label, 1).values()]
+    return [*solved[:2], np.mean(solved[2:])], [*scores[:2], np.mean(scores[2:])]
+
+
+def own_context(env_id, seed):
+    """Returns at a run's end with z from its own context, another task's and the prior."""
+    text = source(f"benchmark/results/short/{env_id}/adaptation.md")
+    row = re.findall(rf"^\| \S*smac__{seed}.npz \| \d+ \| (.*) \|$", text, re.M)[-1]
+    return [float(cell.split()[0]) for cell in row.split(" | ")[:3]]
+
+
 def hopper_ends():
     """The lowest of the last ten evaluations and the highest of the offline phase, of three seeds; means of the ten."""
     curves = [returns("hopper_param", "smac", seed) for seed in (1, 2, 3)]
@@ -367,6 +383,13 @@ PROSE = [  # a file, what it says, and the same from the files of results
     ("README.md", r"reads no reward of the scored episode \((\S+)\)", lambda: [np.mean(frozen_belief())]),
     (FULL, r"so that the oracle has (\S+) % more in all", lambda: [
         100 * (new("pearl") / (60_000 + new("smac")) - 1)]),
+    (FULL, r"seed 1 has (\S+) with its own context, (\S+) with another task's, (\S+) with the prior, seed 2 (\S+), "
+     r"(\S+) and (\S+)\. Before", lambda: [*own_context("CheetahVelocity", 1), *own_context("CheetahVelocity", 2)]),
+    (FULL, r"Humanoid has (\S+), (\S+) and (\S+) in its offline phase, (\S+) at the first evaluation", lambda: [
+        at("short/HumanoidDirection", "smac", step, 1) for step in (5_000, 10_000, 15_000, 20_000)]),
+    *((FULL, rf"`{label}`{between} (\S+) and (\S+) → (\S+) \((\S+) and (\S+) → (\S+)\)", lambda label=label: [
+        number for three in sawyer_short(label) for number in three])
+      for label, between in (("smac", r"\):"), ("smac_scenes", r", \[SawyerManipulation200\]\(\S+\)\):"))),
 ]  # fmt: skip
 
 
