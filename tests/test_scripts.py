@@ -492,7 +492,7 @@ def test_a_dataset_holds_what_its_command_makes_and_its_readme_says(file):
         slices = pearl.DATASET_SLICES.get(env_id, pearl.DEFAULT_SLICES)
         made = {part: piece[1] if piece else 0 for part, piece in zip(held, slices)}
     else:  # episodes a task and steps an episode, the scripts' own constants
-        episodes, steps = {"make_point_direction.py": (6, 50), "make_sawyer.py": (50, 75)}[Path(command[1]).name]
+        episodes, steps = {"make_point_direction.py": (6, 50), "make_sawyer.py": (50, 75), "make_ant.py": (6, 200)}[Path(command[1]).name]
         num_train = int(command[3]) if len(command) > 3 else num_train  # then there are fewer episodes a task
         made = {"rl": episodes * spec.num_train_tasks // num_train * steps, "encoder": 0}
     for part, number in made.items():
