@@ -100,13 +100,13 @@ CHEETAH_SMALL = small(
     "CheetahVelocity", 5000, "--online-iterations 50 --save-dataset datasets/CheetahVelocity.npz"
 )  # fmt: skip
 CHEETAH_SMAC = CHEETAH_SMALL["smac"][0]
-# The oracles of Walker, Ant and Humanoid also make their datasets, after 40 or 100 iterations.
+# The oracles of Walker and Humanoid also make their datasets, after 40 or 100 iterations.
 WALKER_SMALL, ANT_SMALL, HUMANOID_SMALL = (
-    small(env_id, every, f"--online-iterations {end} --eval-every 10000 --save-dataset datasets/{env_id}.npz")
-    for env_id, every, end in (
-        ("WalkerParam", 5000, 40),
-        ("AntDirection", 10_000, 100),
-        ("HumanoidDirection", 5000, 100),
+    small(env_id, every, f"--online-iterations {end} --eval-every 10000{save}")
+    for env_id, every, end, save in (
+        ("WalkerParam", 5000, 40, " --save-dataset datasets/WalkerParam.npz"),
+        ("AntDirection", 10_000, 100, ""),
+        ("HumanoidDirection", 5000, 100, " --save-dataset datasets/HumanoidDirection.npz"),
     )
 )
 BENCHMARKS = {
