@@ -9,6 +9,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sawyer
 
 UP, LEVEL = np.array([0.0, 0.0, 1.0]), np.array([1.0, 1.0, 0.0])
+LIMIT = 0.97  # of an action. Of one at 1 the policy's log-density, of atanh(1 - 1e-6) = 7, is all outliers
 
 
 class SawyerPolicy:
@@ -44,7 +45,7 @@ class SawyerPolicy:
         if done:
             del self.jobs[self.job]
             self.job = self.rng.integers(len(self.jobs))
-        return np.clip([*motion, self.grip] + self.rng.normal(0, 0.1, 4), -1, 1).astype(np.float32)
+        return np.clip([*motion, self.grip] + self.rng.normal(0, 0.1, 4), -LIMIT, LIMIT).astype(np.float32)
 
     # A job: state in metres -> motion (3,) in 5 cm, gripper, done. Most go up, then over something, then down to it.
 
