@@ -45,8 +45,9 @@ def rows(tasks, final, exploration):
     for behaviour in np.unique(tasks):
         among = (tasks == behaviour) & ~start
         if among.any():
-            halves = [share(third, among & found) for found in (any_of, ~any_of)]
-            yield [sawyer.BEHAVIOURS[behaviour], share(each.mean(1), among), share(any_of, among), share(third, among), *halves]
+            cells = [share(happened, among) for happened in (each.mean(1), any_of, third)]
+            cells += [share(third, among & found) for found in (any_of, ~any_of)]
+            yield [sawyer.BEHAVIOURS[behaviour], *cells]
 
 
 def main(args):
@@ -59,7 +60,7 @@ def main(args):
     pairs = envs.make_evaluation(
         flags.env_id, data["train_tasks"], data["test_tasks"], args.train_tasks, repeats=args.episodes
     )
-    head = "gradient step|tasks, context|behaviour|exploration episode|any of two|third episode|third, if so|third, if not"
+    head = "step|tasks, context|behaviour|exploration episode|any of two|third episode|third, if so|third, if not"
     say(f"| {' | '.join(head.split('|'))} |\n|{' --- |' * len(head.split('|'))}")
     for step, agent in agents.items():
         rng = torch.Generator().manual_seed(flags.seed)
@@ -70,7 +71,8 @@ def main(args):
                 steps = sum(len(path["actions"]) for path in exploration[0])
                 h_offline = script.make_context(buffer.sample(numbers, steps, rng, "offline"), flags)
                 with torch.no_grad():
-                    played["offline"] = script.rollout(env_list, agent, *agent.encoder(h_offline), rng, deterministic=True)
+                    z = agent.encoder(h_offline)
+                played["offline"] = script.rollout(env_list, agent, *z, rng, deterministic=True)
             tasks = data[f"{split}_tasks"][numbers, -1].astype(int)
             for context, final in played.items():
                 for row in rows(tasks, final, exploration):

@@ -14,6 +14,9 @@ from gymnasium.utils.env_checker import check_env
 
 import envs
 
+sys.path.insert(1, str(Path(envs.__file__).parent / "datasets"))
+from make_ant import CYCLES, trot
+
 ALL = list(envs.SPECS)
 PARAM = ["HopperParam", "WalkerParam"]
 CHEETAH_FIRST = [0.7860740250467451, 0.47605191646339684, 0.8343795584830792]  # m/s
@@ -321,6 +324,21 @@ def test_paths_over_ground(env_id):
         assert np.isfinite(line[: len(place) + 1]).all() and np.isnan(line[len(place) + 1 :]).all()
         moved, observed = place[-1] - place[0], line[len(place)] - line[1]
         assert np.linalg.norm(observed - moved) < 0.15 * np.abs(np.diff(place, axis=0)).sum()
+
+
+# ----- The script of the Ant's data
+
+
+@pytest.mark.parametrize("heading", [-2.6, -1.0, 0.6, 2.2])
+def test_the_trot_goes_where_it_shall(heading):
+    env, way = envs.make("AntDirection"), np.array([np.cos(heading), np.sin(heading)])
+    obs, _ = env.reset(seed=0)
+    for step in range(100):
+        action = trot(obs, heading, 1.0, 2 * np.pi * CYCLES * 0.05 * step)
+        obs, _, terminated, _, _ = env.step(np.clip(action, -1, 1))
+        assert not terminated
+    moved = env.unwrapped.data.qpos[:2]
+    assert moved @ way > 4 and abs(moved[0] * way[1] - moved[1] * way[0]) < 1.5  # metres in 5 s: ahead, and aside
 
 
 # ----- Evaluation: its tasks, and episodes side by side

@@ -333,10 +333,10 @@ def frozen_belief():
 
 def sawyer_short(label):
     """Success and return of a short run on test tasks at two evaluations of the offline phase, and means after it."""
-    folder = ROOT / "benchmark" / "results" / "short" / "SawyerManipulation"
+    folder = ROOT / "benchmark" / "results" / "short" / "SawyerManipulation" / "actions_to_1"
     with open(folder / "diagnostics" / f"{label}__1.csv", newline="") as file:
         solved = [float(row["charts/test/online_context_success"]) for row in csv.DictReader(file)]
-    scores = [*returns("short/SawyerManipulation", label, 1).values()]
+    scores = [*returns("short/SawyerManipulation/actions_to_1", label, 1).values()]
     return [*solved[:2], np.mean(solved[2:])], [*scores[:2], np.mean(scores[2:])]
 
 
@@ -384,8 +384,16 @@ PROSE = [  # a file, what it says, and the same from the files of results
     (FULL, r"so that the oracle has (\S+) % more in all", lambda: [
         100 * (new("pearl") / (60_000 + new("smac")) - 1)]),
     (FULL, r"seed 1 has (\S+) with its own context, (\S+) with another task's, (\S+) with the prior, seed 2 (\S+), "
-     r"(\S+) and (\S+)\. Before", lambda: [*own_context("CheetahVelocity", 1), *own_context("CheetahVelocity", 2)]),
-    (FULL, r"Humanoid has (\S+), (\S+) and (\S+) in its offline phase, (\S+) at the first evaluation", lambda: [
+     r"(\S+) and (\S+), seed 3 (\S+), (\S+) and (\S+)\. Before", lambda: [
+        number for seed in (1, 2, 3) for number in own_context("CheetahVelocity", seed)]),
+    (FULL, r"on test tasks (\S+), (\S+) and (\S+) after the offline phase, (\S+), (\S+) and (\S+) at the end, three "
+     r"seeds\.", lambda: [
+        at("short/AntDirection", "smac", step, seed) for step in (15_000, 35_000) for seed in (1, 2, 3)]),
+    (FULL, r"after it (\S+), (\S+) and (\S+), and with the prior (\S+), (\S+) and (\S+) ", lambda: [
+        own_context("AntDirection", seed)[column] for column in (1, 2) for seed in (1, 2, 3)]),
+    (FULL, r"phase is better with it, (\S+)\. After 1,000 steps .*? is (\S+), at its end (\S+): the", lambda: [
+        at("short/AntDirection/little_noise", "smac", step, 1) for step in (15_000, 16_000, 35_000)]),
+    (FULL, r"as much: (\S+), (\S+) and (\S+) in seed 1's offline phase, then (\S+) and less", lambda: [
         at("short/HumanoidDirection", "smac", step, 1) for step in (5_000, 10_000, 15_000, 20_000)]),
     *((FULL, rf"`{label}`{between} (\S+) and (\S+) → (\S+) \((\S+) and (\S+) → (\S+)\)", lambda label=label: [
         number for three in sawyer_short(label) for number in three])
@@ -492,7 +500,8 @@ def test_a_dataset_holds_what_its_command_makes_and_its_readme_says(file):
         slices = pearl.DATASET_SLICES.get(env_id, pearl.DEFAULT_SLICES)
         made = {part: piece[1] if piece else 0 for part, piece in zip(held, slices)}
     else:  # episodes a task and steps an episode, the scripts' own constants
-        episodes, steps = {"make_point_direction.py": (6, 50), "make_sawyer.py": (50, 75), "make_ant.py": (6, 200)}[Path(command[1]).name]
+        sizes = {"make_point_direction.py": (6, 50), "make_sawyer.py": (50, 75), "make_ant.py": (6, 200)}
+        episodes, steps = sizes[Path(command[1]).name]
         num_train = int(command[3]) if len(command) > 3 else num_train  # then there are fewer episodes a task
         made = {"rl": episodes * spec.num_train_tasks // num_train * steps, "encoder": 0}
     for part, number in made.items():
