@@ -37,8 +37,9 @@ METHODS = {  # label of a run: its name and colour in every picture
     "smac_one_task": ("one task an iteration", "tab:orange"), "smac_oracle_rewards": ("true rewards", "dimgray"),
     "smac_test_tasks": ("explores test tasks", "tab:green"),
     "smac_test_tasks_oracle_rewards": ("explores test tasks, true rewards", "mediumslateblue"),
-    "smac_scenes": ("200 scenes", "hotpink"),
-    "smac_scenes_lambda_pearl": ("200 scenes, lambda_pearl 1", "indigo"),
+    "smac_scenes": ("one task an iteration, 200 scenes", "hotpink"),
+    "smac_scenes_lambda_pearl": ("the same, lambda_pearl 1", "indigo"),
+    "smac_scenes_five_tasks": ("five tasks an iteration, 200 scenes", "sienna"),
     "smac_goal_data": ("goal-directed data", "darkgreen"),
     "smac_goal_data_slow": ("goal-directed data, lr 3e-4", "darkseagreen"),
     "smac_goal_data_oracle_rewards": ("goal-directed data, true rewards", "saddlebrown"),
@@ -50,7 +51,8 @@ PANELS = {
     "true rewards in the second phase": "smac smac_oracle_rewards",
     "what enters the encoder buffer": "smac smac_encoder_prior",
     "critics": "smac smac_two_critics",
-    "how much it collects, and in how many scenes": "smac smac_one_task smac_scenes smac_scenes_lambda_pearl",
+    "how much it collects, and in how many scenes": "smac smac_one_task smac_scenes smac_scenes_lambda_pearl "
+    "smac_scenes_five_tasks",
     "data that give the task away": "smac smac_goal_data smac_goal_data_slow smac_goal_data_oracle_rewards",
 }
 LARGER = {  # the benchmark of an environment with larger networks and more steps

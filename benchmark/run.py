@@ -88,8 +88,9 @@ def short(env_id):
     if env_id == "SawyerManipulation":
         one, scenes = f"smac_offline_online.py {flags}", "--dataset datasets/SawyerManipulation200.npz"
         return rows | {
-            "smac_one_task": (one, (1,)), "smac_scenes": (f"{smac} {scenes}", (1, 2, 3)),
-            "smac_scenes_lambda_pearl": (f"{smac} {scenes} --lambda-pearl 1", (1,)),
+            "smac_one_task": (one, (1,)), "smac_scenes": (f"{one} {scenes}", (1, 2, 3)),
+            "smac_scenes_lambda_pearl": (f"{one} {scenes} --lambda-pearl 1", (1,)),
+            "smac_scenes_five_tasks": (f"{smac} {scenes}", (3,)),
         }  # fmt: skip
     rows["pearl"] = f"pearl_online_oracle.py {flags}", (1,)
     return rows | (encoder_ablations(rows) if env_id in ("HopperParam", "WalkerParam", "HumanoidDirection") else {})
