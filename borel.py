@@ -68,8 +68,8 @@ PRESETS = {
     "PointDirection": SMALL | dict(
         rl_batch=128, alpha=0.01, vae_trajectories=2, vae_lr=3e-3, vae_steps=1_000, offline_steps=2_000, eval_every=500,
     ),
-    "matched": dict(preset="matched", q_hidden=(300, 300, 300), policy_hidden=(300, 300, 300), meta_batch=4),
-    "short": SMALL | dict(preset="short", rl_batch=64, vae_steps=1_500, offline_steps=7_500, eval_every=2_500),
+    "matched": dict(q_hidden=(300, 300, 300), policy_hidden=(300, 300, 300), meta_batch=4),
+    "short": SMALL | dict(rl_batch=64, vae_steps=1_500, offline_steps=7_500, eval_every=2_500),
 }  # fmt: skip
 EPISODES = 3  # in a meta-trajectory: T of Section 6
 MAX_PADDED = 1 << 27  # numbers in all meta-trajectories, were all as long as the longest

@@ -59,10 +59,10 @@ PRESETS = {
     "AntDirection": dict(eval_every=8_000),
     "PointDirection": dict(policy_hidden=(64, 64), value_hidden=(64, 64), offline_steps=3_000, eval_every=1_000),
     "matched": dict(
-        preset="matched", weight_transform=False, policy_hidden=(300, 300, 300), value_hidden=(300, 300, 300),
+        weight_transform=False, policy_hidden=(300, 300, 300), value_hidden=(300, 300, 300),
         policy_lr=3e-4, value_lr=3e-4, meta_batch=4,
     ),
-    "short": dict(preset="short", offline_steps=10_000, eval_every=5_000),
+    "short": dict(offline_steps=10_000, eval_every=5_000),
     "PointDirection matched": dict(
         policy_hidden=(128, 128), value_hidden=(128, 128), policy_lr=1e-3, value_lr=1e-3, rl_batch=128,
         context_batch=128,

@@ -54,7 +54,7 @@ SMALL = dict(policy_hidden=(128, 128), encoder_hidden=(128, 128), lr=1e-3)
 PRESETS = {
     "AntDirection": dict(eval_every=8_000), "SawyerManipulation": dict(kl_coef=1 / 256, eval_every=8_000),
     "PointDirection": SMALL | dict(rl_batch=128, kl_coef=0.002, offline_steps=3_000, eval_every=1_200),
-    "short": SMALL | dict(preset="short", rl_batch=64, offline_steps=15_000, eval_every=5_000),
+    "short": SMALL | dict(rl_batch=64, offline_steps=15_000, eval_every=5_000),
     "CheetahVelocity short": dict(
         policy_hidden=(300, 300, 300), encoder_hidden=(200, 200, 200), lr=3e-4, offline_steps=20_000),
 }  # fmt: skip

@@ -70,7 +70,7 @@ PRESETS = {
         rl_batch=128, kl_coef=0.002, online_iterations=24, tasks_per_iteration=5, initial_steps=300, prior_steps=150,
         posterior_steps=250, updates_per_iteration=400, eval_every=1_200, dataset_iteration=10),
     "short": SMALL | dict(
-        preset="short", rl_batch=64, online_iterations=35, updates_per_iteration=1_000, eval_every=5_000),
+        rl_batch=64, online_iterations=35, updates_per_iteration=1_000, eval_every=5_000),
     "CheetahVelocity short": dict(  # with small networks SMAC learned nothing here
         q_hidden=(300, 300, 300), policy_hidden=(300, 300, 300), encoder_hidden=(200, 200, 200), lr=3e-4,
         online_iterations=30),

@@ -76,7 +76,7 @@ PRESETS = {
         awr_weights="exp", lambda_pearl=0.0, kl_coef=1 / 256, encoder_buffer="all"),
     "PointDirection": SMALL | dict(rl_batch=128, kl_coef=0.002, offline_steps=3_000, online_iterations=24,
         updates_per_iteration=400, prior_steps=150, posterior_steps=250, eval_every=1_200),
-    "short": SMALL | dict(preset="short", rl_batch=64, offline_steps=15_000, online_iterations=20,
+    "short": SMALL | dict(rl_batch=64, offline_steps=15_000, online_iterations=20,
         updates_per_iteration=1_000, eval_every=5_000),
     "CheetahVelocity short": dict(q_hidden=(300, 300, 300), policy_hidden=(300, 300, 300),  # small ones learned nothing
         encoder_hidden=(200, 200, 200), lr=3e-4, offline_steps=20_000, online_iterations=10),

@@ -1,9 +1,10 @@
 """Make the AntDirection dataset: python datasets/make_ant.py
 
-A scripted trot (`trot`) takes the place of a trained agent. As in PEARL's replay buffer, where 400 of 1000 transitions
-are collected with z from the prior, 40 % of the trajectories go in any direction; the others head for one near the
-task's. Speed is random, and so is the size of the noise on the actions, up to one that makes the Ant fall:
-critic and decoder must learn what actions cost that the trot does not take (README.md).
+PAPER: the replay buffer of PEARL's iteration 100. CODE: a scripted trot (`trot`), since PEARL did not learn to walk. As
+in PEARL's replay buffer, where 400 of 1000 transitions are collected with z from the prior, 40 % of the trajectories go
+in any direction; the others head for one near the task's. Speed is random, and so is the size of the noise on the
+actions, up to one that makes the Ant fall: critic and decoder must learn what actions cost that the trot does not take
+(README.md).
 """
 
 import sys

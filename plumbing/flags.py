@@ -89,7 +89,8 @@ def preset(args_class, presets, env_id, variant=""):
     unknown = sorted(set(row) - set(vars(args_class())))
     if unknown:
         raise InputError(f"a preset of {env_id} names {unknown[0]}, and {script} has no such flag")
-    return dataclasses.replace(args_class(), **{"env_id": env_id} | row)
+    said = {"env_id": env_id} | ({"preset": variant} if variant else {})
+    return dataclasses.replace(args_class(), **said | row)
 
 
 def read_flags(args_class, presets, path):
