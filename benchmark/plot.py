@@ -37,9 +37,7 @@ METHODS = {  # label of a run: its name and colour in every picture
     "smac_one_task": ("one task an iteration", "tab:orange"), "smac_oracle_rewards": ("true rewards", "dimgray"),
     "smac_test_tasks": ("explores test tasks", "tab:green"),
     "smac_test_tasks_oracle_rewards": ("explores test tasks, true rewards", "mediumslateblue"),
-    "smac_scenes": ("one task an iteration, 200 scenes", "hotpink"),
-    "smac_scenes_lambda_pearl": ("the same, lambda_pearl 1", "indigo"),
-    "smac_scenes_five_tasks": ("five tasks an iteration, 200 scenes", "sienna"),
+    "smac_five_tasks": ("five tasks an iteration", "sienna"), "smac_lambda_pearl": ("lambda_pearl 1", "indigo"),
     "smac_goal_data": ("goal-directed data", "darkgreen"),
     "smac_goal_data_slow": ("goal-directed data, lr 3e-4", "darkseagreen"),
     "smac_goal_data_oracle_rewards": ("goal-directed data, true rewards", "saddlebrown"),
@@ -51,17 +49,18 @@ PANELS = {
     "true rewards in the second phase": "smac smac_oracle_rewards",
     "what enters the encoder buffer": "smac smac_encoder_prior",
     "critics": "smac smac_two_critics",
-    "how much it collects, and in how many scenes": "smac smac_one_task smac_scenes smac_scenes_lambda_pearl "
-    "smac_scenes_five_tasks",
+    "how much it collects; the actor": "smac smac_one_task smac_five_tasks smac_lambda_pearl",
     "data that give the task away": "smac smac_goal_data smac_goal_data_slow smac_goal_data_oracle_rewards",
 }
 LARGER = {  # the benchmark of an environment with larger networks and more steps
     "HopperParam": "hopper_small", "WalkerParam": "walker_small", "CheetahVelocity": "cheetah_small",
     "AntDirection": "ant_small", "HumanoidDirection": "humanoid_small", "SawyerManipulation": "sawyer_small",
 }  # fmt: skip
-DOMAINS = [*LARGER]
+SCENES = "SawyerManipulation, 200 scenes"  # its default data have fifty
 FOLDERS = {env_id: f"short/{env_id}" for env_id in envs.SPECS} | {"PointDirection": "point_direction"}
-FIGURES = {
+FOLDERS |= {SCENES: "short/SawyerManipulation200"}
+DOMAINS = [*[*LARGER][:-1], SCENES]
+FIGURES = {  # true rewards stand for the Online Oracle on Sawyer, whose data are not of PEARL
     "figure5": ("methods (Figure 5)", DOMAINS),
     "figure7": ("what trains the encoder (Figure 7)", ("HopperParam", "WalkerParam", "HumanoidDirection")),
     "figure9": ("where it explores (Figure 9)", ("SawyerManipulation", "SawyerManipulation8")),
@@ -276,7 +275,8 @@ Of it adaptation: SMAC at the end with z from its own context / from another tas
         data = [f"{mean:.1f} ({n / 1000:g}k)" for mean, _, n in (data_of(run.args) for run in runs.values()) if n > 0]
         rows.append([env_id, *(data[:1] or [""])])
         rows[-1] += [cell(runs, "smac", phase) for phase in (0, 1)]
-        for labels in ("smac_actor_ablation", "meta_bc", "macaw macaw_matched", "borel borel_matched", "pearl"):
+        oracle = "smac_oracle_rewards" if env_id == SCENES else "pearl"
+        for labels in ("smac_actor_ablation", "meta_bc", "macaw macaw_matched", "borel borel_matched", oracle):
             rows[-1].append(cell(runs, labels, -1))
         rows[-1].append(adaptation(folder))
     write_table(file, head.split("|"), rows, note)
@@ -284,7 +284,8 @@ Of it adaptation: SMAC at the end with z from its own context / from another tas
 
 def short():
     """Write short/curve.png and short/table.md, of SMAC in each environment."""
-    runs = {env_id: load(f"short/{env_id}").get("smac") for env_id in envs.SPECS}
+    folders = {env_id: f"short/{env_id}" for env_id in envs.SPECS} | {SCENES: FOLDERS[SCENES]}
+    runs = {env_id: load(folder).get("smac") for env_id, folder in folders.items()}
     runs = {env_id: run for env_id, run in runs.items() if run}
     panels = {env_id: ({"smac": run}, ["smac"]) for env_id, run in runs.items()}
     picture(RESULTS / "short" / "curve.png", panels, one_legend=True)
@@ -299,7 +300,8 @@ Minutes: processor time, mean over seeds, where times.txt has it."""
         offline, last = values[:, steps.index(run.end)], values[:, [step > run.end for step in steps]][:, -3:]
         ends = [last.mean(1)] if last.size else []  # none: no second phase yet
         gains = ", ".join(f"{gain:+.1f}" for end in ends for gain in end - offline)
-        minutes = re.findall(rf"^short/{env_id} smac seed \d+: ([\d.]+) minutes of processor time", times, re.MULTILINE)
+        pattern = rf"^{folders[env_id]} smac seed \d+: ([\d.]+) minutes of processor time"
+        minutes = re.findall(pattern, times, re.MULTILINE)
         minutes = f"{np.mean([float(word) for word in minutes]):.0f}" if minutes else ""
         data = data_of(run.args)[0]
         rows.append([env_id, "" if np.isnan(data) else f"{data:.1f}", words([offline]), words(ends), gains, minutes])
@@ -309,8 +311,10 @@ Minutes: processor time, mean over seeds, where times.txt has it."""
 
 def main(name):
     if name == "glance":
-        sizes = "--preset short, with five tasks an iteration on Sawyer; the point mass at its own sizes."
-        folders = {env_id: FOLDERS[env_id] for env_id in (*DOMAINS, "PointDirection")}
+        sizes = """\
+--preset short; on Sawyer's fifty scenes with five tasks an iteration; the point mass at its own sizes. Sawyer's oracle
+is SMAC with true rewards in the second phase."""
+        folders = {env_id: FOLDERS[env_id] for env_id in (*LARGER, SCENES, "PointDirection")}
         return glance(RESULTS / "glance.md", folders, sizes)
     if name == "larger":
         sizes = """\
@@ -319,6 +323,8 @@ The paper's networks; batches of 4 x 64 transitions (the paper: 4 x 256), Sawyer
     if name in FIGURES:
         title, env_ids = FIGURES[name]
         panels = {env_id: (load(FOLDERS[env_id]), PANELS[title].split()) for env_id in env_ids}
+        if SCENES in panels:
+            panels[SCENES][1].append("smac_oracle_rewards")
         return picture(RESULTS / f"{name}.png", panels, one_legend=True)
     if name == "short":
         return short()

@@ -78,22 +78,31 @@ def short(env_id):
     rows = {"smac": (smac, (1, 2, 3))}
     if env_id == "PointDirection":  # of the rest there is a benchmark of its own: its sizes are short anyway
         return rows
-    if env_id.startswith("Sawyer"):  # Figure 9
-        rows["smac_test_tasks"] = f"{smac} --explore-tasks test", (1, 2)
-        rows["smac_test_tasks_oracle_rewards"] = f"{smac} --explore-tasks test --oracle-rewards", (1, 2)
-    if env_id == "SawyerManipulation8":
-        return rows
-    rows["smac_actor_ablation"] = f"{smac} --actor-ablation", (1,)
-    rows |= {name: (f"{name}.py {flags}", (1,)) for name in ("meta_bc", "macaw", "borel")}
-    if env_id == "SawyerManipulation":
-        one, scenes = f"smac_offline_online.py {flags}", "--dataset datasets/SawyerManipulation200.npz"
-        return rows | {
-            "smac_one_task": (one, (1,)), "smac_scenes": (f"{one} {scenes}", (1, 2, 3)),
-            "smac_scenes_lambda_pearl": (f"{one} {scenes} --lambda-pearl 1", (1,)),
-            "smac_scenes_five_tasks": (f"{smac} {scenes}", (3,)),
+    if env_id.startswith("Sawyer"):  # fifty scenes: Figure 9; the other methods with 200
+        test, two = f"{smac} --explore-tasks test", (1, 2)
+        return {
+            "smac": (smac, two), "smac_one_task": (f"smac_offline_online.py {flags}", (1,)),
+            "smac_test_tasks": (test, two), "smac_test_tasks_oracle_rewards": (f"{test} --oracle-rewards", two),
         }  # fmt: skip
-    rows["pearl"] = f"pearl_online_oracle.py {flags}", (1,)
+    rows |= others(smac, flags) | {"pearl": (f"pearl_online_oracle.py {flags}", (1,))}
     return rows | (encoder_ablations(rows) if env_id in ("HopperParam", "WalkerParam", "HumanoidDirection") else {})
+
+
+def others(smac, flags):
+    """The actor ablation and the methods without a second phase."""
+    rows = {name: (f"{name}.py {flags}", (1,)) for name in ("meta_bc", "macaw", "borel")}
+    return {"smac_actor_ablation": (f"{smac} --actor-ablation", (1,)), **rows}
+
+
+def scenes():
+    """All methods with --preset short on Sawyer with 200 scenes; true rewards stand for the Online Oracle."""
+    flags = "--env-id SawyerManipulation --preset short --dataset datasets/SawyerManipulation200.npz"
+    smac = f"smac_offline_online.py {flags}"
+    return {
+        "smac": (smac, (1, 2, 3)), "smac_oracle_rewards": (f"{smac} --oracle-rewards", (1,)), **others(smac, flags),
+        "smac_five_tasks": (f"{smac} --tasks-per-iteration 5", (3,)),
+        "smac_lambda_pearl": (f"{smac} --lambda-pearl 1", (1,)),
+    }  # fmt: skip
 
 
 HOPPER_SMALL = small("HopperParam", 5000, "--online-iterations 50", (1, 2, 3))
@@ -162,7 +171,7 @@ BENCHMARKS = {
     "humanoid_small": {
         **HUMANOID_SMALL, **baselines("HumanoidDirection"), **encoder_ablations(HUMANOID_SMALL),
     },
-    **{f"short/{env_id}": short(env_id) for env_id in envs.SPECS},
+    **{f"short/{env_id}": short(env_id) for env_id in envs.SPECS}, "short/SawyerManipulation200": scenes(),
     "sawyer": {
         "smac": (f"smac_offline_online.py {SAWYER} --online-iterations 20", (1,)),
         "meta_bc": (f"meta_bc.py {SAWYER}", (1,)),

@@ -342,8 +342,8 @@ def sawyer_short(label):
 
 def scenes():
     """Success on Sawyer's test tasks with 200 scenes: offline, mean of the last three evaluations, end; three runs."""
-    folder, rows = ROOT / "benchmark" / "results" / "short" / "SawyerManipulation" / "diagnostics", []
-    for run in ("smac_scenes__1", "smac_scenes__2", "smac_scenes_five_tasks__3"):
+    folder, rows = ROOT / "benchmark" / "results" / "short" / "SawyerManipulation200" / "diagnostics", []
+    for run in ("smac__1", "smac__2", "smac_five_tasks__3"):
         with open(folder / f"{run}.csv", newline="") as file:
             curve = {
                 int(r["gradient_step"]): float(r["charts/test/online_context_success"]) for r in csv.DictReader(file)
