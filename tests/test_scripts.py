@@ -343,7 +343,7 @@ def sawyer_short(label):
 def scenes():
     """Success on Sawyer's test tasks with 200 scenes: offline, mean of the last three evaluations, end; three runs."""
     folder, rows = ROOT / "benchmark" / "results" / "short" / "SawyerManipulation200" / "diagnostics", []
-    for run in ("smac__1", "smac__2", "smac_five_tasks__3"):
+    for run in ("smac__1", "smac__2", "smac__3"):
         with open(folder / f"{run}.csv", newline="") as file:
             curve = {
                 int(r["gradient_step"]): float(r["charts/test/online_context_success"]) for r in csv.DictReader(file)
@@ -386,7 +386,7 @@ PROSE = [  # a file, what it says, and the same from the files of results
         cheetah_error(30), cheetah_error(5)]),
     ("README.md", r"success on new ones from (\S+) to (\S+) \(\[three runs", lambda: np.mean(scenes(), axis=0)[:2]),
     (FULL, r"test tasks is (\S+), (\S+) and (\S+) after the offline phase, on average over the last three evaluations "
-     r"(\S+), (\S+) and (\S+), at the end (\S+), (\S+) and (\S+) ", lambda: np.transpose(scenes()).ravel()),
+     r"(\S+), (\S+) and (\S+), at the end (\S+), (\S+) and (\S+); ", lambda: np.transpose(scenes()).ravel()),
     ("README.md", r"did not help \((\S+) → (\S+) on test tasks, .*, true rewards did \((\S+) → (\S+)\)", lambda: [
         at("point_direction", label, step, 1, 2, 3)
         for label in ("smac_goal_data", "smac_goal_data_oracle_rewards") for step in (3_000, 12_600)]),
@@ -402,6 +402,8 @@ PROSE = [  # a file, what it says, and the same from the files of results
     (FULL, r"on test tasks (\S+), (\S+) and (\S+) after the offline phase, (\S+), (\S+) and (\S+) at the end, three "
      r"seeds\.", lambda: [
         at("short/AntDirection", "smac", step, seed) for step in (15_000, 35_000) for seed in (1, 2, 3)]),
+    (FULL, r"return is (\S+), (\S+) and (\S+) with its own context, (\S+), (\S+) and (\S+) with another ", lambda: [
+        own_context("SawyerManipulation200", seed)[column] for column in (0, 1) for seed in (1, 2, 3)]),
     (FULL, r"after it (\S+), (\S+) and (\S+), and with the prior (\S+), (\S+) and (\S+) ", lambda: [
         own_context("AntDirection", seed)[column] for column in (1, 2) for seed in (1, 2, 3)]),
     (FULL, r"phase is better with it, (\S+)\. After 1,000 steps .*? is (\S+), at its end (\S+): the", lambda: [
