@@ -69,8 +69,8 @@ class Args:
 
 SMALL = dict(q_hidden=(128, 128), policy_hidden=(128, 128), encoder_hidden=(128, 128), lr=1e-3)  # of both short runs
 # What differs from the defaults above. C.2 freezes the encoder buffer on Cheetah, and has one buffer on Sawyer. The KL
-# weight must fit the rewards: on Sawyer, where they are 0 or -1 and 0.1 leaves the latent empty, Eq. 3 is taken as
-# written, a sum over 256 transitions; on PointDirection, which is not in the paper, they are .1 to .5.
+# weight must fit the rewards: on Sawyer, where they are 0 or -1, and on Humanoid 0.1 leaves the latent empty, and Eq. 3
+# is taken as written, a sum over 256 transitions; on PointDirection, which is not in the paper, they are .1 to .5.
 PRESETS = {
     "CheetahVelocity": dict(encoder_buffer="frozen"), "AntDirection": dict(eval_every=8_000),
     "HumanoidDirection": dict(kl_coef=1 / 256, alive_bonus=5.0),

@@ -282,7 +282,7 @@ def test_glance_has_a_row_for_each_environment(results):
     plot.main("glance")
     rows = [line for line in (results / "glance.md").read_text().splitlines() if line.startswith("| ")][2:]
     rows = {cells[0]: cells[1:] for cells in ([cell.strip() for cell in line[1:-1].split("|")] for line in rows)}
-    assert [*rows] == [*plot.DOMAINS, "PointDirection"] and len(plot.DOMAINS) == 6
+    assert [*rows] == [*plot.LARGER, plot.SCENES, "PointDirection"] and len(plot.DOMAINS) == 6
     assert rows["WalkerParam"] == [""] * 9
     phases = ["1.0 ± 0.0 (2; 0.01k)", "3.0 ± 0.0 (2; 0.02k; 9k)"]  # seeds, gradient steps, new transitions
     assert rows["AntDirection"][1:] == [*phases, "", "", "", "", "", "7.0 / 1.0 / 5.0 (1)"]
