@@ -46,7 +46,6 @@ class Args:
     lr: float = 3e-4  # Adam's learning rate, all networks [Table 1]
     kl_coef: float = 0.1  # weight of the KL term of Eq. 3 (the authors' code; it must fit the size of the rewards)
     next_obs_in_context: bool = False  # the encoder sees s' as well (Section 3 lists it in h, C.3 does not)
-    alive_bonus: float = 0.0  # what every step pays whatever the task; the encoder reads r without it
 
 
 SMALL = dict(policy_hidden=(128, 128), encoder_hidden=(128, 128), lr=1e-3)
@@ -54,7 +53,6 @@ SMALL = dict(policy_hidden=(128, 128), encoder_hidden=(128, 128), lr=1e-3)
 # is not in the paper: small networks and a short run.
 PRESETS = {
     "AntDirection": dict(eval_every=8_000), "SawyerManipulation": dict(kl_coef=1 / 256, eval_every=8_000),
-    "HumanoidDirection": dict(kl_coef=1 / 256, alive_bonus=5.0),
     "PointDirection": SMALL | dict(rl_batch=128, kl_coef=0.002, offline_steps=3_000, eval_every=1_200),
     "short": SMALL | dict(rl_batch=64, offline_steps=15_000, eval_every=5_000),
     "CheetahVelocity short": dict(
@@ -132,8 +130,6 @@ class Agent(nn.Module):
 
 def make_context(data, args):
     """A history h as the encoder reads it: (s, a, r) or (s, a, r, s') of each transition, (..., in_dim)."""
-    # PAPER: r. CODE: r without what every step pays, whatever the task: of Humanoid's 5 +- .4 that is 5.
-    data = data | {"rewards": data["rewards"] - args.alive_bonus}
     names = ["obs", "actions", "rewards"] + ["next_obs"] * args.next_obs_in_context
     return torch.cat([data[name] for name in names], dim=-1)
 

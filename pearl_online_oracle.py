@@ -52,7 +52,6 @@ class Args:
     kl_coef: float = 0.4  # weight of the KL term, a mean over tasks (PEARL: 0.1 on the sum over 4 tasks)
     policy_reg: float = 1e-3  # weight of the squares of the policy's mean and log standard deviation (PEARL's code)
     next_obs_in_context: bool = False  # the encoder sees s' as well (PEARL: where tasks differ in their dynamics)
-    alive_bonus: float = 0.0  # what every step pays whatever the task; the encoder reads r without it
     initial_steps: int = 2_000  # transitions of each task before training, z from the prior (PEARL)
     tasks_per_iteration: int = 5  # tasks that collect data in one iteration, side by side (authors: in turn)
     prior_steps: int = 400  # new transitions a task with z from the prior (PEARL)
@@ -166,8 +165,6 @@ class Agent(nn.Module):
 
 def make_context(data, args):
     """A history h as the encoder reads it: (s, a, r) or (s, a, r, s') of each transition, (..., in_dim)."""
-    # PAPER: r. CODE: r without what every step pays, whatever the task: of Humanoid's 5 +- .4 that is 5.
-    data = data | {"rewards": data["rewards"] - args.alive_bonus}
     names = ["obs", "actions", "rewards"] + ["next_obs"] * args.next_obs_in_context
     return torch.cat([data[name] for name in names], dim=-1)
 

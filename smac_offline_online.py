@@ -53,7 +53,6 @@ class Args:
     lambda_pearl: float = 1.0  # weight of the PEARL actor loss in the self-supervised phase [Table 2]
     kl_coef: float = 0.1  # weight of the KL term of Eq. 3 (authors' code; it must fit the size of the rewards)
     next_obs_in_context: bool = False  # the encoder sees s' as well (Section 3 lists it in h, C.3 does not)
-    alive_bonus: float = 0.0  # what every step pays whatever the task; the encoder reads r without it
     tasks_per_iteration: int = 5  # tasks that collect data in one iteration, side by side (authors: in turn)
     prior_steps: int = 400  # new transitions a task with z from the prior (the authors' split of the 1000 of C.2)
     posterior_steps: int = 600  # new transitions a task with z from the posterior
@@ -69,11 +68,10 @@ class Args:
 
 SMALL = dict(q_hidden=(128, 128), policy_hidden=(128, 128), encoder_hidden=(128, 128), lr=1e-3)  # of both short runs
 # What differs from the defaults above. C.2 freezes the encoder buffer on Cheetah, and has one buffer on Sawyer. The KL
-# weight must fit the rewards: on Sawyer, where they are 0 or -1, and on Humanoid 0.1 leaves the latent empty, and Eq. 3
-# is taken as written, a sum over 256 transitions; on PointDirection, which is not in the paper, they are .1 to .5.
+# weight must fit the rewards: on Sawyer, where they are 0 or -1 and 0.1 leaves the latent empty, Eq. 3 is taken as
+# written, a sum over 256 transitions; on PointDirection, which is not in the paper, they are .1 to .5.
 PRESETS = {
     "CheetahVelocity": dict(encoder_buffer="frozen"), "AntDirection": dict(eval_every=8_000),
-    "HumanoidDirection": dict(kl_coef=1 / 256, alive_bonus=5.0),
     "SawyerManipulation": dict(num_critics=1, tasks_per_iteration=1, eval_every=8_000, reward_scale=1.0, awr_lambda=0.3,
         awr_weights="exp", lambda_pearl=0.0, kl_coef=1 / 256, encoder_buffer="all"),
     "PointDirection": SMALL | dict(rl_batch=128, kl_coef=0.002, offline_steps=3_000, online_iterations=24,
@@ -179,8 +177,6 @@ class Agent(nn.Module):
 
 def make_context(data, args):
     """A history h as the encoder reads it: (s, a, r) or (s, a, r, s') of each transition, (..., in_dim)."""
-    # PAPER: r. CODE: r without what every step pays, whatever the task: of Humanoid's 5 +- .4 that is 5.
-    data = data | {"rewards": data["rewards"] - args.alive_bonus}
     names = ["obs", "actions", "rewards"] + ["next_obs"] * args.next_obs_in_context
     return torch.cat([data[name] for name in names], dim=-1)
 

@@ -22,11 +22,11 @@ from plumbing.flags import preset
 ENV_ID, STEPS, SEED, DRAWS = "HumanoidDirection", 15_000, 1, 20
 OUT = ROOT / "benchmark" / "results" / "short" / ENV_ID / "labels.md"
 SPEC = envs.SPECS[ENV_ID]
-ROWS = (  # weight of the KL, alive_bonus, z is the true direction, trajectories dealt to tasks at random
-    ("KL weight .1, the encoder reads r", 0.1, 0.0, False, False),
+ROWS = (  # weight of the KL, what the encoder reads r without, whether z is the true direction, trajectories are dealt
+    ("the preset: KL weight .1, the encoder reads r", 0.1, 0.0, False, False),
     ("the same, the task's direction in place of z", 0.1, 0.0, True, False),
     ("KL weight 1/256, the encoder reads r", 1 / 256, 0.0, False, False),
-    ("KL weight 1/256, the encoder reads r - 5: the preset", 1 / 256, 5.0, False, False),
+    ("KL weight 1/256, the encoder reads r - 5", 1 / 256, 5.0, False, False),
     ("the same, trajectories dealt to tasks at random", 1 / 256, 5.0, False, True),
 )
 
@@ -63,11 +63,17 @@ def split(entries):
     return result
 
 
-def infer(agent, batch, known, drawn):
-    """z (T, dz) of a batch's context, or of the tasks' directions `known` (T, dz); and the KL to the prior."""
+def draw(buffer, tasks, args, bonus, generator):
+    """A batch with histories h, of whose rewards `bonus` is taken."""
+    batch = buffer.sample(tasks, args.rl_batch, generator)
+    history = buffer.sample(tasks, args.context_batch, generator, "context")
+    return batch | {"context": smac.make_context(history | {"rewards": history["rewards"] - bonus}, args)}
+
+
+def infer(agent, batch, known, noise=0.0):
+    """z (T, dz) of a batch's history, or the tasks' directions `known` (T, dz); and the KL to the prior."""
     mu, sigma = agent.encoder(batch["context"])
-    kl = smac.kl_to_prior(mu, sigma).mean()
-    return (mu + sigma * batch["noise_z"] if drawn else mu) if known is None else known, kl
+    return mu + sigma * noise if known is None else known, smac.kl_to_prior(mu, sigma).mean()
 
 
 def loss(agent, batch, z):
@@ -78,29 +84,28 @@ def loss(agent, batch, z):
 
 
 @torch.no_grad()
-def measure(agent, buffer, args, directions):
+def measure(agent, buffer, args, bonus, directions):
     """KL, and the decoder's squared error over the rewards' variance: of all tasks, DRAWS times."""
     generator, tasks, rows = torch.Generator().manual_seed(SEED), torch.arange(SPEC.num_train_tasks), []
     for _ in range(DRAWS):
-        batch = buffer.sample(tasks, args.rl_batch, generator)
-        batch["context"] = smac.make_context(buffer.sample(tasks, args.context_batch, generator, "context"), args)
-        z, kl = infer(agent, batch, directions, drawn=False)
+        batch = draw(buffer, tasks, args, bonus, generator)
+        z, kl = infer(agent, batch, directions)
         rows.append((kl.item(), loss(agent, batch, z).item(), batch["rewards"].var().item()))
     kl, error, variance = np.mean(rows, axis=0)
     return kl, error / variance
 
 
-def train(buffer, args, directions):
+def train(buffer, args, bonus, directions):
+    """Encoder and decoder after STEPS gradient steps of Eq. 3."""
     torch.manual_seed(SEED)
     agent, generator = smac.Agent(SPEC.obs_dim, SPEC.action_dim, args), torch.Generator().manual_seed(SEED)
     trained = [*agent.encoder.parameters(), *agent.decoder.parameters()]
     optimizer = torch.optim.Adam(trained, lr=args.lr, fused=True)
     for _ in range(STEPS):
         tasks = torch.randperm(SPEC.num_train_tasks, generator=generator)[: args.meta_batch]
-        batch = buffer.sample(tasks, args.rl_batch, generator)
-        batch["context"] = smac.make_context(buffer.sample(tasks, args.context_batch, generator, "context"), args)
-        batch["noise_z"] = torch.randn(args.meta_batch, args.latent_dim, generator=generator)
-        z, kl = infer(agent, batch, None if directions is None else directions[tasks], drawn=True)
+        batch = draw(buffer, tasks, args, bonus, generator)
+        noise = torch.randn(args.meta_batch, args.latent_dim, generator=generator)
+        z, kl = infer(agent, batch, None if directions is None else directions[tasks], noise)
         optimizer.zero_grad()
         (loss(agent, batch, z) + args.kl_coef * kl).backward()  # Eq. 3
         optimizer.step()
@@ -115,11 +120,11 @@ if __name__ == "__main__":
     lines = [head, ["---"] * len(head)]
     for name, kl_coef, bonus, known, dealt in ROWS:
         args = preset(smac.Args, smac.PRESETS, ENV_ID, "short")
-        args = dataclasses.replace(args, kl_coef=kl_coef, alive_bonus=bonus)
+        args = dataclasses.replace(args, kl_coef=kl_coef)
         seen, unseen = split(deal(dataset["rl"], dataset["train_tasks"]) if dealt else dataset["rl"])
         known = directions if known else None
-        agent = train(seen, args, known)
-        figures = [*measure(agent, seen, args, known), *measure(agent, unseen, args, known)]
+        agent = train(seen, args, bonus, known)
+        figures = [*measure(agent, seen, args, bonus, known), *measure(agent, unseen, args, bonus, known)]
         lines.append([name, *(f"{figure:.2f}" for figure in figures)])
         print(*lines[-1], sep=" | ", flush=True)
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)

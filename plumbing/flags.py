@@ -19,9 +19,7 @@ import envs
 from envs import InputError
 from plumbing.files import MAX_TEXT, read_npz
 
-MAY_BE_ZERO = (
-    "seed task_seed offline_steps online_iterations lambda_pearl kl_coef posterior_steps policy_reg alpha alive_bonus"
-)
+MAY_BE_ZERO = "seed task_seed offline_steps online_iterations lambda_pearl kl_coef posterior_steps policy_reg alpha"
 AT_LEAST = {"rl_batch": 2, "context_batch": 2}  # a mean and a deviation are taken over them
 AT_MOST = {"gamma": 1, "tau": 1, "tasks_per_iteration": 32, "seed": 2**32, "task_seed": 2**32 - 1}  # and see `bounds`
 PRODUCTS = {  # for memory: a gradient step of the largest takes about 1 GB

@@ -149,8 +149,6 @@ def test_context_is_s_a_r_and_on_request_next_s(next_obs, dim):
     data = {"obs": torch.full((2, 3), 1.0), "actions": torch.full((2, 2), 2.0), "rewards": torch.full((2, 1), 3.0)}
     context = smac.make_context(data | {"next_obs": torch.full((2, 3), 4.0)}, smac.Args(next_obs_in_context=next_obs))
     assert context.tolist() == [[1, 1, 1, 2, 2, 3, 4, 4, 4][:dim]] * 2
-    without = smac.make_context(data | {"next_obs": torch.full((2, 3), 4.0)}, smac.Args(alive_bonus=2.5))
-    assert without.tolist() == [[1, 1, 1, 2, 2, 0.5]] * 2 and (data["rewards"] == 3).all()
 
 
 def test_kl_to_prior_by_hand_and_by_integration():
