@@ -267,8 +267,8 @@ def glance(file, folders, sizes):
 {sizes}
 On test tasks, z from two episodes of the agent's own exploration: mean over seeds ± half its 95 % interval (Student's
 t; none of one seed); in brackets seeds; gradient steps; new transitions, the oracle's with rewards. Data: mean over the
-training tasks of the mean return of a task's trajectories. Of MACAW and BOReL the better of the presets that were run.
-Of it adaptation: SMAC at the end with z from its own context / from another task's / from the prior. Empty: not run."""
+training tasks of the mean return of a task's trajectories. MACAW, BOReL: the better preset of those that were run. Of
+it adaptation: SMAC at the end with z from its own context / from another task's / from the prior. Empty: not run."""
     rows = []
     for env_id, folder in folders.items():
         runs = load(folder)
@@ -311,9 +311,7 @@ Minutes: processor time, mean over seeds, where times.txt has it."""
 
 def main(name):
     if name == "glance":
-        sizes = """\
---preset short; on Sawyer's fifty scenes with five tasks an iteration; the point mass at its own sizes. Sawyer's oracle
-is SMAC with true rewards in the second phase."""
+        sizes = "--preset short (Sawyer's fifty scenes: five tasks an iteration; its oracle: SMAC with true rewards)."
         folders = {env_id: FOLDERS[env_id] for env_id in (*LARGER, SCENES, "PointDirection")}
         return glance(RESULTS / "glance.md", folders, sizes)
     if name == "larger":
