@@ -412,8 +412,9 @@ PROSE = [  # a file, what it says, and the same from the files of results
     (FULL, r"as much: (\S+), (\S+) and (\S+) in seed 1's offline phase, then (\S+) and less", lambda: [
         at("short/HumanoidDirection", "smac", step, 1) for step in (5_000, 10_000, 15_000, 20_000)]),
     (FULL, r"Hopper is at (\S+) after it, Walker at (\S+), Ant at (\S+), Sawyer with 200 scenes at (\S+); SMAC, "
-     r"three seeds, at (\S+), (\S+), (\S+) and (\S+)\.", lambda: [at(f"short/{env_id}", "smac_actor_ablation", 15_000, 1)
-        for env_id in ABLATED] + [at(f"short/{env_id}", "smac", 15_000, 1, 2, 3) for env_id in ABLATED]),
+     r"three seeds, at (\S+), (\S+), (\S+) and (\S+)\. ", lambda: [
+        at(f"short/{env_id}", "smac_actor_ablation", 15_000, 1) for env_id in ABLATED] + [
+        at(f"short/{env_id}", "smac", 15_000, 1, 2, 3) for env_id in ABLATED]),
     (FULL, r"repairs Hopper \((\S+); SMAC (\S+)\) .*? Walker \((\S+); (\S+)\), not Ant \((\S+); (\S+)\) and Sawyer "
      r"\((\S+); (\S+)\)\.", lambda: [number for env_id in ABLATED for number in (
         at(f"short/{env_id}", "smac_actor_ablation", 35_000, 1), at(f"short/{env_id}", "smac", 35_000, 1, 2, 3))]),
