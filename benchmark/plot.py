@@ -311,7 +311,8 @@ Minutes: processor time, mean over seeds, where times.txt has it."""
 
 def main(name):
     if name == "glance":
-        sizes = "--preset short (Sawyer's fifty scenes: five tasks an iteration; its oracle: SMAC with true rewards)."
+        sizes = """\
+--preset short, PointDirection its own. Sawyer: five tasks an iteration with fifty scenes; oracle: true rewards."""
         folders = {env_id: FOLDERS[env_id] for env_id in (*LARGER, SCENES, "PointDirection")}
         return glance(RESULTS / "glance.md", folders, sizes)
     if name == "larger":

@@ -443,6 +443,20 @@ def test_sawyers_table_of_successes_is_that_of_the_results():
             assert abs(float(cell) - success(label, step, column)) <= 0.005 + 1e-6
 
 
+def test_sawyers_table_of_200_scenes_is_that_of_the_results():
+    text = source(FULL).split("\n| 200 scenes: success")[1].split("\n\n")[0]
+    rows = re.findall(r"^\| (\w+), seed (\d) \| (.*) \|$", text, re.M)
+    assert len(rows) == 6
+    for label, seed, cells in rows:
+        file = ROOT / "benchmark/results/short/SawyerManipulation200/diagnostics" / f"{label}__{seed}.csv"
+        with open(file, newline="") as lines:
+            found = [*csv.DictReader(lines)]
+        for cell, column in zip(cells.split(" | "), ("test/online", "train/online", "train/offline"), strict=True):
+            curve = {int(row["gradient_step"]): float(row[f"charts/{column}_context_success"]) for row in found}
+            for said, value in zip(cell.split(" → "), (curve[15_000], np.mean([*curve.values()][-3:])), strict=True):
+                assert abs(float(said) - value) <= 0.0005 + 1e-6
+
+
 # ----- Batches, flags and data
 
 
