@@ -73,7 +73,8 @@ def draw(buffer, tasks, args, bonus, generator):
 def infer(agent, batch, known, noise=0.0):
     """z (T, dz) of a batch's history, or the tasks' directions `known` (T, dz); and the KL to the prior."""
     mu, sigma = agent.encoder(batch["context"])
-    return mu + sigma * noise if known is None else known, smac.kl_to_prior(mu, sigma).mean()
+    kl = smac.kl_to_prior(mu, sigma).mean()
+    return mu + sigma * noise if known is None else known, kl
 
 
 def loss(agent, batch, z):
