@@ -309,7 +309,8 @@ class Run:
         eval_csv = self.restore() if args.resume else ",".join(CSV_COLUMNS) + "\r\n"  # nothing is written before this
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock()
-        self.file.write(json.dumps(vars(args) | {"precision": self.precision, "versions": versions()}, indent=1))
+        found = {"precision": self.precision, "versions": versions(self.device)}
+        self.file.write(json.dumps(vars(args) | found, indent=1))
         self.file.flush()
         write_file(self.folder / "eval.csv", lambda file: file.write(eval_csv.encode()))
 

@@ -6,8 +6,10 @@ stopped and resumed ends like one that is not. Of SMAC's plain step: the share o
 the rest is spent on launching. Writes benchmark/results/speed/gpu.md and prints it.
 """
 
+import contextlib
 import dataclasses
 import functools
+import io
 import os
 import signal
 import statistics
@@ -74,7 +76,8 @@ def train(script, folder, args, **flags):
         flags = {"eval_every": 10**6, "device": args.device, "run_dir": str(folder)} | flags
         if not flags.get("resume"):
             flags["env_id"] = args.env_id
-        buffers.train(script, **flags)
+        with contextlib.redirect_stdout(io.StringIO()):
+            buffers.train(script, **flags)
     finally:
         envs.make_evaluation, buffers.Run.scalars = before, scalars
     (file,) = Path(folder).glob("*/checkpoint.npz")
