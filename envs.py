@@ -20,7 +20,6 @@ import importlib
 import os
 import sys
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 for number in range(3):  # a stream that is closed: GLFW, below, needs it open, and the next file would take its place
@@ -37,7 +36,6 @@ from gymnasium.envs.mujoco.ant_v5 import AntEnv
 from gymnasium.envs.mujoco.half_cheetah_v5 import HalfCheetahEnv
 from gymnasium.envs.mujoco.hopper_v5 import HopperEnv
 from gymnasium.envs.mujoco.humanoid_v5 import HumanoidEnv
-from gymnasium.envs.mujoco.mujoco_env import MujocoEnv
 from gymnasium.envs.mujoco.walker2d_v5 import Walker2dEnv
 from gymnasium.utils import EzPickle
 
@@ -218,9 +216,6 @@ class Episodes:
 
     def __init__(self, env_list, rng, read_rewards=True):
         self.env_list, self.live = env_list, list(range(len(env_list)))
-        # MuJoCo leaves Python's lock alone: with more threads than one the environments share them, to the same result.
-        many = torch.get_num_threads() > 1 and len(env_list) >= 8 and isinstance(env_list[0].unwrapped, MujocoEnv)
-        self.pool = ThreadPoolExecutor(torch.get_num_threads()) if many else None
         seeds = torch.randint(2**31 - 1, (len(env_list),), generator=rng).tolist()
         names = ["obs", "actions", "terminals"] + ["rewards"] * read_rewards
         self.records = [{name: [] for name in names} for _ in env_list]
@@ -238,29 +233,17 @@ class Episodes:
 
     def step(self, actions: torch.Tensor) -> None:
         """Act in the live episodes: actions (live, a)."""
-        actions = actions.cpu().numpy()
-        if self.pool:
-            parts = [slice(k, None, torch.get_num_threads()) for k in range(torch.get_num_threads())]
-            over = np.empty(len(self.live), bool)
-            results = self.pool.map(lambda part: list(map(self.act, self.live[part], actions[part])), parts)
-            for part, result in zip(parts, results):
-                over[part] = result
-        else:
-            over = list(map(self.act, self.live, actions))
-        self.live = [i for i, ended in zip(self.live, over) if not ended]
-
-    def act(self, i, action):
-        """Act in episode i; whether it is over."""
-        obs, reward, terminated, truncated, _ = self.env_list[i].step(action.copy())  # some change it in place
-        got = {"obs": np.array(obs, np.float32), "actions": action, "terminals": terminated, "rewards": reward}
-        for name, values in self.records[i].items():
-            values.append(got[name])
-        return terminated or truncated
+        live, self.live = self.live, []
+        for i, action in zip(live, actions.cpu().numpy()):
+            obs, reward, terminated, truncated, _ = self.env_list[i].step(action.copy())  # some change it in place
+            got = {"obs": np.array(obs, np.float32), "actions": action, "terminals": terminated, "rewards": reward}
+            for name, values in self.records[i].items():
+                values.append(got[name])
+            if not (terminated or truncated):
+                self.live.append(i)
 
     def paths(self) -> list:
         """E trajectories: obs (L+1, o), actions (L, a), terminals (L,) and, if they were read, rewards (L,)."""
-        if self.pool:
-            self.pool.shutdown()
         paths = [{k: np.array(values, np.float32) for k, values in record.items()} for record in self.records]
         return [path | {k: path[k].reshape(-1) for k in ("terminals", "rewards") if k in path} for path in paths]
 

@@ -63,7 +63,7 @@ DOMAINS = [*[*LARGER][:-1], SCENES]
 FIGURES = {  # true rewards stand for the Online Oracle on Sawyer, whose data are not of PEARL
     "figure5": ("methods (Figure 5)", DOMAINS),
     "figure7": ("what trains the encoder (Figure 7)", ("HopperParam", "WalkerParam", "HumanoidDirection")),
-    "figure9": ("where it explores (Figure 9)", ("SawyerManipulation", "SawyerManipulation8")),
+    "figure9": ("where it explores (Figure 9)", ("SawyerManipulation8",)),
 }
 TEST, ENV_STEPS = ("test", "online"), ("env_steps", "")  # groups of `read`
 GROUPS = (TEST, ("train", "online"), ("train", "offline"))  # tasks, context
@@ -216,7 +216,7 @@ def picture(file, panels, one_legend):
     """Draw panels {title: (runs, labels)}, of one environment, or of several with one legend."""
     columns = {1: 1, 2: 2, 4: 2}.get(len(panels), 3)
     rows, legend = math.ceil(len(panels) / columns), {}
-    size = dict(figsize=(4 * columns, (3.1 if one_legend else 4.1) * rows + 0.6 * one_legend), layout="constrained")
+    size = dict(figsize=(max(8, 4 * columns), (3.1 if one_legend else 4.1) * rows + 0.6 * one_legend), layout="constrained")
     figure, axes = plt.subplots(rows, columns, sharey=not one_legend, squeeze=False, **size)
     for axis, (title, (runs, labels)) in zip(axes.flat, panels.items()):
         draw(axis, title, runs, labels)

@@ -26,7 +26,7 @@ def choose_device(args) -> torch.device:
         raise InputError(f"--device {args.device}: the GPU can not be used ({error}); --device cpu works") from None
 
 
-def versions(device=torch.device("cpu")) -> dict:
+def versions(device=None) -> dict:
     """What a result may depend on beside its flags; the GPU's name where `device` is one."""
     found = {"python": platform.python_version(), "cpu": platform.processor() or platform.machine()}
     with contextlib.suppress(OSError, IndexError):
@@ -34,7 +34,7 @@ def versions(device=torch.device("cpu")) -> dict:
     for name in ("torch", "numpy", "gymnasium", "mujoco", "pybullet"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
-    return found | ({"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {})
+    return found | ({"gpu": torch.cuda.get_device_name(device)} if device and device.type == "cuda" else {})
 
 
 def keep_freed_memory():
