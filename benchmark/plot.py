@@ -216,7 +216,8 @@ def picture(file, panels, one_legend):
     """Draw panels {title: (runs, labels)}, of one environment, or of several with one legend."""
     columns = {1: 1, 2: 2, 4: 2}.get(len(panels), 3)
     rows, legend = math.ceil(len(panels) / columns), {}
-    size = dict(figsize=(max(8, 4 * columns), (3.1 if one_legend else 4.1) * rows + 0.6 * one_legend), layout="constrained")
+    width, height = max(8, 4 * columns), (3.1 if one_legend else 4.1) * rows + 0.6 * one_legend
+    size = dict(figsize=(width, height), layout="constrained")
     figure, axes = plt.subplots(rows, columns, sharey=not one_legend, squeeze=False, **size)
     for axis, (title, (runs, labels)) in zip(axes.flat, panels.items()):
         draw(axis, title, runs, labels)

@@ -3,7 +3,7 @@
 Measures for each environment, at the default flags: gradient steps of the second phase, the steps of an iteration's
 exploration (its tasks side by side, and in turn) and of an evaluation's episodes, by an agent of initial weights, and
 a line of the log. Computes the shares in a run's second phase, with episodes to the time limit, so that evaluation is
-an upper bound, for this machine and for a GPU that makes 3,000 gradient steps a second beside the same environments.
+an upper bound, for this machine and for a GPU that makes 800 gradient steps a second beside the same environments.
 Appends to benchmark/results/speed/shares.md.
 """
 
@@ -23,7 +23,7 @@ from benchmark import speed
 from plumbing.flags import preset
 from plumbing.machine import matmul_precision, versions
 
-GPU_STEPS = 3_000  # gradient steps a second
+GPU_STEPS = 800  # gradient steps a second: results/speed/gpu.md
 
 
 @dataclasses.dataclass

@@ -43,6 +43,13 @@ def leave_no_trace():
     assert found() == before
 
 
+@pytest.fixture(autouse=True)
+def without_gpu(monkeypatch, request):
+    """`--device auto` is the CPU, also where there is a GPU, on which not all is equal bit for bit that is here."""
+    if "cuda" not in request.node.name:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
 @pytest.fixture
 def quick(monkeypatch):
     """Small evaluations, a point of the loss curves every 5 steps, and no pictures, which take most of the time."""
