@@ -457,6 +457,31 @@ def test_sawyers_table_of_200_scenes_is_that_of_the_results():
                 assert abs(float(said) - value) <= 0.0005 + 1e-6
 
 
+def test_figure_9s_table_is_that_of_the_results():
+    text = source(FULL).split("\n| the second phase explores |")[1].split("\n\n")[0]
+    rows = re.findall(r"^\| test tasks, true rewards \| (.*) \|$|^\| t\w+ tasks \| (.*) \|$", text, re.M)
+    labels = ("smac", "smac_test_tasks", "smac_test_tasks_oracle_rewards")
+    for label, cells in zip(labels, ("".join(row).split(" | ") for row in rows), strict=True):
+        for seed, said in ((1, cells[:2]), (2, cells[2:])):
+            file = ROOT / "benchmark/results/short/SawyerManipulation8/diagnostics" / f"{label}__{seed}.csv"
+            with open(file, newline="") as lines:
+                found = [(int(row["gradient_step"]), row) for row in csv.DictReader(lines)]
+            curve = [float(row["charts/test/online_context_success"]) for step, row in found if step >= 15_000]
+            for word, value in zip(said, (curve[0], np.mean(curve[1:])), strict=True):
+                assert abs(float(word) - value) <= 0.005 + 1e-6
+
+
+def test_what_is_said_of_the_gpu_is_in_its_table():
+    table, text = source("benchmark/results/speed/gpu.md"), flowing(source(FULL))
+    rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| ")][2:]
+    recorded = {(row[0].strip("| "), row[1]): row[2] for row in rows}
+    words = r"SMAC makes (\d+) \(offline\) and (\d+) \(self-supervised\).*?; meta-BC (\S+), PEARL (\d+), "
+    said = re.findall(words + r"MACAW (\d+), BOReL (\d+) \(VAE\) and (\d+) \(SAC\)", text)
+    names = [("smac_offline_online", "offline"), ("smac_offline_online", "self-supervised"), ("meta_bc", "offline")]
+    names += [("pearl_online_oracle", "online"), ("macaw", "offline"), ("borel", "VAE"), ("borel", "SAC")]
+    assert [number.replace(",", "") for number in said[0]] == [recorded[name] for name in names]
+
+
 # ----- Batches, flags and data
 
 
