@@ -378,7 +378,8 @@ def new(label):
 
 
 FULL = "benchmark/results/README.md"
-ABLATED = "HopperParam", "WalkerParam", "AntDirection", "SawyerManipulation200"
+ABLATED = "HopperParam", "WalkerParam", "AntDirection", "HumanoidDirection", "SawyerManipulation200"
+REPAIRED = "HopperParam", "WalkerParam", "HumanoidDirection", "AntDirection", "SawyerManipulation200"
 PROSE = [  # a file, what it says, and the same from the files of results
     ("README.md", r"MACAW \((\S+)\) and meta-BC \((\S+)\), one seed each, are ahead of its (\S+)\.", lambda: [
         at("hopper_param", "macaw", 25_000, 1), at("hopper_param", "meta_bc", 50_000, 1),
@@ -411,13 +412,16 @@ PROSE = [  # a file, what it says, and the same from the files of results
         at("short/AntDirection/little_noise", "smac", step, 1) for step in (15_000, 16_000, 35_000)]),
     (FULL, r"as much: (\S+), (\S+) and (\S+) in seed 1's offline phase, then (\S+) and less", lambda: [
         at("short/HumanoidDirection", "smac", step, 1) for step in (5_000, 10_000, 15_000, 20_000)]),
-    (FULL, r"Hopper is at (\S+) after it, Walker at (\S+), Ant at (\S+), Sawyer with 200 scenes at (\S+); SMAC, "
-     r"three seeds, at (\S+), (\S+), (\S+) and (\S+)\. ", lambda: [
+    (FULL, r"Hopper is at (\S+) after it, Walker at (\S+), Ant at (\S+), Humanoid at (\S+), Sawyer with 200 scenes at "
+     r"(\S+); SMAC, three seeds, at (\S+), (\S+), (\S+), (\S+) and (\S+)\. ", lambda: [
         at(f"short/{env_id}", "smac_actor_ablation", 15_000, 1) for env_id in ABLATED] + [
         at(f"short/{env_id}", "smac", 15_000, 1, 2, 3) for env_id in ABLATED]),
-    (FULL, r"repairs Hopper \((\S+); SMAC (\S+)\) .*? Walker \((\S+); (\S+)\), not Ant \((\S+); (\S+)\) and Sawyer "
-     r"\((\S+); (\S+)\)\.", lambda: [number for env_id in ABLATED for number in (
+    (FULL, r"repairs Hopper \((\S+); SMAC (\S+)\), .*? Walker \((\S+); (\S+)\) and Humanoid \((\S+); (\S+)\), not Ant "
+     r"\((\S+); (\S+)\) and Sawyer \((\S+); (\S+)\)\.", lambda: [number for env_id in REPAIRED for number in (
         at(f"short/{env_id}", "smac_actor_ablation", 35_000, 1), at(f"short/{env_id}", "smac", 35_000, 1, 2, 3))]),
+    (FULL, r"point mass: (\S+) after the offline phase where SMAC has (\S+), at the end (\S+) and (\S+)\.", lambda: [
+        at("short/CheetahVelocity", label, step, *seeds) for step in (20_000, 30_000)
+        for label, seeds in (("smac_actor_ablation", (1,)), ("smac", (1, 2, 3)))]),
     *((FULL, rf"`{label}`{between} (\S+) and (\S+) → (\S+) \((\S+) and (\S+) → (\S+)\)", lambda label=label: [
         number for three in sawyer_short(label) for number in three])
       for label, between in (("smac", r"\):"), ("smac_scenes", r", \[SawyerManipulation200\]\(\S+\)\):"))),
