@@ -380,6 +380,10 @@ def new(label):
 FULL = "benchmark/results/README.md"
 ABLATED = "HopperParam", "WalkerParam", "AntDirection", "HumanoidDirection", "SawyerManipulation200"
 REPAIRED = "HopperParam", "WalkerParam", "HumanoidDirection", "AntDirection", "SawyerManipulation200"
+SHORT = {  # where the short runs end
+    "HopperParam": 35_000, "WalkerParam": 35_000, "CheetahVelocity": 30_000, "AntDirection": 35_000,
+    "HumanoidDirection": 35_000, "SawyerManipulation200": 35_000,
+}  # fmt: skip
 PROSE = [  # a file, what it says, and the same from the files of results
     ("README.md", r"MACAW \((\S+)\) and meta-BC \((\S+)\), one seed each, are ahead of its (\S+)\.", lambda: [
         at("hopper_param", "macaw", 25_000, 1), at("hopper_param", "meta_bc", 50_000, 1),
@@ -422,6 +426,14 @@ PROSE = [  # a file, what it says, and the same from the files of results
     (FULL, r"point mass: (\S+) after the offline phase where SMAC has (\S+), at the end (\S+) and (\S+)\.", lambda: [
         at("short/CheetahVelocity", label, step, *seeds) for step in (20_000, 30_000)
         for label, seeds in (("smac_actor_ablation", (1,)), ("smac", (1, 2, 3)))]),
+    (FULL, ", ".join(
+        rf"{name} (\S+) and (\S+) \((\S+)\)" for name in (
+            "Hopper", "Walker", "Cheetah", "Ant", "Humanoid", "Sawyer with 200 scenes")),
+     lambda: [
+        at(f"short/{env_id}", label, step, *seeds) for env_id, end in SHORT.items() for label, step, seeds in (
+            ("macaw", 10_000, (1,)), ("borel", 9_000, (1,)), ("smac", end, (1, 2, 3)))]),
+    (FULL, r"from the start\): Hopper (\S+), Walker (\S+), Cheetah (\S+), Ant (\S+), Humanoid (\S+)\.", lambda: [
+        at(f"short/{env_id}", "pearl", end, 1) for env_id, end in [*SHORT.items()][:-1]]),
     *((FULL, rf"`{label}`{between} (\S+) and (\S+) → (\S+) \((\S+) and (\S+) → (\S+)\)", lambda label=label: [
         number for three in sawyer_short(label) for number in three])
       for label, between in (("smac", r"\):"), ("smac_scenes", r", \[SawyerManipulation200\]\(\S+\)\):"))),
