@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import buffers
 import envs
 import smac_offline_online as smac
-from benchmark import speed
+from benchmark import precision, speed
 from benchmark.plain_update import NETWORKS, PlainAgent, plain_update, unstack
 from plumbing.machine import matmul_precision, record
 
@@ -82,6 +82,17 @@ def test_the_compiled_update_ends_at_the_same_parameters(set_up):
         compiled(agent, optimizer, batch, args, False)
     for name, value in agent.state_dict().items():
         torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-5)
+
+
+def test_the_table_of_precisions(tmp_path):
+    precision.main(precision.Args("PointDirection", rounds=2, file=tmp_path / "precision.md"))
+    rows = [line.strip("| ").split(" | ") for line in (tmp_path / "precision.md").read_text().splitlines()[4:10]]
+    assert [row[:2] for row in rows] == [[s, p] for s in precision.SIZES for p in ("offline", "self-supervised")]
+    for *_, plain, medium, high, fast, taken, over, over_medium, to_best in rows:
+        shipped = float({"highest": high, "medium": fast}[taken])
+        assert float(over) == pytest.approx(float(plain) / shipped, rel=0.1)
+        assert float(over_medium) == pytest.approx(float(medium) / shipped, rel=0.1)
+        assert float(to_best) == pytest.approx(shipped / min(float(high), float(fast)), rel=0.1)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
