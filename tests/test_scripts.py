@@ -434,6 +434,12 @@ PROSE = [  # a file, what it says, and the same from the files of results
             ("macaw", 10_000, (1,)), ("borel", 9_000, (1,)), ("smac", end, (1, 2, 3)))]),
     (FULL, r"from the start\): Hopper (\S+), Walker (\S+), Cheetah (\S+), Ant (\S+), Humanoid (\S+)\.", lambda: [
         at(f"short/{env_id}", "pearl", end, 1) for env_id, end in [*SHORT.items()][:-1]]),
+    (FULL, r"Hopper goes from (\S+) to (\S+), Walker from (\S+) to (\S+), Humanoid from (\S+) to (\S+); .*? Hopper "
+     r"from (\S+) to (\S+), Walker from (\S+) to (\S+), Humanoid from (\S+) to (\S+); SMAC from (\S+) to (\S+) ",
+     lambda: [
+        at(f"short/{env_id}", f"smac_encoder_{loss}", step, 1) for loss in ("q", "reward_then_q")
+        for env_id in REPAIRED[:3] for step in (15_000, 35_000)] + [
+        at("short/HopperParam", "smac", step, 1, 2, 3) for step in (15_000, 35_000)]),
     *((FULL, rf"`{label}`{between} (\S+) and (\S+) → (\S+) \((\S+) and (\S+) → (\S+)\)", lambda label=label: [
         number for three in sawyer_short(label) for number in three])
       for label, between in (("smac", r"\):"), ("smac_scenes", r", \[SawyerManipulation200\]\(\S+\)\):"))),
