@@ -23,7 +23,7 @@ from benchmark.plain_update import PlainAgent, plain_update
 from plumbing.flags import preset
 from plumbing.machine import matmul_precision, versions
 
-SIZES = {"the paper's": {}, "rl_batch 64": {"rl_batch": 64}, "short": {"preset": "short"}}
+SIZES = {"the paper's": ("paper", {}), "rl_batch 64": ("paper", {"rl_batch": 64}), "short": ("short", {})}
 
 
 @dataclasses.dataclass
@@ -47,8 +47,8 @@ def times(functions, rounds):
 
 def main(cli):
     rows, spec, device = [], envs.lookup(cli.env_id), torch.device("cpu")
-    for name, flags in SIZES.items():
-        args = dataclasses.replace(preset(smac.Args, smac.PRESETS, cli.env_id, flags.get("preset", "paper")), **flags)
+    for name, (variant, flags) in SIZES.items():
+        args = dataclasses.replace(preset(smac.Args, smac.PRESETS, cli.env_id, variant), **flags)
         agent, batch, steps, _ = speed.make(spec, args)
         plain = PlainAgent(agent, args.lr)
         for online in (False, True):
