@@ -432,7 +432,7 @@ def evaluate(agent, trajectories, eval_envs, args):
 
     results, memories = {}, {}
     for split, (tasks, env_list) in eval_envs.items():  # "train" comes last, and is used below
-        final, exploration, memories[split] = adapt_belief(env_list, agent, rng)
+        final, exploration, memories[split] = buffers.on_cores(adapt_belief, env_list, agent, rng)
         mu_online, kl = belief_of(memories[split])
         results[split, "online"] = (tasks, final, exploration, kl)
 
@@ -442,7 +442,7 @@ def evaluate(agent, trajectories, eval_envs, args):
     memory = agent.encoder(steps, blank_memory(len(offline), device))  # (E, L+1, 128)
     memory = memory[torch.arange(len(offline), device=device), lengths]
     mu_offline, kl = belief_of(memory)
-    final, _ = rollout_belief(env_list, agent, memory, rng, deterministic=True)
+    final, _ = buffers.on_cores(rollout_belief, env_list, agent, memory, rng, deterministic=True)
     results["train", "offline"] = (tasks, final, exploration, kl)
 
     # Decoder against true rewards, on the two episodes that the belief comes from: the dataset's, and the policy's own
@@ -456,7 +456,8 @@ def evaluate(agent, trajectories, eval_envs, args):
         scalars[f"eval/{name}_over_reward_variance"] = error / rewards[real].var()
 
     # The belief goes on reading true rewards in the scored episode; SMAC's z does not. What is left without them:
-    final, _ = rollout_belief(eval_envs["test"][1], agent, memories["test"], rng, deterministic=True, frozen=True)
+    env_list, memory = eval_envs["test"][1], memories["test"]
+    final, _ = buffers.on_cores(rollout_belief, env_list, agent, memory, rng, deterministic=True, frozen=True)
     scalars["charts/test/frozen_belief_return"] = np.mean([path["rewards"].sum() for path in final])
     return results, scalars, [path for task in set(tasks) for episodes in trajectories[task] for path in episodes]
 

@@ -33,6 +33,7 @@ from tqdm import tqdm
 import envs
 from envs import InputError
 from plumbing import files
+from plumbing.cores import on_cores
 from plumbing.files import CSV, CSV_COLUMNS, PATH_FIELDS, check_array, check_dataset, flatten, read_npz, write_file
 from plumbing.flags import PATHS, Screen, check_flags, command_line, launch, say, train
 from plumbing.machine import choose_device, matmul_precision, record, versions
@@ -40,7 +41,7 @@ from plumbing.pictures import draw_paths, draw_summary, table
 
 __all__ = [
     "InputError", "ReplayBuffer", "Run", "choose_device", "command_line", "from_dataset", "join", "launch",
-    "load_dataset", "save_dataset", "train",
+    "load_dataset", "on_cores", "save_dataset", "train",
 ]  # fmt: skip
 
 # ===== Replay buffer

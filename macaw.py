@@ -289,11 +289,11 @@ def meta_episode(env_list, agent, args, rng):
     # PAPER: adapts to offline data of the test task. CODE: to all of its own exploration, with true rewards, as C.3 of
     # SMAC evaluates every method. MACAW learns no exploration: all it has at that point is the unadapted policy.
     policy = unadapted(agent.policy, len(env_list))
-    exploration = list(zip(*(play(env_list, policy, rng) for _ in range(2))))
+    exploration = list(zip(*(buffers.on_cores(play, env_list, policy, rng) for _ in range(2))))
     batches = [transitions(paths, args, policy[0].device) for paths in exploration]  # their lengths differ
     adapted = [inner_steps(agent, {name: x[None] for name, x in batch.items()})[0] for batch in batches]
     policy = [torch.cat(thetas) for thetas in zip(*adapted)]
-    return play(env_list, policy, rng, deterministic=True), exploration
+    return buffers.on_cores(play, env_list, policy, rng, deterministic=True), exploration
 
 
 @torch.no_grad()
@@ -309,8 +309,8 @@ def evaluate(agent, buffer, eval_envs, args):
         results[split, "online"] = (tasks, *meta_episode(env_list, agent, args, rng), None)
     # The same training tasks, adapted to offline data instead
     policy, _ = inner_steps(agent, buffer.sample(tasks, args.context_batch, buffer_rng))
-    final, (_, _, exploration, _) = play(env_list, policy, rng, deterministic=True), results["train", "online"]
-    results["train", "offline"] = (tasks, final, exploration, None)
+    final = buffers.on_cores(play, env_list, policy, rng, deterministic=True)
+    results["train", "offline"] = (tasks, final, results["train", "online"][2], None)
     return results, {}, [path for task in set(tasks) for path in buffer.offline_paths(task)]
 
 

@@ -314,7 +314,7 @@ def evaluate(agent, eval_envs, args):
     """
     rng, results = torch.Generator().manual_seed(args.seed), {}
     for split, (tasks, env_list) in eval_envs.items():
-        final, exploration, mu, sigma = adapt(env_list, agent, args, rng)
+        final, exploration, mu, sigma = buffers.on_cores(adapt, env_list, agent, args, rng)
         results[split, "online"] = (tasks, final, exploration, kl_to_prior(mu, sigma))
     return results, {}
 

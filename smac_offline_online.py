@@ -372,7 +372,7 @@ def evaluate(agent, buffer, eval_envs, args):
     rng, buffer_rng = torch.Generator().manual_seed(args.seed), torch.Generator(buffer.device).manual_seed(args.seed)
     results, scalars = {}, {}
     for split, (tasks, env_list) in eval_envs.items():  # "train" comes last, and is used below
-        final, exploration, mu, sigma = adapt(env_list, agent, args, rng)
+        final, exploration, mu, sigma = buffers.on_cores(adapt, env_list, agent, args, rng)
         results[split, "online"] = (tasks, final, exploration, kl_to_prior(mu, sigma))
 
     # The same training tasks with z ~ q(z | h_offline) instead (Figure 2). Each transition more makes the posterior
@@ -380,7 +380,7 @@ def evaluate(agent, buffer, eval_envs, args):
     lengths = torch.tensor([sum(len(path["actions"]) for path in pair) for pair in exploration], device=buffer.device)
     h_offline = buffer.sample(tasks, round(lengths.float().mean().item()), buffer_rng, "offline")
     mu, sigma = agent.encoder(make_context(h_offline, args))  # (E, dz)
-    final = rollout(env_list, agent, mu, sigma, rng, deterministic=True)
+    final = buffers.on_cores(rollout, env_list, agent, mu, sigma, rng, deterministic=True)
     results["train", "offline"] = (tasks, final, exploration, kl_to_prior(mu, sigma))
 
     # Decoder against true rewards, on offline data and on this exploration: for us to read, never for training

@@ -1,0 +1,156 @@
+"""Episodes in several processes: the same as in one, part by part; what becomes of them when something goes wrong."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import borel
+import buffers
+import envs
+import macaw
+import meta_bc
+import pearl_online_oracle as pearl
+import smac_offline_online as smac
+from plumbing import cores
+from plumbing.flags import preset
+
+TINY = dict(policy_hidden=(8,), rl_batch=4, meta_batch=2, eval_every=1_000)
+FLAGS = {
+    smac: TINY | dict(offline_steps=2, online_iterations=1, updates_per_iteration=2, prior_steps=9, posterior_steps=9),
+    pearl: TINY | dict(online_iterations=1, updates_per_iteration=2, initial_steps=9, prior_steps=9, posterior_steps=9),
+    meta_bc: TINY | dict(offline_steps=2),
+    macaw: TINY | dict(offline_steps=2, value_hidden=(8,)),
+    borel: TINY | dict(vae_steps=1, offline_steps=2, vae_tasks=2, elbo_terms=2),
+}
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux only")
+
+
+@pytest.fixture
+def two(monkeypatch):
+    """Two threads, which are two processes."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+
+
+def environments(env_id="PointDirection", num=9):
+    env_list = [envs.make(env_id) for _ in range(num)]
+    for env, task in zip(env_list, envs.sample_tasks(env_id, num)):
+        env.unwrapped.set_task(task)
+    return env_list
+
+
+def equal(found, wanted):
+    assert type(found) is type(wanted)
+    if isinstance(wanted, (list, tuple)):
+        assert len(found) == len(wanted)
+        for pair in zip(found, wanted):
+            equal(*pair)
+    elif isinstance(wanted, dict):
+        assert found.keys() == wanted.keys()
+        for name in wanted:
+            equal(found[name], wanted[name])
+    else:
+        assert np.array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("script", [smac, meta_bc, pearl])
+def test_a_meta_episode_on_two_cores_is_that_of_its_two_halves(script, two, short):
+    args, env_list = preset(script.Args, script.PRESETS, "PointDirection"), environments()
+    agent = script.Agent(4, 2, args)
+    found = buffers.on_cores(script.adapt, env_list, agent, args, torch.Generator().manual_seed(3))
+    seeds = torch.randint(2**31 - 1, (2,), generator=torch.Generator().manual_seed(3)).tolist()
+    halves = [
+        script.adapt(part, agent, args, torch.Generator().manual_seed(seed))
+        for part, seed in zip((env_list[:4], env_list[4:]), seeds)
+    ]
+    equal(found[:2], tuple(first + second for first, second in zip(*(half[:2] for half in halves))))
+    equal(found[2:], tuple(torch.cat(parts) for parts in zip(*(half[2:] for half in halves))))
+    assert len(found[0]) == 9 and (found[0][0]["obs"][0] != found[0][4]["obs"][0]).any()  # the halves' noise differs
+
+
+def test_tensors_are_cut_as_the_environments_are(two):
+    def what_it_gets(env_list, module, rows, lists, number, rng, flag):
+        return env_list, rows, lists[0], number + flag * torch.ones(len(env_list)), module.weight
+
+    module, rows = nn.Linear(1, 1), torch.arange(8)[:, None]
+    result = buffers.on_cores(what_it_gets, [*"abcdefgh"], module, rows, [rows + 1], 5, torch.Generator(), flag=2)
+    equal(result[:4], ([*"abcdefgh"], rows, rows + 1, torch.full((8,), 7.0)))
+    assert (result[4] == module.weight.item()).all() and len(result[4]) == 2  # of both
+
+
+@pytest.mark.parametrize("script", FLAGS)
+def test_a_run_on_two_cores_trains_as_on_one_and_evaluates_the_same_tasks(script, short, tmp_path, monkeypatch):
+    found = []
+    for threads in (1, 2):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        agent = buffers.train(script, env_id="PointDirection", run_dir=str(tmp_path / str(threads)), **FLAGS[script])
+        with open(tmp_path / str(threads) / f"PointDirection__{script.__name__}__1" / "eval.csv", newline="") as file:
+            found.append((agent.state_dict(), [list(row.values()) for row in csv.DictReader(file)]))
+    (weights, lines), (other_weights, other_lines) = found
+    equal(dict(other_weights), dict(weights))
+    assert [line[:5] for line in other_lines] == [line[:5] for line in lines] and len(lines) > 20
+    explored, other = (np.array([float(line[6]) for line in rows]) for rows in (lines, other_lines))
+    assert (explored != other).mean() > 0.9  # each process has noise of its own
+
+
+def test_few_environments_or_one_thread_need_no_processes(monkeypatch):
+    monkeypatch.setattr(cores.multiprocessing, "get_context", None)  # a call of it would raise
+    rng = torch.Generator()
+    for threads, num in ((1, 100), (8, 7)):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        assert buffers.on_cores(lambda env_list, rng: (env_list, rng), [*range(num)], rng) == ([*range(num)], rng)
+
+
+def test_a_process_that_dies_gives_one_sentence(two, capfd):
+    def fall(env_list, rng):
+        if 0 in env_list:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(60)
+
+    def fail(env_list, rng):
+        raise ValueError("the environment broke")
+
+    before = time.time()
+    for function in (fall, fail):
+        with pytest.raises(buffers.InputError, match="a process that played episodes died; OMP_NUM_THREADS=1"):
+            buffers.on_cores(function, [*range(8)], torch.Generator())
+    assert "ValueError: the environment broke" in capfd.readouterr().err
+    assert time.time() - before < 30  # the other one did not sleep to its end
+
+
+SLEEP = """
+import os, sys, time, torch, buffers
+torch.set_num_threads(2)
+def sleep(env_list, rng):
+    print(os.getpid(), flush=True)
+    time.sleep(60)
+buffers.on_cores(sleep, [*range(8)], torch.Generator())
+"""
+
+
+def is_alive(pid):
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"  # not a zombie that nobody reaps
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_processes_end_with_the_run(number):
+    run = subprocess.Popen([sys.executable, "-c", SLEEP], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pids = [int(run.stdout.readline()) for _ in range(2)]
+    assert all(is_alive(pid) for pid in pids)
+    run.send_signal(number)
+    assert run.wait(20) != 0
+    deadline = time.time() + 10
+    while any(is_alive(pid) for pid in pids) and time.time() < deadline:
+        time.sleep(0.05)
+    assert not any(is_alive(pid) for pid in pids)
+    run.communicate()
