@@ -1,7 +1,7 @@
 """How long an evaluation takes, in one process and on several cores: python benchmark/evaluation.py, ten minutes
 
-SMAC's `evaluate` at the default flags, with an agent of initial weights, in one process and in as many as --cores, in
-turn, so that what disturbs one disturbs the other. Appends to benchmark/results/speed/several_cores.md the medians.
+SMAC's `evaluate` with an agent of agents/, trained with --preset short, in one process and in as many as --cores, in
+turn, so that what disturbs one disturbs the other. Appends the medians to benchmark/results/speed/several_cores.md.
 """
 
 import dataclasses
@@ -18,8 +18,7 @@ sys.path.insert(0, str(ROOT))
 import buffers
 import envs
 import smac_offline_online as smac
-from benchmark import speed
-from plumbing.flags import preset
+from benchmark import speed, watch
 from plumbing.machine import versions
 
 
@@ -34,10 +33,11 @@ class Args:
 
 def measure(env_id, cli):
     """The environments of an evaluation, its environment steps, and for each number of cores its seconds."""
-    args, spec = preset(smac.Args, smac.PRESETS, env_id), envs.lookup(env_id)
-    torch.manual_seed(args.seed)
-    agent, dataset = smac.Agent(spec.obs_dim, spec.action_dim, args), buffers.load_dataset(env_id)
-    buffer = buffers.from_dataset(dataset, env_id)
+    _, args, _, agents = watch.load(ROOT / "agents" / f"{env_id}.npz")
+    spec, dataset = envs.lookup(env_id), buffers.load_dataset(env_id)
+    agent, buffer = smac.Agent(spec.obs_dim, spec.action_dim, args), buffers.from_dataset(dataset, env_id)
+    acts = {name: value for name, value in agents[max(agents)].state_dict().items() if not value.is_meta}
+    agent.load_state_dict(acts, strict=False)  # decoder and Q-functions are not in the file, and nothing here
     eval_envs = envs.make_evaluation(env_id, dataset["train_tasks"], dataset["test_tasks"])
     seconds, steps = {cores: [] for cores in cli.cores}, []
     for _ in range(cli.rounds):
@@ -62,7 +62,9 @@ def main(cli):
         print(*rows[-1], sep="  ", flush=True)
     head = ["environment", "environments", "steps", *(f"s, {cores} core(s)" for cores in cli.cores)]
     head += [f"ratio, {cores} cores" for cores in cli.cores[1:]]
-    text = f"{versions()['cpu']}, {cli.condition}, PyTorch {torch.__version__}; an evaluation, medians of {cli.rounds}.\n\n"
+    text = (
+        f"{versions()['cpu']}, {cli.condition}, PyTorch {torch.__version__}; medians of {cli.rounds} evaluations.\n\n"
+    )
     with open(cli.file, "a") as file:
         file.write(text + speed.table(head, rows) + "\n")
 

@@ -154,3 +154,13 @@ def test_processes_end_with_the_run(number):
         time.sleep(0.05)
     assert not any(is_alive(pid) for pid in pids)
     run.communicate()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_an_agent_on_cuda_plays_on_the_cpu(two, short):
+    args, env_list, found = preset(smac.Args, smac.PRESETS, "PointDirection"), environments(), []
+    agent = smac.Agent(4, 2, args)
+    for device in ("cpu", "cuda"):
+        found.append(buffers.on_cores(smac.adapt, env_list, agent.to(device), args, torch.Generator().manual_seed(3)))
+    assert found[1][2].is_cuda
+    equal((*found[1][:2], *(part.cpu() for part in found[1][2:])), found[0])

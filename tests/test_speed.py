@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import buffers
 import envs
 import smac_offline_online as smac
-from benchmark import precision, speed
+from benchmark import evaluation, precision, speed
 from benchmark.plain_update import NETWORKS, PlainAgent, plain_update, unstack
 from plumbing.machine import matmul_precision, record
 
@@ -88,16 +88,35 @@ def test_the_table_of_precisions(tmp_path, monkeypatch):
     def times(functions, rounds):
         for function in functions:
             function()
-        return [6.0, 5.0, 3.0, 2.0]
+        return [6.0, 5.0, 3.0, 2.0, 1.5]
 
     monkeypatch.setattr(precision, "times", times)
-    monkeypatch.setattr(precision, "matmul_precision", lambda *_: "highest")
+    monkeypatch.setattr(speed, "matmul_precision", lambda *_: "highest")
+    monkeypatch.setattr(torch, "compile", lambda step: step)
     precision.main(precision.Args("PointDirection", file=tmp_path / "precision.md"))
     rows = [line.strip("| ").split(" | ") for line in (tmp_path / "precision.md").read_text().splitlines()[4:]]
     assert [row[:2] for row in rows if row[0]] == [
         [name, phase] for name in precision.SIZES for phase in ("offline", "self-supervised")
     ]
-    assert all(row[2:] == "6.0 5.0 3.0 2.0 highest 2.00 1.67 1.50".split() for row in rows if row[0])
+    assert all(row[2:] == "6.0 5.0 3.0 2.0 1.5 highest 2.00 1.67 1.50 4.00".split() for row in rows if row[0])
+
+
+def test_what_is_timed_goes_in_turn_in_orders_that_change():
+    calls = []
+    found = precision.times([lambda name=name: calls.append(name) for name in "abc"], 40)
+    turns = ["".join(calls[i : i + 3]) for i in range(0, len(calls), 3)]
+    assert len(found) == 3 and len(turns) == 43
+    assert {"".join(sorted(turn)) for turn in turns} == {"abc"} and len(set(turns)) == 6
+
+
+def test_the_table_of_evaluations(tmp_path, capsys):
+    file = tmp_path / "evaluation.md"
+    evaluation.main(evaluation.Args(("PointDirection",), (1, 2), rounds=1, file=file))
+    torch.set_num_threads(1)
+    (name, num, steps, one, two, ratio) = file.read_text().splitlines()[-2].strip("| ").split(" | ")
+    # 20 test and 10 training tasks, four times each; three episodes of 50 steps, and with the offline context one more
+    assert [name, num, steps] == ["PointDirection", "120", str(50 * (3 * 120 + 40))]
+    assert float(ratio) == pytest.approx(float(one) / float(two), abs=0.1)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
