@@ -7,14 +7,17 @@ the one before. Appends a table of medians to benchmark/results/speed/precision.
 """
 
 import dataclasses
+import os
 import random
 import statistics
 import sys
 import time
 from pathlib import Path
 
-import torch
 import tyro
+
+os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # read with PyTorch: every step is compiled anew
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -67,13 +70,17 @@ def main(cli):
                 torch.set_float32_matmul_precision(precision)
                 step()
 
+            start = time.perf_counter()
+            run(*kinds["compiled", taken])
+            compiling = time.perf_counter() - start
             found = dict(zip(kinds, times([lambda kind=kind: run(*kind) for kind in kinds.values()], cli.rounds)))
-            shipped, plainest = found["", taken], found["plain", "highest"]
+            shipped, plainest, compiled = found["", taken], found["plain", "highest"], found["compiled", taken]
             best = min(found["", "highest"], found["", "medium"])
             ratios = plainest / shipped, found["plain", "medium"] / shipped, shipped / best
-            ratios += (plainest / found["compiled", taken],)
+            ratios += (plainest / compiled,)
             row = [name, "self-supervised" if online else "offline", *(f"{ms:.1f}" for ms in found.values()), taken]
-            rows.append([*row, *(f"{ratio:.2f}" for ratio in ratios)])
+            rows.append([*row, *(f"{ratio:.2f}" for ratio in ratios), f"{compiling:.0f}"])
+            rows[-1].append(f"{1e3 * compiling / (shipped - compiled):.0f}" if compiled < shipped else "never")
             print(*rows[-1], sep="  ", flush=True)
     torch.set_float32_matmul_precision("highest")
     text = f"{versions()['cpu']}, {torch.get_num_threads()} thread(s), PyTorch {torch.__version__}, {cli.env_id}; ms a "
@@ -82,7 +89,7 @@ def main(cli):
     text += speed.table(
         [
             *header.split(", "), "plain highest / shipped", "plain medium / shipped", "shipped / better of both",
-            "plain highest / compiled",
+            "plain highest / compiled", "s of compiling", "pays from step",
         ],
         rows,
     )  # fmt: skip

@@ -9,6 +9,7 @@ import time
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -98,7 +99,9 @@ def test_the_table_of_precisions(tmp_path, monkeypatch):
     assert [row[:2] for row in rows if row[0]] == [
         [name, phase] for name in precision.SIZES for phase in ("offline", "self-supervised")
     ]
-    assert all(row[2:] == "6.0 5.0 3.0 2.0 1.5 highest 2.00 1.67 1.50 4.00".split() for row in rows if row[0])
+    assert all(row[2:-2] == "6.0 5.0 3.0 2.0 1.5 highest 2.00 1.67 1.50 4.00".split() for row in rows if row[0])
+    seconds, steps = (np.array([int(row[i]) for row in rows if row[0]]) for i in (-2, -1))
+    assert (abs(steps / 1000 - seconds / 1.5) <= 0.5 / 1.5 + 0.001).all()  # 1.5 ms a step are saved
 
 
 def test_what_is_timed_goes_in_turn_in_orders_that_change():
