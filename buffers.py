@@ -59,7 +59,7 @@ def join(paths: list, device="cpu") -> dict:
 
 
 class ReplayBuffer:
-    """Transitions of all tasks, with an "rl" and a "context" list of indices for each task.
+    """Transitions of all tasks, with an "rl" and an "encoder" list of indices for each task.
 
     Args:
         num_tasks: number N of tasks.
@@ -70,7 +70,7 @@ class ReplayBuffer:
 
     def __init__(self, num_tasks: int, obs_dim: int, action_dim: int, capacity: int, device="cpu"):
         dims = {"obs": obs_dim, "actions": action_dim, "rewards": 1, "next_obs": obs_dim, "terminals": 1}
-        lists = ("rl", "context")
+        lists = ("rl", "encoder")
         try:
             self.fields = {name: torch.empty(capacity, dim, device=device) for name, dim in dims.items()}
             # A task's indices stand in a row, from `starts` on. When its room is full they move to the end, where they
@@ -83,14 +83,14 @@ class ReplayBuffer:
         self.rooms, self.ends = {name: [0] * num_tasks for name in lists}, dict.fromkeys(lists, 0)
         self.used, self.capacity, self.device = 0, capacity, torch.device(device)
 
-    def add(self, task: int, path: dict, rl: bool = True, context: bool = True) -> None:
+    def add(self, task: int, path: dict, rl: bool = True, encoder: bool = True) -> None:
         """Append one trajectory to D_task: obs (T+1, o), actions (T, a), rewards (T,), terminals (T,).
 
-        rl, context: which of the two lists its transitions enter. Raises IndexError: the buffer is full.
+        rl, encoder: which of the two lists its transitions enter. Raises IndexError: the buffer is full.
         """
-        self.extend([(task, path)], rl, context)
+        self.extend([(task, path)], rl, encoder)
 
-    def extend(self, entries: list, rl: bool = True, context: bool = True) -> None:
+    def extend(self, entries: list, rl: bool = True, encoder: bool = True) -> None:
         """`add` for a list of (task, path)."""
         columns, start = join([path for _, path in entries], self.device), self.used
         end = start + len(columns["obs"])
@@ -103,7 +103,7 @@ class ReplayBuffer:
         order = np.argsort(tasks, kind="stable")
         found, firsts = np.unique(tasks[order], return_index=True)
         for task, index in zip(found.tolist(), np.split(start + order, firsts[1:])):
-            for name in ["rl"] * rl + ["context"] * context:
+            for name in ["rl"] * rl + ["encoder"] * encoder:
                 self.append_index(name, task, torch.from_numpy(index))
 
     def append_index(self, name, task, index):
@@ -120,22 +120,22 @@ class ReplayBuffer:
 
     def mark_offline(self) -> None:
         """Remember that what the encoder buffers hold now is h_offline, the reward-labelled data of Eq. 4."""
-        self.sizes["offline"].copy_(self.sizes["context"])
+        self.sizes["offline"].copy_(self.sizes["encoder"])
 
-    def clear_context(self, task: int) -> None:
+    def clear_encoder(self, task: int) -> None:
         """Empty the encoder buffer of one task; the RL buffer keeps its transitions."""
-        self.sizes["context"][task] = 0
+        self.sizes["encoder"][task] = 0
 
     def sample(self, tasks, n: int, generator: torch.Generator, source: str = "rl") -> dict:
         """Draw n transitions for each task, uniformly with replacement.
 
         Args:
             tasks: (T,) task numbers.
-            source: "rl", "context", or "offline" (the part of "context" that was there at `mark_offline`).
+            source: "rl", "encoder", or "offline" (the part of "encoder" that was there at `mark_offline`).
         Returns:
             obs (T, n, o), actions (T, n, a), rewards (T, n, 1), next_obs (T, n, o), terminals (T, n, 1).
         """
-        name, sizes = "rl" if source == "rl" else "context", self.sizes[source]
+        name, sizes = "rl" if source == "rl" else "encoder", self.sizes[source]
         uniform = torch.rand(len(tasks), n, generator=generator, device=self.device)
         place = self.starts[name][tasks][:, None] + (uniform * sizes[tasks][:, None]).long()  # (T, n)
         index = self.index[name][place]
@@ -162,7 +162,7 @@ class ReplayBuffer:
 
     def offline_paths(self, task: int) -> list:
         """The trajectories of h_offline of one task."""
-        return self.paths(task, "first", int(self.sizes["offline"][task]), "context")
+        return self.paths(task, "first", int(self.sizes["offline"][task]), "encoder")
 
     def state_dict(self) -> dict:
         """Everything, cut to what is used; made of tensors only."""
@@ -185,8 +185,8 @@ class ReplayBuffer:
             if not torch.equal(state["fields"][name][: self.used].to(self.device), field[: self.used]):
                 raise InputError(f"its replay buffer begins with other {name} than the dataset")
         for name, size in state["sizes"].items():
-            listed, context = state["index"]["rl" if name == "rl" else "context"], state["sizes"]["context"]
-            fits = (size <= context).all() if name == "offline" else size.sum() == len(listed) <= max(used)
+            listed, encoder = state["index"]["rl" if name == "rl" else "encoder"], state["sizes"]["encoder"]
+            fits = (size <= encoder).all() if name == "offline" else size.sum() == len(listed) <= max(used)
             fits = fits and (size <= max(used)).all()  # else their sum may not be a sum
             if not fits or (size < self.sizes[name].cpu()).any() or ((listed < 0) | (listed >= max(used))).any():
                 raise InputError(f"its buffer's sizes.{name}, or its index, points outside of {used} transitions")
@@ -266,9 +266,9 @@ def from_dataset(dataset: dict, env_id: str, device="cpu", more_tasks: int = 0, 
     spec, num_tasks = envs.lookup(env_id), len(dataset["train_tasks"]) + more_tasks
     capacity = sum(len(path["actions"]) for _, path in dataset["rl"] + dataset["encoder"]) + more
     buffer = ReplayBuffer(num_tasks, spec.obs_dim, spec.action_dim, capacity, device)
-    buffer.extend(dataset["rl"], rl=True, context=not dataset["encoder"])
+    buffer.extend(dataset["rl"], rl=True, encoder=not dataset["encoder"])
     if dataset["encoder"]:
-        buffer.extend(dataset["encoder"], rl=False, context=True)
+        buffer.extend(dataset["encoder"], rl=False, encoder=True)
     buffer.mark_offline()
     return buffer
 

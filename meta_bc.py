@@ -192,7 +192,7 @@ def sample_batch(buffer, args, rng):
     """Buffers D_i ~ D, two histories h, h' of each, and the noise of one update."""
     tasks = torch.randint(len(buffer.sizes["rl"]), (args.meta_batch,), generator=rng, device=rng.device)
     batch = buffer.sample(tasks, args.rl_batch, rng)
-    batch["context"] = make_context(buffer.sample(tasks, args.context_batch, rng, "context"), args)
+    batch["context"] = make_context(buffer.sample(tasks, args.context_batch, rng, "encoder"), args)
     batch["noise_z"] = torch.randn(args.meta_batch, args.latent_dim, generator=rng, device=rng.device)
     return batch
 

@@ -244,7 +244,7 @@ def sample_batch(buffer, args, rng):
     """Buffers D_i ~ D, two histories h, h' of each (lines 3, 10 of SMAC's Alg. 1), and all the noise of one update."""
     tasks = torch.randint(len(buffer.sizes["rl"]), (args.meta_batch,), generator=rng, device=rng.device)
     batch = buffer.sample(tasks, args.rl_batch, rng)
-    batch["context"] = make_context(buffer.sample(tasks, args.context_batch, rng, "context"), args)
+    batch["context"] = make_context(buffer.sample(tasks, args.context_batch, rng, "encoder"), args)
     batch["noise_z"] = torch.randn(args.meta_batch, args.latent_dim, generator=rng, device=rng.device)
     for name in ("noise_a", "noise_next_a"):
         batch[name] = torch.randn(batch["actions"].flatten(0, 1).shape, generator=rng, device=rng.device)
@@ -282,10 +282,10 @@ def collect(env_list, tasks, num_steps, agent, buffer, args, act_rng, rng, explo
         mu, sigma = prior(len(live), args, rng.device)  # (live, dz)
         if not explore:
             with torch.no_grad():
-                h = buffer.sample([tasks[e] for e in live], args.context_batch, rng, "context")
+                h = buffer.sample([tasks[e] for e in live], args.context_batch, rng, "encoder")
                 mu, sigma = agent.encoder(make_context(h, args))
         for e, path in zip(live, rollout([env_list[e] for e in live], agent, mu, sigma, act_rng)):
-            buffer.add(tasks[e], path, context=explore)
+            buffer.add(tasks[e], path, encoder=explore)
             missing[e] -= len(path["actions"])
     return len(tasks) * num_steps - sum(missing)
 
@@ -323,7 +323,7 @@ def write_dataset(buffer, train_tasks, test_tasks, args):
     """Write the offline dataset of C.2: of each task a few transitions, from early in the run."""
     parts = ([], [])  # trajectories for the RL buffer, for the encoder buffer
     slices = DATASET_SLICES.get(envs.short_name(args.env_id), DEFAULT_SLICES)
-    for part, source, piece in zip(parts, ("rl", "context"), slices):
+    for part, source, piece in zip(parts, ("rl", "encoder"), slices):
         if piece:
             part += [(task, path) for task in range(len(train_tasks)) for path in buffer.paths(task, *piece, source)]
     command = buffers.command_line(args, __file__, PRESETS)
@@ -372,7 +372,7 @@ def main(args):
                 visited = torch.randint(num_tasks, (side_by_side,), generator=act_rng).tolist()
                 for env, task in zip(env_list, visited):
                     env.unwrapped.set_task(train_tasks[task])
-                    buffer.clear_context(task)  # h is what the present policy explores
+                    buffer.clear_encoder(task)  # h is what the present policy explores
                 for num_steps, explore in ((args.prior_steps, True), (args.posterior_steps, False)):
                     run.env_steps += collect(env_list, visited, num_steps, agent, buffer, args, act_rng, rng, explore)
             run.log(learn(agent, optimizer, sample(buffer, args, rng), args))

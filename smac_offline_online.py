@@ -246,11 +246,11 @@ def generate_rewards(agent, path, h_offline, args, rng):
 
 def sample_batch(buffer, args, rng):
     """[Alg. 1, l. 3 and 10] Buffers D_i ~ D, two histories h, h' of each, and all the noise of one update."""
-    filled = buffer.sizes["context"] > 0
+    filled = buffer.sizes["encoder"] > 0
     draws = torch.rand(args.meta_batch, len(filled), generator=rng, device=rng.device)
     tasks = (draws * filled).argmax(1)  # (T,), uniform over the tasks that have data
     batch = buffer.sample(tasks, args.rl_batch, rng)
-    batch["context"] = make_context(buffer.sample(tasks, args.context_batch, rng, "context"), args)
+    batch["context"] = make_context(buffer.sample(tasks, args.context_batch, rng, "encoder"), args)
     batch["noise_z"] = torch.randn(args.meta_batch, args.latent_dim, generator=rng, device=rng.device)
     for name in ("noise_a", "noise_next_a"):
         batch[name] = torch.randn(batch["actions"].flatten(0, 1).shape, generator=rng, device=rng.device)
@@ -338,7 +338,7 @@ def explore(env_list, tasks, agent, buffer, args, act_rng, rng):
             if not from_prior:
                 # PAPER: z ~ p(z) only. CODE: z ~ q(z | h) in 600 of 1000 transitions, for the RL buffer (Sawyer: both).
                 with torch.no_grad():
-                    h = buffer.sample(owners, args.context_batch, rng, "context")
+                    h = buffer.sample(owners, args.context_batch, rng, "encoder")
                     mu, sigma = agent.encoder(make_context(h, args))
             paths = rollout([env_list[e] for e in live], agent, mu, sigma, act_rng, read_rewards=args.oracle_rewards)
             for e, i, path in zip(live, owners, paths):
@@ -432,12 +432,12 @@ def main(args):
                 drawn = torch.randint(len(explored_tasks), (args.tasks_per_iteration,), generator=act_rng).tolist()
                 for env, task in zip(env_list, drawn):
                     env.unwrapped.set_task(explored_tasks[task])
-                for i, path, in_context in explore(env_list, drawn, agent, buffer, args, act_rng, rng):  # l. 7
+                for i, path, to_encoder in explore(env_list, drawn, agent, buffer, args, act_rng, rng):  # l. 7
                     if not args.oracle_rewards:
                         # l. 8: h_offline ~ D_i, of the part of its encoder buffer that has true rewards
                         h_offline = buffer.sample([i], args.context_batch, rng, "offline")
                         path["rewards"] = generate_rewards(agent, path, h_offline, args, rng)  # l. 9: labels
-                    buffer.add(i, path, context=in_context)  # l. 9: D_i grows
+                    buffer.add(i, path, encoder=to_encoder)  # l. 9: D_i grows
                     run.env_steps += len(path["actions"])
             batch = sample(buffer, args, rng)  # l. 10
             run.log(learn(agent, optimizer, batch, args, online=True))  # l. 11 and 12

@@ -1,7 +1,7 @@
 """How long an evaluation takes, in one process and on several cores: python benchmark/evaluation.py, ten minutes
 
 SMAC's `evaluate` with an agent of agents/, trained with --preset short, in one process and in as many as --cores, in
-turn, so that what disturbs one disturbs the other. Appends the medians to benchmark/results/speed/several_cores.md.
+turn, so that what disturbs one disturbs the other. Appends the medians to benchmark/results/speed/evaluation.md.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ class Args:
     cores: tuple[int, ...] = (1, 2)
     rounds: int = 3  # evaluations of each kind
     condition: str = "otherwise idle"  # of the machine, for the table
-    file: Path = ROOT / "benchmark" / "results" / "speed" / "several_cores.md"
+    file: Path = ROOT / "benchmark" / "results" / "speed" / "evaluation.md"
 
 
 def measure(env_id, cli):

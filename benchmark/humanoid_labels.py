@@ -66,7 +66,7 @@ def split(entries):
 def draw(buffer, tasks, args, bonus, generator):
     """A batch with histories h, of whose rewards `bonus` is taken."""
     batch = buffer.sample(tasks, args.rl_batch, generator)
-    history = buffer.sample(tasks, args.context_batch, generator, "context")
+    history = buffer.sample(tasks, args.context_batch, generator, "encoder")
     return batch | {"context": smac.make_context(history | {"rewards": history["rewards"] - bonus}, args)}
 
 

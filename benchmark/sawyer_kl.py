@@ -33,7 +33,7 @@ def measure(agent, buffer, args):
     generator, tasks = torch.Generator().manual_seed(SEED), torch.arange(buffer.sizes["rl"].numel())
     rows, rewards = [], []
     for _ in range(DRAWS):
-        context = smac.make_context(buffer.sample(tasks, args.context_batch, generator, "context"), args)
+        context = smac.make_context(buffer.sample(tasks, args.context_batch, generator, "encoder"), args)
         mu, sigma = agent.encoder(context)  # (T, dz)
         batch = {name: x.flatten(0, 1) for name, x in buffer.sample(tasks, args.rl_batch, generator).items()}
         batch["rewards"] = batch["rewards"].squeeze(-1)

@@ -96,25 +96,25 @@ def test_tasks_are_sampled_independently():
 def test_each_source_draws_from_its_own_transitions():
     buffer = ReplayBuffer(2, OBS, ACTION, 100)
     for task in (0, 1):
-        buffer.add(task, make_path(task, 1, 3), context=False)
+        buffer.add(task, make_path(task, 1, 3), encoder=False)
         buffer.add(task, make_path(task, 2, 3), rl=False)
         buffer.add(task, make_path(task, 3, 3))
     buffer.mark_offline()
     buffer.add(0, make_path(0, 4, 3))
-    numbers = {s: set(draw(buffer, [0], 300, s)["obs"][0, :, 1].int().tolist()) for s in ("rl", "context", "offline")}
-    assert numbers == {"rl": {1, 3, 4}, "context": {2, 3, 4}, "offline": {2, 3}}
+    numbers = {s: set(draw(buffer, [0], 300, s)["obs"][0, :, 1].int().tolist()) for s in ("rl", "encoder", "offline")}
+    assert numbers == {"rl": {1, 3, 4}, "encoder": {2, 3, 4}, "offline": {2, 3}}
     assert set(draw(buffer, [1], 300, "rl")["obs"][0, :, 1].int().tolist()) == {1, 3}
     assert buffer.used == 21  # a transition in both lists is stored once
 
 
-def test_clear_context_empties_one_encoder_buffer_and_keeps_the_rest():
+def test_clear_encoder_empties_one_encoder_buffer_and_keeps_the_rest():
     buffer = make_buffer()
-    buffer.clear_context(1)
-    assert buffer.sizes["context"].tolist() == [8, 0, 8] and buffer.sizes["rl"].tolist() == [8, 8, 8]
+    buffer.clear_encoder(1)
+    assert buffer.sizes["encoder"].tolist() == [8, 0, 8] and buffer.sizes["rl"].tolist() == [8, 8, 8]
     buffer.add(1, make_path(1, 99, 2))
-    assert set(draw(buffer, [1], 100, "context")["obs"][0, :, 1].int().tolist()) == {99}
+    assert set(draw(buffer, [1], 100, "encoder")["obs"][0, :, 1].int().tolist()) == {99}
     assert set(draw(buffer, [1], 300, "rl")["obs"][0, :, 1].int().tolist()) == {10, 11, 12, 99}
-    assert set(draw(buffer, [0], 300, "context")["obs"][0, :, 1].int().tolist()) == {0, 1, 2}
+    assert set(draw(buffer, [0], 300, "encoder")["obs"][0, :, 1].int().tolist()) == {0, 1, 2}
 
 
 def test_a_full_buffer_says_so_and_stays_as_it_was():
@@ -151,7 +151,7 @@ def test_paths_may_begin_or_end_in_the_middle_of_a_trajectory():
 def test_paths_of_the_encoder_buffer():
     buffer = make_buffer()
     buffer.add(0, make_path(0, 50, 2), rl=False)
-    assert [len(p["actions"]) for p in buffer.paths(0, "last", 3, "context")] == [1, 2]
+    assert [len(p["actions"]) for p in buffer.paths(0, "last", 3, "encoder")] == [1, 2]
     assert [len(p["actions"]) for p in buffer.paths(0, "last", 3, "rl")] == [3]
 
 
@@ -171,13 +171,13 @@ def test_join_makes_columns_of_trajectories():
 def test_extend_is_add_of_each():
     entries = [(task, make_path(task, number, length)) for task, number, length in ((1, 5, 3), (0, 6, 1), (1, 7, 2))]
     one, each = ReplayBuffer(2, OBS, ACTION, 20), ReplayBuffer(2, OBS, ACTION, 20)
-    one.extend(entries, context=False)
+    one.extend(entries, encoder=False)
     for entry in entries:
-        each.add(*entry, context=False)
+        each.add(*entry, encoder=False)
     for task, expected in ((0, [entries[1][1]]), (1, [entries[0][1], entries[2][1]])):
         assert_same_paths(one.paths(task, "first", 20), expected)
         assert_same_paths(each.paths(task, "first", 20), expected)
-    assert one.sizes["context"].tolist() == [0, 0] and one.used == 6
+    assert one.sizes["encoder"].tolist() == [0, 0] and one.used == 6
 
 
 def test_memory_grows_with_the_transitions_and_not_with_the_tasks():
@@ -196,16 +196,16 @@ def test_a_buffer_that_can_not_be_is_refused():
 def test_state_dict_round_trip():
     buffer = make_buffer()
     buffer.mark_offline()
-    buffer.add(1, make_path(1, 40, 2), context=False)
+    buffer.add(1, make_path(1, 40, 2), encoder=False)
     state = buffer.state_dict()
     assert len(state["fields"]["obs"]) == 26  # cut to what is used
-    assert {name: len(listed) for name, listed in state["index"].items()} == {"rl": 26, "context": 24}
+    assert {name: len(listed) for name, listed in state["index"].items()} == {"rl": 26, "encoder": 24}
     other = ReplayBuffer(3, OBS, ACTION, 40)  # a longer or shorter run has another capacity
     other.load_state_dict(state)
     for b in (buffer, other):
         b.add(2, make_path(2, 41, 5))
         b.add(0, make_path(0, 42, 1))
-    for source in ("rl", "context", "offline"):
+    for source in ("rl", "encoder", "offline"):
         ours, theirs = (draw(b, [0, 1, 2], 64, source) for b in (buffer, other))
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert_same_paths(other.paths(2, "last", 5), [make_path(2, 41, 5)])
@@ -226,7 +226,7 @@ SPOILED = [  # (what the message says, how the state of `make_buffer` is changed
     (OUTSIDE.format("rl"), lambda s: s["index"]["rl"].__setitem__(3, -1)),
     (OUTSIDE.format("rl"), lambda s: (  # each twice
         s["index"].update(rl=s["index"]["rl"].repeat(2)), s["sizes"].update(rl=torch.tensor([16, 16, 16])))),
-    (OUTSIDE.format("context"), lambda s: s["index"].update(context=s["index"]["context"][1:])),
+    (OUTSIDE.format("encoder"), lambda s: s["index"].update(encoder=s["index"]["encoder"][1:])),
     (OUTSIDE.format("offline"), lambda s: s["sizes"].update(offline=torch.tensor([9, 7, 8]))),
 ]  # fmt: skip
 
@@ -323,7 +323,7 @@ def test_a_buffer_from_a_dataset(tmp_path, encoder):
     assert buffer.used == 24 + 6 * encoder  # stored once where both buffers share it
     assert buffer.capacity == buffer.used + 10
     assert buffer.sizes["rl"].tolist() == [8] * 3 + [0]
-    assert buffer.sizes["context"].tolist() == [2 if encoder else 8] * 3 + [0]
+    assert buffer.sizes["encoder"].tolist() == [2 if encoder else 8] * 3 + [0]
     assert buffer.sizes["offline"].tolist() == [2 if encoder else 8] * 3 + [0]
     assert_same_paths(buffer.paths(1, "first", 99), [make_path(1, 3 + i, n) for i, n in enumerate((4, 1, 3))])
     numbers = set(draw(buffer, [1], 200, "offline")["obs"][0, :, 1].int().tolist())

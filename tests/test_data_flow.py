@@ -564,7 +564,7 @@ def test_what_was_collected_is_stored_whole_under_its_task(flow):
     num_tasks = len(checkpoint["buffer/sizes/rl"])
     assert num_tasks == len(TRAIN) + len(TEST) * (flow.name == "smac, on test tasks with true rewards")
     for task in range(num_tasks):
-        rl, context = (signed.members(checkpoint, task, name) for name in ("rl", "context"))
+        rl, context = (signed.members(checkpoint, task, name) for name in ("rl", "encoder"))
         mine = first + np.flatnonzero(owners == signed.SIGNS[task])
         np.testing.assert_array_equal(rl[rl >= first], mine)
         assert set(data["obs"][rl[rl < first], SIGN]) <= {signed.SIGNS[task]}

@@ -492,7 +492,7 @@ def test_what_is_saved_is_what_is_loaded(register, tmp_path, monkeypatch, name):
         wanted = np.concatenate([path["actions"] for number, path in rl if number == task])
         sizes = {where: int(buffer.sizes[where][task]) for where in buffer.sizes}
         held = sum(len(path["actions"]) for number, path in (encoder or rl) if number == task)
-        assert sizes == {"rl": len(wanted), "context": held, "offline": held}
+        assert sizes == {"rl": len(wanted), "encoder": held, "offline": held}
 
 
 # ----- Memory grows with transitions, and not with tasks
@@ -530,18 +530,18 @@ def test_the_rooms_of_the_tasks_hold_whatever_comes_in_whatever_order(seed):
         task, steps = int(rng.choice(num_tasks, p=likely)), min(rng.integers(1, longest + 1), capacity - buffer.used)
         numbers, where = np.arange(buffer.used, buffer.used + steps), rng.integers(1, 4)
         path = {"obs": np.zeros((steps + 1, 1)), "actions": numbers[:, None], "rewards": numbers, "terminals": numbers}
-        buffer.add(task, path, rl=bool(where & 1), context=bool(where & 2))
-        for bit, name in ((1, "rl"), (2, "context")):
+        buffer.add(task, path, rl=bool(where & 1), encoder=bool(where & 2))
+        for bit, name in ((1, "rl"), (2, "encoder")):
             if where & bit:
                 expected.setdefault((name, task), []).extend(numbers.tolist())
         if rng.random() < 0.02:
-            buffer.clear_context(task)
-            expected.pop(("context", task), None)
+            buffer.clear_encoder(task)
+            expected.pop(("encoder", task), None)
         if rng.random() < 0.05:  # as a resumed run
             copy = buffers.ReplayBuffer(num_tasks, 1, 1, capacity)
             copy.load_state_dict(buffer.state_dict())
             buffer = copy
-    for name in ("rl", "context"):
+    for name in ("rl", "encoder"):
         assert buffer.ends[name] <= len(buffer.index[name])
         for task in range(num_tasks):
             start, size = int(buffer.starts[name][task]), int(buffer.sizes[name][task])

@@ -211,7 +211,7 @@ def test_refuses_to_write_a_dataset_of_an_iteration_that_never_comes(tmp_path, f
 
 def test_the_encoder_buffer_holds_the_last_exploration_and_the_rl_buffer_everything(tmp_path, few_tasks):
     state = load(start(tmp_path)[0])
-    rl, context = state["buffer/sizes/rl"], state["buffer/sizes/context"]
+    rl, context = state["buffer/sizes/rl"], state["buffer/sizes/encoder"]
     visits = (rl - HORIZON) / (3 * HORIZON)  # an episode at the start; a visit adds one with the prior and two more
     assert visits.sum() == 3 * 2 and np.array_equal(visits, visits.round()) and state["env_steps"] == rl.sum()
     twice = (visits >= 2) & (context == 2 * HORIZON)  # in one iteration, by chance: the exploration of both

@@ -511,7 +511,7 @@ def test_what_is_said_of_the_gpu_is_in_its_table():
 def test_a_batch_has_the_transitions_of_one_buffer_and_the_context_of_the_other(script, may_be_empty):
     buffer, tasks = buffers.ReplayBuffer(4, 1, 1, 100), (0, 1, 3) if may_be_empty else (0, 1, 2, 3)
     for task in tasks:
-        for sign, where in ((1, {"context": False}), (-1, {"rl": False})):
+        for sign, where in ((1, {"encoder": False}), (-1, {"rl": False})):
             path = {"obs": torch.full((6, 1), sign * (task + 1.0)), "actions": torch.zeros(5, 1)}
             buffer.add(task, path | {"rewards": torch.full((5,), 9.0), "terminals": torch.zeros(5)}, **where)
     args, seen, asked = script.Args(rl_batch=3, context_batch=2, meta_batch=4, latent_dim=2), set(), set()

@@ -284,7 +284,7 @@ def test_an_iteration_explores_with_the_prior_then_the_posterior_and_then_trains
     # One episode with z from the prior, two from the posterior, in two tasks side by side; actions are sampled, rewards
     # not read but generated
     episodes = [(2, is_prior, {"read_rewards": False}) for is_prior in (True, False, False)]
-    visit = [event for e in episodes for event in ([(2, "context")] * (not e[1]) + [e] + 2 * [(1, "offline")])]
+    visit = [event for e in episodes for event in ([(2, "encoder")] * (not e[1]) + [e] + 2 * [(1, "offline")])]
     assert events == [False] * OFFLINE + ITERATIONS * (visit + [True] * UPDATES)
 
 
