@@ -55,8 +55,9 @@ class Spec:
     The class is a Gymnasium environment whose constructor needs no argument. It has `set_task(task)`, which raises
     ValueError if there is no such task, and `sample_tasks(rng, num_tasks)` -> (num_tasks, task_dim), a static method
     that gets a numpy RandomState. It may have `sparse = True` (reward 0 in a step that achieves the goal, else less:
-    an episode succeeds if its last reward is 0) and `ground_velocity = (column, seconds)`: the first of the two
-    columns of an observation that hold the velocity over ground, and the seconds of a step.
+    an episode succeeds if its last reward is 0); `ground_velocity = (column, seconds)`: the first of the two
+    columns of an observation that hold the velocity over ground, and the seconds of a step; and `one_process = True` if
+    its episodes can not be played in forked processes, as evaluations do where PyTorch has more than one thread.
     """
 
     env_class: type

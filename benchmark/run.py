@@ -119,14 +119,15 @@ WALKER_SMALL, ANT_SMALL, HUMANOID_SMALL = (
         ("HumanoidDirection", 5000, 100, " --save-dataset datasets/HumanoidDirection.npz"),
     )
 )
+TEN = tuple(range(1, 11))
 BENCHMARKS = {
     # name: {label: (command, seeds)}
     "point_direction": {
-        "smac": (POINT, (1, 2, 3)),
-        "smac_oracle_rewards": (f"{POINT} --oracle-rewards", (1, 2, 3)),
-        "meta_bc": ("meta_bc.py --env-id PointDirection", (1, 2, 3)),
-        "pearl": ("pearl_online_oracle.py --env-id PointDirection", (1, 2, 3)),
-        "smac_actor_ablation": (f"{POINT} --actor-ablation", (1, 2, 3)),
+        "smac": (POINT, TEN),
+        "smac_oracle_rewards": (f"{POINT} --oracle-rewards", TEN),
+        "meta_bc": ("meta_bc.py --env-id PointDirection", TEN),
+        "pearl": ("pearl_online_oracle.py --env-id PointDirection", TEN),
+        "smac_actor_ablation": (f"{POINT} --actor-ablation", TEN),
         "smac_encoder_q": (f"{POINT} --encoder-loss q", (1, 2, 3)),
         "smac_encoder_reward_then_q": (f"{POINT} --encoder-loss reward_then_q", (1, 2, 3)),
         "smac_test_tasks": (f"{POINT} --explore-tasks test", (1, 2, 3)),
@@ -136,9 +137,9 @@ BENCHMARKS = {
         "smac_goal_data_oracle_rewards": (
             f"{POINT} --dataset datasets/PointDirectionGoal.npz --oracle-rewards", (1, 2, 3)
         ),
-        "macaw": ("macaw.py --env-id PointDirection", (1, 2, 3)),
+        "macaw": ("macaw.py --env-id PointDirection", TEN),
         "macaw_matched": ("macaw.py --env-id PointDirection --preset matched", (1, 2, 3)),
-        "borel": ("borel.py --env-id PointDirection", (1, 2, 3)),
+        "borel": ("borel.py --env-id PointDirection", TEN),
         "borel_matched": ("borel.py --env-id PointDirection --preset matched", (1, 2, 3)),
     },
     "hopper_param": {

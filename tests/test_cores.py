@@ -2,10 +2,12 @@
 
 import csv
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -77,14 +79,37 @@ def test_a_meta_episode_on_two_cores_is_that_of_its_two_halves(script, two, shor
     assert len(found[0]) == 9 and (found[0][0]["obs"][0] != found[0][4]["obs"][0]).any()  # the halves' noise differs
 
 
+class Blank:
+    """Number i of some environments that are not played."""
+
+    def __init__(self, i, one_process=False):
+        self.i, self.one_process, self.unwrapped = i, one_process, self
+
+
+def blanks(num, **kind):
+    return [Blank(i, **kind) for i in range(num)]
+
+
 def test_tensors_are_cut_as_the_environments_are(two):
     def what_it_gets(env_list, module, rows, lists, number, rng, flag):
-        return env_list, rows, lists[0], number + flag * torch.ones(len(env_list)), module.weight
+        values = number + flag * torch.ones(len(env_list))
+        return [env.i for env in env_list], rows, lists[0], values, module.weight
 
     module, rows = nn.Linear(1, 1), torch.arange(8)[:, None]
-    result = buffers.on_cores(what_it_gets, [*"abcdefgh"], module, rows, [rows + 1], 5, torch.Generator(), flag=2)
-    equal(result[:4], ([*"abcdefgh"], rows, rows + 1, torch.full((8,), 7.0)))
+    result = buffers.on_cores(what_it_gets, blanks(8), module, rows, [rows + 1], 5, torch.Generator(), flag=2)
+    equal(result[:4], ([*range(8)], rows, rows + 1, torch.full((8,), 7.0)))
     assert (result[4] == module.weight.item()).all() and len(result[4]) == 2  # of both
+
+
+def test_an_environment_that_draws_from_the_common_generators_gets_other_numbers_in_each_process(two):
+    def draw(env_list, rng):
+        return [(random.random(), np.random.rand(), torch.rand(1).item(), torch.rand(1, generator=rng).item())]
+
+    rng, before = torch.Generator().manual_seed(0), (random.getstate(), torch.get_rng_state())
+    first, again = (buffers.on_cores(draw, blanks(8), rng) for _ in range(2))
+    assert len(set(np.ravel(first + again))) == 4 * 3  # a process's torch generators have one seed
+    assert buffers.on_cores(draw, blanks(8), torch.Generator().manual_seed(0)) == first
+    assert random.getstate() == before[0] and torch.equal(torch.get_rng_state(), before[1])
 
 
 @pytest.mark.parametrize("script", FLAGS)
@@ -102,38 +127,72 @@ def test_a_run_on_two_cores_trains_as_on_one_and_evaluates_the_same_tasks(script
     assert (explored != other).mean() > 0.9  # each process has noise of its own
 
 
-def test_few_environments_or_one_thread_need_no_processes(monkeypatch):
+@pytest.mark.parametrize(
+    "threads, num, kind, daemon",
+    [(1, 100, {}, False), (8, 7, {}, False), (8, 100, {"one_process": True}, False), (8, 100, {}, True)],
+)
+def test_where_one_process_plays_all(threads, num, kind, daemon, monkeypatch):
+    """One thread; few environments; environments that can't be forked; in a worker of a pool, which may start none."""
     monkeypatch.setattr(cores.multiprocessing, "get_context", None)  # a call of it would raise
-    rng = torch.Generator()
-    for threads, num in ((1, 100), (8, 7)):
-        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        assert buffers.on_cores(lambda env_list, rng: (env_list, rng), [*range(num)], rng) == ([*range(num)], rng)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(cores.multiprocessing, "current_process", lambda: types.SimpleNamespace(daemon=daemon))
+    env_list, rng = blanks(num, **kind), torch.Generator()
+    assert buffers.on_cores(lambda env_list, rng: (env_list, rng), env_list, rng) == (env_list, rng)
 
 
-def test_a_process_that_dies_gives_one_sentence(two, capfd):
+def test_a_process_that_is_killed_gives_one_sentence(two):
     def fall(env_list, rng):
-        if 0 in env_list:
+        if env_list[0].i == 0:
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(60)
 
-    def fail(env_list, rng):
-        raise ValueError("the environment broke")
-
     before = time.time()
-    for function in (fall, fail):
-        with pytest.raises(buffers.InputError, match="a process that played episodes died; OMP_NUM_THREADS=1"):
-            buffers.on_cores(function, [*range(8)], torch.Generator())
-    assert "ValueError: the environment broke" in capfd.readouterr().err
+    words = "^no processes to play episodes in, one died: is memory short. OMP_NUM_THREADS=1 goes without$"
+    with pytest.raises(buffers.InputError, match=words):
+        buffers.on_cores(fall, blanks(8), torch.Generator())
     assert time.time() - before < 30  # the other one did not sleep to its end
 
 
+def test_an_environment_that_fails_is_shown_once(two, capfd):
+    def fail(env_list, rng):
+        raise ValueError("the environment broke")
+
+    def refuse(env_list, rng):
+        raise buffers.InputError("it wants other actions")
+
+    with pytest.raises(RuntimeError, match=r"played episodes\n(.|\n)*in fail\n(.|\n)*: the environment broke"):
+        buffers.on_cores(fail, blanks(8), torch.Generator())
+    with pytest.raises(buffers.InputError, match="^it wants other actions$"):
+        buffers.on_cores(refuse, blanks(8), torch.Generator())
+    assert capfd.readouterr().err == ""
+
+
+def test_no_process_can_be_started(two, monkeypatch):
+    def fork():
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(os, "fork", fork)
+    with pytest.raises(buffers.InputError, match="Cannot allocate memory: is memory short"):
+        buffers.on_cores(lambda *_: [], blanks(8), torch.Generator())
+
+
+def test_what_an_environment_starts_can_be_ended(two):
+    def restart(env_list, rng):
+        simulator = subprocess.Popen(["sleep", "60"])
+        simulator.terminate()
+        return [simulator.wait(30)] * len(env_list)
+
+    assert buffers.on_cores(restart, blanks(8), torch.Generator()) == [-signal.SIGTERM] * 8
+
+
 SLEEP = """
-import os, sys, time, torch, buffers
+import os, time, types, torch, buffers
+blank = types.SimpleNamespace(unwrapped=None)
 torch.set_num_threads(2)
 def sleep(env_list, rng):
     print(os.getpid(), flush=True)
     time.sleep(60)
-buffers.on_cores(sleep, [*range(8)], torch.Generator())
+buffers.on_cores(sleep, 8 * [blank], torch.Generator())
 """
 
 
