@@ -60,7 +60,7 @@ def main(cli):
         rows.append([env_id, num, f"{steps:.0f}", *(f"{second:.2f}" for second in medians.values())])
         rows[-1] += [f"{medians[cli.cores[0]] / medians[cores]:.2f}" for cores in cli.cores[1:]]
         print(*rows[-1], sep="  ", flush=True)
-    head = ["environment", "environments", "steps", *(f"s, {cores} core(s)" for cores in cli.cores)]
+    head = ["environment", "environments", "steps", *(f"s, {cores} core" + "s" * (cores > 1) for cores in cli.cores)]
     head += [f"ratio, {cores} cores" for cores in cli.cores[1:]]
     text = (
         f"{versions()['cpu']}, {cli.condition}, PyTorch {torch.__version__}; medians of {cli.rounds} evaluations.\n\n"

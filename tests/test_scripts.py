@@ -37,7 +37,7 @@ SCRIPTS = [
 ]
 LINES = dict(zip(MODULES, (460, 400, 320, 400, 520)))
 SHARED = {
-    "buffers.py": 620, "envs.py": 600, "sawyer.py": 400, "plumbing/__init__.py": 2, "plumbing/cores.py": 100,
+    "buffers.py": 620, "envs.py": 600, "sawyer.py": 400, "plumbing/__init__.py": 2, "plumbing/cores.py": 120,
     "plumbing/files.py": 220,
     "plumbing/flags.py": 200, "plumbing/machine.py": 120, "plumbing/pictures.py": 130, "README.md": 200,
 }  # fmt: skip
@@ -287,7 +287,7 @@ def test_claims_at_a_glance_are_those_of_the_results():
     text = flowing(source("README.md"))
     (share,) = re.findall(r"the labels give (\d+) % of the gain that true rewards give", text)
     before, after, oracle = (
-        np.mean([returns("point_direction", label, seed)[step] for seed in (1, 2, 3)])
+        at("point_direction", label, step, *TEN)
         for label, step in (("smac", 3_000), ("smac", 12_600), ("smac_oracle_rewards", 12_600))
     )
     assert int(share) == round(100 * (after - before) / (oracle - before))
@@ -324,11 +324,11 @@ def success(label, step, column="test/online"):
 
 
 def frozen_belief():
-    """BOReL's returns at the end with a belief that reads nothing of the scored episode, of three seeds."""
+    """BOReL's returns at the end with a belief that reads nothing of the scored episode, of ten seeds."""
     folder, last = ROOT / "benchmark" / "results" / "point_direction" / "diagnostics", []
-    for seed in (1, 2, 3):
+    for seed in TEN:
         with open(folder / f"borel__{seed}.csv", newline="") as file:
-            last.append(float([*csv.DictReader(file)][-1]["eval/test/frozen_belief_return"]))
+            last.append(float([*csv.DictReader(file)][-1]["charts/test/frozen_belief_return"]))
     return last
 
 
@@ -353,9 +353,9 @@ def scenes():
     return rows
 
 
-def own_context(env_id, seed):
+def own_context(folder, seed):
     """Returns at a run's end with z from its own context, another task's and the prior."""
-    text = source(f"benchmark/results/short/{env_id}/adaptation.md")
+    text = source(f"benchmark/results/{folder}/adaptation.md")
     row = re.findall(rf"^\| \S*smac__{seed}.npz \| \d+ \| (.*) \|$", text, re.M)[-1]
     return [float(cell.split()[0]) for cell in row.split(" | ")[:3]]
 
@@ -379,6 +379,7 @@ def new(label):
 
 
 FULL = "benchmark/results/README.md"
+TEN = range(1, 11)
 ABLATED = "HopperParam", "WalkerParam", "HumanoidDirection", "AntDirection", "SawyerManipulation200"
 SHORT = {  # where the short runs end
     "HopperParam": 35_000, "WalkerParam": 35_000, "CheetahVelocity": 30_000, "AntDirection": 35_000,
@@ -397,21 +398,32 @@ PROSE = [  # a file, what it says, and the same from the files of results
         at("point_direction", label, step, 1, 2, 3)
         for label in ("smac_goal_data", "smac_goal_data_oracle_rewards") for step in (3_000, 12_600)]),
     (FULL, r"\(lowest (\S+), highest (\S+)\)\. Means of the last ten are (\S+), (\S+) and (\S+) ", hopper_ends),
-    (FULL, r"two episodes it has (\S+), (\S+) and (\S+) instead of (\S+), (\S+) and (\S+) ", lambda: [
-        *frozen_belief(), *(at("point_direction", "borel", 3_000, seed) for seed in (1, 2, 3))]),
+    (FULL, r"with the belief frozen after two episodes it has (\S+) instead of (\S+) ", lambda: [
+        np.mean(frozen_belief()), at("point_direction", "borel", 3_000, *TEN)]),
+    (FULL, r"test tasks from (\S+) to (\S+), .*? in the same phase \(`smac_oracle_rewards`\) it is (\S+):", lambda: [
+        at("point_direction", label, step, *TEN)
+        for label, step in (("smac", 3_000), ("smac", 12_600), ("smac_oracle_rewards", 12_600))]),
+    (FULL, r"9,600, SMAC is at (\S+) and the oracle at (\S+); the", lambda: [
+        at("point_direction", "smac", 9_600, *TEN), at("point_direction", "pearl", 9_600, *TEN)]),
+    (FULL, r"does better offline \((\S+) against (\S+)\) and worse at the end \((\S+) against (\S+)\)", lambda: [
+        at("point_direction", label, step, *TEN)
+        for step in (3_000, 12_600) for label in ("smac_actor_ablation", "smac")]),
+    (FULL, r"worth imitating \(`meta_bc`: (\S+)\)", lambda: [at("point_direction", "meta_bc", 3_000, *TEN)]),
+    (FULL, r"does follow z .*?: (\S+) with its own context, (\S+) with another's, (\S+) with the prior\.", lambda: (
+        np.mean([own_context("point_direction", seed) for seed in TEN], axis=0))),
     ("README.md", r"reads no reward of the scored episode \((\S+)\)", lambda: [np.mean(frozen_belief())]),
     (FULL, r"so that the oracle has (\S+) % more in all", lambda: [
         100 * (new("pearl") / (60_000 + new("smac")) - 1)]),
     (FULL, r"seed 1 has (\S+) with its own context, (\S+) with another task's, (\S+) with the prior, seed 2 (\S+), "
      r"(\S+) and (\S+), seed 3 (\S+), (\S+) and (\S+)\. Before", lambda: [
-        number for seed in (1, 2, 3) for number in own_context("CheetahVelocity", seed)]),
+        number for seed in (1, 2, 3) for number in own_context("short/CheetahVelocity", seed)]),
     (FULL, r"on test tasks (\S+), (\S+) and (\S+) after the offline phase, (\S+), (\S+) and (\S+) at the end, three "
      r"seeds\.", lambda: [
         at("short/AntDirection", "smac", step, seed) for step in (15_000, 35_000) for seed in (1, 2, 3)]),
     (FULL, r"return is (\S+), (\S+) and (\S+) with its own context, (\S+), (\S+) and (\S+) with another ", lambda: [
-        own_context("SawyerManipulation200", seed)[column] for column in (0, 1) for seed in (1, 2, 3)]),
+        own_context("short/SawyerManipulation200", seed)[column] for column in (0, 1) for seed in (1, 2, 3)]),
     (FULL, r"after it (\S+), (\S+) and (\S+), and with the prior (\S+), (\S+) and (\S+) ", lambda: [
-        own_context("AntDirection", seed)[column] for column in (1, 2) for seed in (1, 2, 3)]),
+        own_context("short/AntDirection", seed)[column] for column in (1, 2) for seed in (1, 2, 3)]),
     (FULL, r"phase is better with it, (\S+)\. After 1,000 steps .*? is (\S+), at its end (\S+): the", lambda: [
         at("short/AntDirection/little_noise", "smac", step, 1) for step in (15_000, 16_000, 35_000)]),
     (FULL, r"as much: (\S+), (\S+) and (\S+) in seed 1's offline phase, then (\S+) and less", lambda: [
@@ -502,6 +514,49 @@ def test_what_is_said_of_the_gpu_is_in_its_table():
     names = [("smac_offline_online", "offline"), ("smac_offline_online", "self-supervised"), ("meta_bc", "offline")]
     names += [("pearl_online_oracle", "online"), ("macaw", "offline"), ("borel", "VAE"), ("borel", "SAC")]
     assert [number.replace(",", "") for number in said[0]] == [recorded[name] for name in names]
+
+
+def cells(file):
+    """Rows of the tables of a file, without their heads."""
+    rows = [line.strip("| ").split(" | ") for line in source(file).splitlines() if line.startswith("| ")]
+    return [row for i, row in enumerate(rows) if row[0] != "---" and "---" not in rows[min(i + 1, len(rows) - 1)][0]]
+
+
+def test_what_is_said_of_evaluations_on_two_cores_is_in_its_table():
+    ratios, text = defaultdict(list), flowing(source(FULL))
+    for env_id, *_, ratio in cells("benchmark/results/speed/evaluation.md"):
+        ratios[env_id].append(ratio)
+    names = "Ant", "Cheetah", "Humanoid", "Sawyer", "Walker", "Hopper"
+    words = ", ".join(rf"(\S+) on {name}" for name in names[1:-1]) + r", (\S+) and (\S+) on Hopper"
+    (said,) = re.findall(r"are (\S+) times as fast as in one process on Ant, " + words, text)
+    found = [ratio for name in names for env_id in ratios if env_id.startswith(name) for ratio in ratios[env_id]]
+    assert [*said] == found
+    assert f"not faster ({' and '.join(ratios['PointDirection'])})" in text
+    least, most = min(map(float, found)), max(map(float, found))
+    assert f"two are {least:.1f} to {most:.1f} times as fast on the robots" in flowing(source("README.md"))
+
+
+def test_what_is_said_of_a_plain_step_is_in_its_table():
+    text, rows = flowing(source(FULL)), cells("benchmark/results/speed/precision.md")
+
+    def ratios(column, place, value):
+        return [float(row[column]) for row in rows if row[place] == value]
+
+    for column, place, value, words in (  # plain / shipped, plain / compiled
+        (
+            8,
+            0,
+            "the paper's",
+            r"without AVX-512 (\S+) \(offline\) and (\S+) times .*? thread, .*?, (\S+) and (\S+) on two",
+        ),
+        (8, 0, "rl_batch 64", r"(\S+) to (\S+) with 4 x 64"),
+        (8, 0, "short", r"(\S+) to (\S+) at the short preset's"),
+        (11, 1, "offline", r"compiled step is (\S+) to (\S+) times as fast as the plain one"),
+    ):
+        (said,), found = re.findall(words, text), ratios(column, place, value)
+        assert [*map(float, said)] == (found if value == "the paper's" else [min(found), max(found)])
+    (percent,) = re.findall(r"what is taken is at most (\d+) % slower than the other", text)
+    assert int(percent) == round(100 * max(float(row[10]) for row in rows) - 100)
 
 
 # ----- Batches, flags and data
