@@ -138,7 +138,7 @@ BENCHMARKS = {
             f"{POINT} --dataset datasets/PointDirectionGoal.npz --oracle-rewards", (1, 2, 3)
         ),
         "macaw": ("macaw.py --env-id PointDirection", TEN),
-        "macaw_matched": ("macaw.py --env-id PointDirection --preset matched", (1, 2, 3)),
+        "macaw_matched": ("macaw.py --env-id PointDirection --preset matched", TEN),
         "borel": ("borel.py --env-id PointDirection", TEN),
         "borel_matched": ("borel.py --env-id PointDirection --preset matched", (1, 2, 3)),
     },
