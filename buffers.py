@@ -36,7 +36,7 @@ from plumbing import files
 from plumbing.cores import on_cores
 from plumbing.files import CSV, CSV_COLUMNS, PATH_FIELDS, check_array, check_dataset, flatten, read_npz, write_file
 from plumbing.flags import PATHS, Screen, check_flags, command_line, launch, say, train
-from plumbing.machine import choose_device, matmul_precision, record, versions
+from plumbing.machine import choose_device, commit, matmul_precision, record, versions
 from plumbing.pictures import draw_paths, draw_summary, table
 
 __all__ = [
@@ -310,7 +310,8 @@ class Run:
         eval_csv = self.restore() if args.resume else ",".join(CSV_COLUMNS) + "\r\n"  # nothing is written before this
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock()
-        found = {"precision": self.precision, "versions": versions(self.device)}
+        found = {"precision": self.precision, "threads": torch.get_num_threads(), "versions": versions(self.device)}
+        found |= {"dataset_sha256": sha256, "commit": commit()}
         self.file.write(json.dumps(vars(args) | found, indent=1))
         self.file.flush()
         write_file(self.folder / "eval.csv", lambda file: file.write(eval_csv.encode()))

@@ -39,6 +39,7 @@ HOPPER = "--env-id HopperParam"
 ONE_TASK = "--tasks-per-iteration 1"
 SHORT = "--rl-batch 64 --updates-per-iteration 2000"
 SAWYER = "--env-id SawyerManipulation"
+FOUR = (1, 2, 3, 4)
 SMALL_SAWYER = f"{SAWYER} --rl-batch 128"
 
 
@@ -68,30 +69,32 @@ def baselines(env_id, flags=""):
 def encoder_ablations(rows):
     """The two of Figure 7, of a table with a row "smac"."""
     losses = ("q", "reward_then_q")
-    return {f"smac_encoder_{loss}": (f"{rows['smac'][0]} --encoder-loss {loss}", (1,)) for loss in losses}
+    return {f"smac_encoder_{loss}": (f"{rows['smac'][0]} --encoder-loss {loss}", FOUR) for loss in losses}
 
 
 def short(env_id):
     """All methods with --preset short."""
     flags = f"--env-id {env_id} --preset short"
     smac = f"smac_offline_online.py {flags}" + " --tasks-per-iteration 5" * env_id.startswith("Sawyer")  # its row: one
-    rows = {"smac": (smac, (1, 2, 3))}
+    steps = 30_000 if env_id == "CheetahVelocity" else 35_000  # as many as both phases have
+    control = f"{smac} --offline-steps {steps} --online-iterations 0"
+    rows = {"smac": (smac, FOUR), "smac_more_offline": (control, FOUR)}
     if env_id == "PointDirection":  # of the rest there is a benchmark of its own: its sizes are short anyway
-        return rows
+        return {"smac": (smac, (1, 2, 3))}
     if env_id.startswith("Sawyer"):  # fifty scenes: Figure 9; the other methods with 200
         test, two = f"{smac} --explore-tasks test", (1, 2)
         return {
             "smac": (smac, two), "smac_one_task": (f"smac_offline_online.py {flags}", (1,)),
             "smac_test_tasks": (test, two), "smac_test_tasks_oracle_rewards": (f"{test} --oracle-rewards", two),
         }  # fmt: skip
-    rows |= others(smac, flags) | {"pearl": (f"pearl_online_oracle.py {flags}", (1,))}
+    rows |= others(smac, flags) | {"pearl": (f"pearl_online_oracle.py {flags}", FOUR)}
     return rows | (encoder_ablations(rows) if env_id in ("HopperParam", "WalkerParam", "HumanoidDirection") else {})
 
 
 def others(smac, flags):
     """The actor ablation and the methods without a second phase."""
-    rows = {name: (f"{name}.py {flags}", (1,)) for name in ("meta_bc", "macaw", "borel")}
-    return {"smac_actor_ablation": (f"{smac} --actor-ablation", (1,)), **rows}
+    rows = {name: (f"{name}.py {flags}", FOUR) for name in ("meta_bc", "macaw", "borel")}
+    return {"smac_actor_ablation": (f"{smac} --actor-ablation", FOUR), **rows}
 
 
 def scenes():
@@ -99,7 +102,8 @@ def scenes():
     flags = "--env-id SawyerManipulation --preset short --dataset datasets/SawyerManipulation200.npz"
     smac = f"smac_offline_online.py {flags}"
     return {
-        "smac": (smac, (1, 2, 3)), "smac_oracle_rewards": (f"{smac} --oracle-rewards", (1,)), **others(smac, flags),
+        "smac": (smac, FOUR), "smac_more_offline": (f"{smac} --offline-steps 35000 --online-iterations 0", FOUR),
+        "smac_oracle_rewards": (f"{smac} --oracle-rewards", FOUR), **others(smac, flags),
         "smac_five_tasks": (f"{smac} --tasks-per-iteration 5", (3,)),
         "smac_lambda_pearl": (f"{smac} --lambda-pearl 1", (1,)),
     }  # fmt: skip
@@ -123,7 +127,7 @@ TEN = tuple(range(1, 11))
 BENCHMARKS = {
     # name: {label: (command, seeds)}
     "point_direction": {
-        "smac": (POINT, TEN),
+        "smac": (POINT, TEN), "smac_more_offline": (f"{POINT} --offline-steps 12600 --online-iterations 0", TEN),
         "smac_oracle_rewards": (f"{POINT} --oracle-rewards", TEN),
         "meta_bc": ("meta_bc.py --env-id PointDirection", TEN),
         "pearl": ("pearl_online_oracle.py --env-id PointDirection", TEN),
@@ -241,7 +245,8 @@ def run(name, label, command, seed, args):
     folder.mkdir(parents=True, exist_ok=True)
     start, last = time.time(), ""
     with open(folder / f"{seed}.log", "a") as log:
-        env, end = os.environ | {"OMP_NUM_THREADS": "1"}, end_with_parent if args.ray else None
+        env = os.environ | {"OMP_NUM_THREADS": "1", "MATMUL_PRECISION": "highest"}  # one for all seeds of a label
+        end = end_with_parent if args.ray else None
         pipe = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace")
         process = subprocess.Popen(line, cwd=ROOT, env=env, preexec_fn=end, **pipe)
         for text in process.stdout:

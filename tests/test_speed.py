@@ -5,7 +5,6 @@ import contextlib
 import shutil
 import sys
 import sysconfig
-import time
 import types
 from pathlib import Path
 
@@ -211,37 +210,24 @@ def test_a_step_that_can_not_be_recorded_stops_the_run(graphs):
 # ----- The precision of products, and `Run.fast`
 
 
-@pytest.mark.parametrize("slow, expected", [("highest", "medium"), ("medium", "highest")])
-def test_the_faster_precision_is_taken(monkeypatch, slow, expected):
-    """Each product at the precision `slow` takes 5 ms more, which is far more than it takes."""
-    products, product = [], torch.Tensor.__matmul__
-
-    def matmul(x, w):
-        if x.dtype == torch.float32:
-            products.append((torch.get_float32_matmul_precision(), tuple(x.shape), tuple(w.shape)))
-            time.sleep(0.005 * (products[-1][0] == slow))
-        return product(x, w)
-
-    monkeypatch.setattr(torch.Tensor, "__matmul__", matmul)
-    before = torch.get_float32_matmul_precision()
-    assert matmul_precision.__wrapped__(torch.device("cpu"), 96, 40) == expected
-    assert torch.get_float32_matmul_precision() == before
-    assert {precision for precision, *_ in products} == {"highest", "medium"}
-    assert {(x, w) for _, x, w in products} == {((96, 40), (40, 40))}
-
-
-def test_a_precision_that_is_less_exact_is_not_taken(monkeypatch):
-    """Products at "medium" are rounded to bfloat16, as they are on some CPUs, and cost no time at all."""
+@pytest.mark.parametrize(
+    ("capability", "exact", "expected"),
+    [("AVX512", True, "medium"), ("AVX512", False, "highest"), ("AVX2", True, "highest")],
+)
+def test_the_precision_is_that_of_the_kind_of_processor(monkeypatch, capability, exact, expected):
+    """Not of how long a product takes; where "medium" rounds to bfloat16, as on some CPUs, it is not taken."""
     product = torch.Tensor.__matmul__
 
     def matmul(x, w):
-        if x.dtype == torch.float32 and torch.get_float32_matmul_precision() == "medium":
-            return product(x.bfloat16(), w.bfloat16()).float()
-        time.sleep(0.002)
-        return product(x, w)
+        medium = x.dtype == torch.float32 and torch.get_float32_matmul_precision() == "medium"
+        return product(x.bfloat16(), w.bfloat16()).float() if medium and not exact else product(x.double(), w.double())
 
+    monkeypatch.delenv("MATMUL_PRECISION", raising=False)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.Tensor, "__matmul__", matmul)
-    assert matmul_precision.__wrapped__(torch.device("cpu"), 64, 32) == "highest"
+    before = torch.get_float32_matmul_precision()
+    assert matmul_precision.__wrapped__(torch.device("cpu"), 64, 32) == expected
+    assert torch.get_float32_matmul_precision() == before
 
 
 def test_a_step_runs_in_the_runs_precision_and_leaves_the_old_one(set_up, tmp_path):
