@@ -32,11 +32,15 @@ class Args:
     seed: int = 1  # seed of the networks, of exploration and of sampling
     dataset: Optional[str] = None  # offline dataset; default datasets/{env_id}.npz beside this file
     vae_steps: int = 5_000  # gradient steps of stage 1 (authors: 100 epochs, about 2,500 on 1200 transitions a task)
-    offline_steps: int = 25_000  # gradient steps of stage 2; 102 million transitions, SMAC's offline phase has 51
+    offline_steps: int = (
+        25_000  # gradient steps of stage 2; 102 million transitions, SMAC's offline phase has 51
+    )
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where networks and buffers live
     run_dir: str = "runs"  # results go to RUN_DIR/{env_id}__{script}__{seed}/
     resume: Optional[str] = None  # folder of a run: continue it from its checkpoint, with its flags
-    eval_every: int = 4_000  # gradient steps between two evaluations, each with a checkpoint of stage 2
+    eval_every: int = (
+        4_000  # gradient steps between two evaluations, each with a checkpoint of stage 2
+    )
     compile: bool = False  # torch.compile the gradient step; needs a C++ compiler
     cuda_graph: bool = True  # on a GPU, record the gradient step once and replay it
 
@@ -49,7 +53,9 @@ class Args:
     vae_lr: float = 3e-4  # Adam's learning rate, encoder and decoder
 
     # --- Stage 2. SMAC's paper ran BOReL with its own values and with SMAC's, and reports the better one (Section 6)
-    preset: Literal["original", "matched", "short"] = "original"  # its values, SMAC's sizes, or small ones
+    preset: Literal["original", "matched", "short"] = (
+        "original"  # its values, SMAC's sizes, or small ones
+    )
     q_hidden: tuple[int, ...] = (256, 256)  # hidden sizes of the Q-functions
     policy_hidden: tuple[int, ...] = (256, 256)  # hidden sizes of the policy
     lr: float = 3e-4  # Adam's learning rate, policy and Q-functions
@@ -95,7 +101,11 @@ class BeliefEncoder(nn.Module):
 
     def __init__(self, obs_dim, action_dim, latent_dim):
         super().__init__()
-        self.actions, self.next_obs, self.rewards = nn.Linear(action_dim, 16), nn.Linear(obs_dim, 32), nn.Linear(1, 16)
+        self.actions, self.next_obs, self.rewards = (
+            nn.Linear(action_dim, 16),
+            nn.Linear(obs_dim, 32),
+            nn.Linear(1, 16),
+        )
         self.gru = nn.GRU(64, 128, batch_first=True)
         for name, parameter in self.gru.named_parameters():
             (nn.init.orthogonal_ if "weight" in name else nn.init.zeros_)(parameter)
@@ -110,7 +120,9 @@ class BeliefEncoder(nn.Module):
         Returns:
             the memory before these steps and after each, (N, L+1, 128).
         """
-        embedded = [getattr(self, name)(steps[name]).relu() for name in ("actions", "next_obs", "rewards")]
+        embedded = [
+            getattr(self, name)(steps[name]).relu() for name in ("actions", "next_obs", "rewards")
+        ]
         after, _ = self.gru(torch.cat(embedded, dim=-1), memory[None])
         return torch.cat([memory[:, None], after], dim=1)
 
@@ -126,15 +138,25 @@ class RewardDecoder(nn.Module):
     def __init__(self, obs_dim, action_dim, latent_dim):
         super().__init__()
         self.obs, self.actions = nn.Linear(obs_dim, 32), nn.Linear(action_dim, 16)
-        self.first, self.second, self.last = nn.Linear(latent_dim + 80, 32), nn.Linear(32, 32), nn.Linear(32, 1)
+        self.first, self.second, self.last = (
+            nn.Linear(latent_dim + 80, 32),
+            nn.Linear(32, 32),
+            nn.Linear(32, 1),
+        )
 
     def forward(self, z, steps):
         """Every z (N, Z, dz) with every step, obs, next_obs (N, K, o), actions (N, K, a): -> (N, Z, K)."""
-        embedded = [self.obs(steps["next_obs"]), self.actions(steps["actions"]), self.obs(steps["obs"])]
+        embedded = [
+            self.obs(steps["next_obs"]),
+            self.actions(steps["actions"]),
+            self.obs(steps["obs"]),
+        ]
         x = torch.cat(embedded, dim=-1).relu()  # (N, K, 80)
         # The first layer of (z, x) is a sum: compute one product for the Z, one for the K, and add for the pairs.
         weight_z, weight_x = self.first.weight.split([z.shape[-1], 80], dim=1)
-        pairs = F.linear(z, weight_z)[:, :, None] + F.linear(x, weight_x, self.first.bias)[:, None]  # (N, Z, K, 32)
+        pairs = (
+            F.linear(z, weight_z)[:, :, None] + F.linear(x, weight_x, self.first.bias)[:, None]
+        )  # (N, Z, K, 32)
         return self.last(self.second(pairs.relu()).relu()).squeeze(-1)
 
 
@@ -159,14 +181,24 @@ class QFunctions(nn.Module):
         nets = [mlp([obs_dim + action_dim + latent_dim, *hidden, 1]) for _ in range(count)]
         layers = [layer for layer in zip(*nets) if isinstance(layer[0], nn.Linear)]
         # A list entry for each layer: weights (count, in, out), biases (count, 1, out)
-        self.weights = nn.ParameterList(torch.stack([q.weight.T for q in layer]).detach() for layer in layers)
-        self.biases = nn.ParameterList(torch.stack([q.bias[None] for q in layer]).detach() for layer in layers)
+        self.weights = nn.ParameterList(
+            torch.stack([q.weight.T for q in layer]).detach() for layer in layers
+        )
+        self.biases = nn.ParameterList(
+            torch.stack([q.bias[None] for q in layer]).detach() for layer in layers
+        )
 
     def forward(self, obs, actions, z, frozen=False):
         """obs (N, o), actions (N, a), z (N, dz) -> (count, N). frozen: gradients reach inputs and not weights."""
-        x = torch.cat([obs, actions, z], dim=-1).expand(len(self.weights[0]), -1, -1)  # (count, N, o + a + dz)
+        x = torch.cat([obs, actions, z], dim=-1).expand(
+            len(self.weights[0]), -1, -1
+        )  # (count, N, o + a + dz)
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases)):
-            x = torch.baddbmm(bias.detach(), x, weight.detach()) if frozen else torch.baddbmm(bias, x, weight)
+            x = (
+                torch.baddbmm(bias.detach(), x, weight.detach())
+                if frozen
+                else torch.baddbmm(bias, x, weight)
+            )
             x = x.relu_() if i < len(self.weights) - 1 else x
         return x.squeeze(-1)
 
@@ -187,7 +219,9 @@ class Agent(nn.Module):
 
 def tanh_gaussian_log_prob(u, mean, log_std):
     """log density of a = tanh(u) with u ~ N(mean, std): (N, a) each -> (N,)."""
-    gaussian = -0.5 * ((u - mean) * (-log_std).exp()).square() - log_std - 0.5 * math.log(2 * math.pi)
+    gaussian = (
+        -0.5 * ((u - mean) * (-log_std).exp()).square() - log_std - 0.5 * math.log(2 * math.pi)
+    )
     log_derivative = 2 * (math.log(2) - u - F.softplus(-2 * u))  # log(1 - a^2), exact for any u
     return (gaussian - log_derivative).sum(-1)
 
@@ -217,13 +251,21 @@ def vae_loss(agent, steps, lengths, t, k, noise):
 
     # From each belief a z, and from each z the rewards before t and after.
     # PAPER: all beliefs, all rewards. CODE: some of both, drawn uniformly, which gives the same sum on average.
-    mu_t, log_var_t = (torch.take_along_dim(x, t[..., None], dim=1) for x in (mu, log_var))  # (N, Z, dz) each
-    drawn = {name: torch.take_along_dim(x, k[..., None], dim=1) for name, x in steps.items()}  # (N, K, .)
-    error = agent.decoder(mu_t + (0.5 * log_var_t).exp() * noise, drawn) - drawn["rewards"].mT  # (N, Z, K)
+    mu_t, log_var_t = (
+        torch.take_along_dim(x, t[..., None], dim=1) for x in (mu, log_var)
+    )  # (N, Z, dz) each
+    drawn = {
+        name: torch.take_along_dim(x, k[..., None], dim=1) for name, x in steps.items()
+    }  # (N, K, .)
+    error = (
+        agent.decoder(mu_t + (0.5 * log_var_t).exp() * noise, drawn) - drawn["rewards"].mT
+    )  # (N, Z, K)
     reconstruction = (lengths + 1) * error.square().mean((1, 2))
 
     # KL(q_0 || N(0, 1)) + sum over t of KL(q_t || q_t-1): the prior of a belief is the belief before it.
-    mu_before, log_var_before = (F.pad(x[:, :-1], (0, 0, 1, 0)) for x in (mu, log_var))  # zeros first: N(0, 1)
+    mu_before, log_var_before = (
+        F.pad(x[:, :-1], (0, 0, 1, 0)) for x in (mu, log_var)
+    )  # zeros first: N(0, 1)
     ratio = (log_var.exp() + (mu - mu_before).square()) * (-log_var_before).exp()
     kl = 0.5 * (ratio - 1 + log_var_before - log_var).sum(-1)  # (N, L+1)
     real = torch.arange(kl.shape[1], device=lengths.device) <= lengths[:, None]
@@ -233,7 +275,9 @@ def vae_loss(agent, steps, lengths, t, k, noise):
 def update_vae(agent, optimizer, batch, args):
     """One gradient step of stage 1; `batch` has the arguments of `vae_loss`. Returns scalars to log, as tensors."""
     reconstruction, kl = vae_loss(agent, **batch)
-    optimizer.zero_grad(set_to_none=True)  # the optimizer skips policy and critic, whose gradient is None
+    optimizer.zero_grad(
+        set_to_none=True
+    )  # the optimizer skips policy and critic, whose gradient is None
     (reconstruction + args.kl_coef * kl).mean().backward()
     optimizer.step()
     mse = (reconstruction / (batch["lengths"] + 1)).mean()
@@ -251,10 +295,16 @@ def stack(trajectories, device):
     """
     rows = [buffers.join(episodes, device) for of_task in trajectories for episodes in of_task]
     if len(rows) * max(sum(x.numel() for x in row.values()) for row in rows) > MAX_PADDED:
-        raise buffers.InputError("the longest meta-trajectory of the dataset is too long to pad all others to it")
+        raise buffers.InputError(
+            "the longest meta-trajectory of the dataset is too long to pad all others to it"
+        )
     steps = {name: pad_sequence([row[name] for row in rows], batch_first=True) for name in rows[0]}
     lengths = torch.tensor([len(row["obs"]) for row in rows], device=device)
-    return steps, lengths, torch.tensor([0] + [len(of_task) for of_task in trajectories], device=device).cumsum(0)
+    return (
+        steps,
+        lengths,
+        torch.tensor([0] + [len(of_task) for of_task in trajectories], device=device).cumsum(0),
+    )
 
 
 def sample_vae_batch(stacked, args, rng):
@@ -262,7 +312,9 @@ def sample_vae_batch(stacked, args, rng):
     # PAPER: other tasks' episodes join, with rewards from this task's reward function (reward relabelling). CODE: none,
     # as in SMAC's paper: the reward functions are not part of the dataset.
     steps, lengths, first_rows = stacked
-    tasks = torch.randint(len(first_rows) - 1, (args.vae_tasks,), generator=rng, device=lengths.device)
+    tasks = torch.randint(
+        len(first_rows) - 1, (args.vae_tasks,), generator=rng, device=lengths.device
+    )
     tasks = tasks.repeat_interleave(args.vae_trajectories)  # (N,)
 
     def draw(limits, num):
@@ -284,8 +336,15 @@ def sample_vae_batch(stacked, args, rng):
 def make_hyper_buffer(agent, trajectories, obs_dim, action_dim):
     """The dataset as a replay buffer of hyper-states (s, mu, log_var), dimension o + 2 dz."""
     device, belief_dim = next(agent.parameters()).device, agent.encoder.belief.out_features
-    capacity = sum(len(path["actions"]) for of_task in trajectories for episodes in of_task for path in episodes)
-    buffer = buffers.ReplayBuffer(len(trajectories), obs_dim + belief_dim, action_dim, capacity, device)
+    capacity = sum(
+        len(path["actions"])
+        for of_task in trajectories
+        for episodes in of_task
+        for path in episodes
+    )
+    buffer = buffers.ReplayBuffer(
+        len(trajectories), obs_dim + belief_dim, action_dim, capacity, device
+    )
     for task, of_task in enumerate(trajectories):
         for episodes in of_task:
             # PAPER: a terminal state clears the GRU. CODE: a fall does not end the task, the belief runs on. (The
@@ -299,7 +358,9 @@ def make_hyper_buffer(agent, trajectories, obs_dim, action_dim):
                 # its own first state, and that is where the last step of the one before leads. No flag.
                 if following:
                     obs[-1] = following["obs"][0]
-                buffer.add(task, path | {"obs": np.concatenate([obs, belief[t : t + length + 1]], axis=1)})
+                buffer.add(
+                    task, path | {"obs": np.concatenate([obs, belief[t : t + length + 1]], axis=1)}
+                )
                 t += length
     return buffer
 
@@ -319,8 +380,12 @@ def sac_critic_loss(agent, batch, args):
     (obs, belief), (next_obs, next_belief) = batch["obs"], batch["next_obs"]
     with torch.no_grad():
         # y = r + gamma (Q_target(s', a') - alpha log pi(a' | s')); a fall ends the sum, the time limit does not
-        next_actions, log_prob, _, _ = sample_action(agent, next_obs, next_belief, batch["noise_next_a"])
-        next_v = agent.q_target(next_obs, next_actions, next_belief).amin(0) - args.alpha * log_prob  # (N,)
+        next_actions, log_prob, _, _ = sample_action(
+            agent, next_obs, next_belief, batch["noise_next_a"]
+        )
+        next_v = (
+            agent.q_target(next_obs, next_actions, next_belief).amin(0) - args.alpha * log_prob
+        )  # (N,)
         target = batch["rewards"] + args.gamma * (1 - batch["terminals"]) * next_v
     q = agent.q(obs, batch["actions"], belief)  # (2, N)
     return (q - target).square().mean(1).sum(), q
@@ -344,27 +409,42 @@ def update(agent, optimizer, batch, args):
     """
     batch = batch | {name: batch[name].flatten() for name in ("rewards", "terminals")}  # (N,)
     batch["actions"] = batch["actions"].flatten(0, 1)  # (N, a)
-    for name in ("obs", "next_obs"):  # the two parts of a hyper-state: state (N, o), belief (N, 2 dz)
+    for name in (
+        "obs",
+        "next_obs",
+    ):  # the two parts of a hyper-state: state (N, o), belief (N, 2 dz)
         batch[name] = batch[name].flatten(0, 1).tensor_split([-2 * args.latent_dim], dim=1)
 
     l_critic, q = sac_critic_loss(agent, batch, args)
     l_actor, log_prob = sac_actor_loss(agent, batch, args)
-    optimizer.zero_grad(set_to_none=True)  # the optimizer skips encoder and decoder, whose gradient is None
+    optimizer.zero_grad(
+        set_to_none=True
+    )  # the optimizer skips encoder and decoder, whose gradient is None
     (l_critic + l_actor).backward()
     optimizer.step()
     with torch.no_grad():
-        torch._foreach_lerp_(list(agent.q_target.parameters()), list(agent.q.parameters()), args.tau)  # soft update
+        torch._foreach_lerp_(
+            list(agent.q_target.parameters()), list(agent.q.parameters()), args.tau
+        )  # soft update
         info = {"losses/critic": l_critic, "losses/actor": l_actor}
-        info |= {"train/q_mean": q.mean(), "train/q_max": q.amax(), "train/policy_entropy": -log_prob.mean()}
+        info |= {
+            "train/q_mean": q.mean(),
+            "train/q_max": q.amax(),
+            "train/policy_entropy": -log_prob.mean(),
+        }
         return {name: value.detach() for name, value in info.items()}
 
 
 def sample_batch(buffer, args, rng):
     """Transitions of some tasks, and the noise of one update."""
-    tasks = torch.randint(len(buffer.sizes["rl"]), (args.meta_batch,), generator=rng, device=rng.device)
+    tasks = torch.randint(
+        len(buffer.sizes["rl"]), (args.meta_batch,), generator=rng, device=rng.device
+    )
     batch = buffer.sample(tasks, args.rl_batch, rng)
     for name in ("noise_a", "noise_next_a"):
-        batch[name] = torch.randn(batch["actions"].flatten(0, 1).shape, generator=rng, device=rng.device)
+        batch[name] = torch.randn(
+            batch["actions"].flatten(0, 1).shape, generator=rng, device=rng.device
+        )
     return batch
 
 
@@ -389,9 +469,13 @@ def rollout_belief(env_list, agent, memory, rng, deterministic=False, frozen=Fal
         episodes.step(torch.tanh(mean + log_std.exp() * noise.to(device)))
         if frozen:
             continue
-        last = {name: episodes.last(name, live).to(device) for name in ("actions", "obs", "rewards")}  # (live, .)
+        last = {
+            name: episodes.last(name, live).to(device) for name in ("actions", "obs", "rewards")
+        }  # (live, .)
         steps = {"actions": last["actions"], "next_obs": last["obs"], "rewards": last["rewards"]}
-        memory[live] = agent.encoder({name: x[:, None] for name, x in steps.items()}, memory[live])[:, -1]
+        memory[live] = agent.encoder({name: x[:, None] for name, x in steps.items()}, memory[live])[
+            :, -1
+        ]
     return episodes.paths(), memory
 
 
@@ -437,7 +521,10 @@ def evaluate(agent, trajectories, eval_envs, args):
         results[split, "online"] = (tasks, final, exploration, kl)
 
     # The same training tasks, after at most two episodes of the dataset in place of the policy's own
-    offline = [trajectories[task][i % len(trajectories[task])][: EPISODES - 1] for i, task in enumerate(tasks)]
+    offline = [
+        trajectories[task][i % len(trajectories[task])][: EPISODES - 1]
+        for i, task in enumerate(tasks)
+    ]
     steps, lengths, _ = stack([offline], device)
     memory = agent.encoder(steps, blank_memory(len(offline), device))  # (E, L+1, 128)
     memory = memory[torch.arange(len(offline), device=device), lengths]
@@ -447,19 +534,31 @@ def evaluate(agent, trajectories, eval_envs, args):
 
     # Decoder against true rewards, on the two episodes that the belief comes from: the dataset's, and the policy's own
     scalars = {}
-    for name, mu, episodes in (("decoder_loss", mu_offline, offline), ("generated_reward_mse", mu_online, exploration)):
+    for name, mu, episodes in (
+        ("decoder_loss", mu_offline, offline),
+        ("generated_reward_mse", mu_online, exploration),
+    ):
         steps, lengths, _ = stack([episodes], device)
         real = torch.arange(steps["rewards"].shape[1], device=device) < lengths[:, None]  # (E, L)
-        rewards, predicted = steps["rewards"].squeeze(-1), agent.decoder(mu[:, None], steps).squeeze(1)
+        rewards, predicted = (
+            steps["rewards"].squeeze(-1),
+            agent.decoder(mu[:, None], steps).squeeze(1),
+        )
         error = (predicted - rewards)[real].square().mean()
         scalars[f"eval/{name}"] = error
         scalars[f"eval/{name}_over_reward_variance"] = error / rewards[real].var()
 
     # The belief goes on reading true rewards in the scored episode; SMAC's z does not. What is left without them:
     env_list, memory = eval_envs["test"][1], memories["test"]
-    final, _ = buffers.on_cores(rollout_belief, env_list, agent, memory, rng, deterministic=True, frozen=True)
+    final, _ = buffers.on_cores(
+        rollout_belief, env_list, agent, memory, rng, deterministic=True, frozen=True
+    )
     scalars["charts/test/frozen_belief_return"] = np.mean([path["rewards"].sum() for path in final])
-    return results, scalars, [path for task in set(tasks) for episodes in trajectories[task] for path in episodes]
+    return (
+        results,
+        scalars,
+        [path for task in set(tasks) for episodes in trajectories[task] for path in episodes],
+    )
 
 
 # ===== The two stages
@@ -477,14 +576,19 @@ def main(args):
     for task, path in dataset["rl"]:
         paths_of_tasks[task].append(path)
     # Meta-trajectories: three episodes in a row; the last ones of a task may have fewer
-    trajectories = [[paths[i : i + EPISODES] for i in range(0, len(paths), EPISODES)] for paths in paths_of_tasks]
+    trajectories = [
+        [paths[i : i + EPISODES] for i in range(0, len(paths), EPISODES)]
+        for paths in paths_of_tasks
+    ]
     agent = Agent(spec.obs_dim, spec.action_dim, args).to(device)
     vae = {"params": [*agent.encoder.parameters(), *agent.decoder.parameters()], "lr": args.vae_lr}
     sac = {"params": [*agent.policy.parameters(), *agent.q.parameters()], "lr": args.lr}
     optimizer = torch.optim.Adam([vae, sac], fused=True, capturable=device.type == "cuda")
 
     eval_envs = envs.make_evaluation(args.env_id, dataset["train_tasks"], dataset["test_tasks"])
-    with buffers.Run(args, __file__, dataset["sha256"], agent=agent, optimizer=optimizer, rng=rng) as run:
+    with buffers.Run(
+        args, __file__, dataset["sha256"], agent=agent, optimizer=optimizer, rng=rng
+    ) as run:
         # Stage 1: the VAE
         stacked = stack(trajectories, device)
         sample, learn = run.fast(sample_vae_batch), run.fast(update_vae, args.compile)

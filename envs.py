@@ -22,7 +22,9 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-for number in range(3):  # a stream that is closed: GLFW, below, needs it open, and the next file would take its place
+for number in range(
+    3
+):  # a stream that is closed: GLFW, below, needs it open, and the next file would take its place
     try:
         os.fstat(number)
     except OSError:
@@ -44,8 +46,12 @@ class InputError(ValueError):
     """A flag, a file or an environment that can not be used. Scripts print its one sentence and exit with code 2."""
 
     def __init__(self, sentence):
-        words = " ".join(str(sentence)[:500].split())  # what it quotes from a file may be long, or have lines,
-        super().__init__("".join(c if c.isprintable() else "?" for c in words))  # or commands for the terminal
+        words = " ".join(
+            str(sentence)[:500].split()
+        )  # what it quotes from a file may be long, or have lines,
+        super().__init__(
+            "".join(c if c.isprintable() else "?" for c in words)
+        )  # or commands for the terminal
 
 
 @dataclass(frozen=True)
@@ -67,38 +73,65 @@ class Spec:
     horizon: int  # environment steps after which an episode is truncated
     num_train_tasks: int  # the first rows of sample_tasks(env_id, num_train_tasks + num_test_tasks)
     num_test_tasks: int  # the last rows
-    task_range: tuple[float, float] = (-100.0, 100.0)  # other numbers are no task: a guard against damaged files
-    presets: Mapping = field(default_factory=dict, hash=False)  # {script: {flag: value}}, of one's own family
+    task_range: tuple[float, float] = (
+        -100.0,
+        100.0,
+    )  # other numbers are no task: a guard against damaged files
+    presets: Mapping = field(
+        default_factory=dict, hash=False
+    )  # {script: {flag: value}}, of one's own family
 
     def __post_init__(self):
         if not (isinstance(self.env_class, type) and issubclass(self.env_class, gym.Env)):
-            raise InputError(f"{self.env_class} is no task family: it is no subclass of gymnasium.Env")
-        missing = [name for name in ("set_task", "sample_tasks") if not hasattr(self.env_class, name)]
+            raise InputError(
+                f"{self.env_class} is no task family: it is no subclass of gymnasium.Env"
+            )
+        missing = [
+            name for name in ("set_task", "sample_tasks") if not hasattr(self.env_class, name)
+        ]
         if missing:
             raise InputError(f"{self.env_class} is no task family: it has no {', '.join(missing)}")
-        for name in ("obs_dim", "action_dim", "task_dim", "horizon", "num_train_tasks", "num_test_tasks"):
+        for name in (
+            "obs_dim",
+            "action_dim",
+            "task_dim",
+            "horizon",
+            "num_train_tasks",
+            "num_test_tasks",
+        ):
             if type(getattr(self, name)) is not int or getattr(self, name) < 1:
-                raise InputError(f"{name} of a task family is {getattr(self, name)}, expected a whole number above 0")
+                raise InputError(
+                    f"{name} of a task family is {getattr(self, name)}, expected a whole number above 0"
+                )
         ground = getattr(self.env_class, "ground_velocity", None)
         if ground and not 0 <= ground[0] <= self.obs_dim - 2:
             words = f"a column below {self.obs_dim - 1} of its observations, and seconds"
             raise InputError(f"ground_velocity of {self.env_class} is {ground}, expected {words}")
 
 
-SPECS: dict[str, Spec] = {}  # filled by `register`; the paper's families are at the end of this file
+SPECS: dict[
+    str, Spec
+] = {}  # filled by `register`; the paper's families are at the end of this file
 
 
 def register(env_id: str, spec: Spec) -> None:
     """Add a task family: from then on `--env-id {env_id}` works in every script, or `--env-id module:{env_id}` if the
     call stands in a module of one's own."""
     if not env_id.isidentifier():
-        raise InputError(f"{env_id!r} can not be the name of a task family: it must be a Python name")
+        raise InputError(
+            f"{env_id!r} can not be the name of a task family: it must be a Python name"
+        )
     if env_id in SPECS and SPECS[env_id].env_class.__module__ in (__name__, "sawyer"):
         raise InputError(f"{env_id} is a family of envs.py: one's own needs another name")
     SPECS[env_id] = spec
     gym.registry.pop(f"smac/{env_id}-v0", None)
     # Gymnasium's own checker would check every step.
-    gym.register(f"smac/{env_id}-v0", spec.env_class, max_episode_steps=spec.horizon, disable_env_checker=True)
+    gym.register(
+        f"smac/{env_id}-v0",
+        spec.env_class,
+        max_episode_steps=spec.horizon,
+        disable_env_checker=True,
+    )
 
 
 def short_name(env_id: str) -> str:
@@ -118,10 +151,14 @@ def lookup(env_id: str) -> Spec:
         try:
             importlib.import_module(module)
         except Exception as error:  # whatever a module of somebody else raises
-            raise InputError(f"{env_id}: importing {module} failed, {type(error).__name__}: {error}") from error
+            raise InputError(
+                f"{env_id}: importing {module} failed, {type(error).__name__}: {error}"
+            ) from error
     if name not in SPECS:
         nearest = ", ".join(difflib.get_close_matches(name, SPECS, n=3, cutoff=0.0))
-        raise InputError(f"there is no environment {env_id}, the nearest are {nearest}; one's own is module:Name")
+        raise InputError(
+            f"there is no environment {env_id}, the nearest are {nearest}; one's own is module:Name"
+        )
     return SPECS[name]
 
 
@@ -132,7 +169,9 @@ def make(env_id: str, render_mode: str | None = None) -> gym.Env:
     Raises InputError: there is no such family, or its environment does not fit its row.
     """
     check_family(lookup(env_id))
-    return gym.make(f"smac/{short_name(env_id)}-v0", **({"render_mode": render_mode} if render_mode else {}))
+    return gym.make(
+        f"smac/{short_name(env_id)}-v0", **({"render_mode": render_mode} if render_mode else {})
+    )
 
 
 @functools.cache
@@ -142,7 +181,9 @@ def check_family(spec: Spec) -> None:
 
     def compare(size, found, wanted):
         if found != wanted:
-            raise InputError(f"{name}: {size} is {wanted} in its row, but its environment has {found}")
+            raise InputError(
+                f"{name}: {size} is {wanted} in its row, but its environment has {found}"
+            )
 
     try:
         tasks = np.asarray(spec.env_class.sample_tasks(np.random.RandomState(0), 2))
@@ -158,11 +199,15 @@ def check_family(spec: Spec) -> None:
         next_obs, reward, terminated, _, _ = env.step(np.zeros(spec.action_dim, np.float32))
         compare("obs_dim of a step", np.shape(next_obs), (spec.obs_dim,))
         if np.asarray(reward).size != 1 or np.asarray(terminated).size != 1:
-            raise InputError(f"{name}: a step pays a reward of shape {np.shape(reward)}, expected one number")
+            raise InputError(
+                f"{name}: a step pays a reward of shape {np.shape(reward)}, expected one number"
+            )
         with np.errstate(over="ignore"):
             numbers = np.array([*np.ravel(obs), *np.ravel(next_obs), *np.ravel(reward)], np.float32)
         if not np.isfinite(numbers).all():
-            raise InputError(f"{name}: an observation or reward is NaN or infinite, or no number of float32")
+            raise InputError(
+                f"{name}: an observation or reward is NaN or infinite, or no number of float32"
+            )
         env.close()
     except InputError:
         raise
@@ -182,14 +227,18 @@ def sample_tasks(env_id: str, num_tasks: int, seed: int = 1337) -> np.ndarray:
     Sawyer scene and behaviour.
     Raises InputError if `env_id` is unknown. Source: Appendix C.2.
     """
-    rng = np.random.RandomState(seed)  # the legacy generator: its stream is frozen, and made the released lists
+    rng = np.random.RandomState(
+        seed
+    )  # the legacy generator: its stream is frozen, and made the released lists
     return np.asarray(lookup(env_id).env_class.sample_tasks(rng, num_tasks), np.float64)
 
 
 # ----- Evaluation: episodes side by side, and where they lead
 
 
-def make_evaluation(env_id: str, train_tasks, test_tasks, num_train: int = 10, num_test: int = 0, repeats: int = 4):
+def make_evaluation(
+    env_id: str, train_tasks, test_tasks, num_train: int = 10, num_test: int = 0, repeats: int = 4
+):
     """The tasks of an evaluation: at most num_test test tasks (0: as many as the family's row says) and num_train
     training tasks, `repeats` times each.
 
@@ -221,7 +270,9 @@ class Episodes:
         names = ["obs", "actions", "terminals"] + ["rewards"] * read_rewards
         self.records = [{name: [] for name in names} for _ in env_list]
         for record, env, seed in zip(self.records, env_list, seeds):
-            record["obs"].append(np.array(env.reset(seed=seed)[0], np.float32))  # a copy: some change it in place
+            record["obs"].append(
+                np.array(env.reset(seed=seed)[0], np.float32)
+            )  # a copy: some change it in place
 
     def last(self, name, numbers) -> torch.Tensor:
         """The last entry of some episodes' obs, actions, rewards or terminals: (len(numbers), .)."""
@@ -236,8 +287,15 @@ class Episodes:
         """Act in the live episodes: actions (live, a)."""
         live, self.live = self.live, []
         for i, action in zip(live, actions.cpu().numpy()):
-            obs, reward, terminated, truncated, _ = self.env_list[i].step(action.copy())  # some change it in place
-            got = {"obs": np.array(obs, np.float32), "actions": action, "terminals": terminated, "rewards": reward}
+            obs, reward, terminated, truncated, _ = self.env_list[i].step(
+                action.copy()
+            )  # some change it in place
+            got = {
+                "obs": np.array(obs, np.float32),
+                "actions": action,
+                "terminals": terminated,
+                "rewards": reward,
+            }
             for name, values in self.records[i].items():
                 values.append(got[name])
             if not (terminated or truncated):
@@ -245,8 +303,14 @@ class Episodes:
 
     def paths(self) -> list:
         """E trajectories: obs (L+1, o), actions (L, a), terminals (L,) and, if they were read, rewards (L,)."""
-        paths = [{k: np.array(values, np.float32) for k, values in record.items()} for record in self.records]
-        return [path | {k: path[k].reshape(-1) for k in ("terminals", "rewards") if k in path} for path in paths]
+        paths = [
+            {k: np.array(values, np.float32) for k, values in record.items()}
+            for record in self.records
+        ]
+        return [
+            path | {k: path[k].reshape(-1) for k in ("terminals", "rewards") if k in path}
+            for path in paths
+        ]
 
 
 def ground_paths(env_id: str, paths: list) -> np.ndarray:
@@ -255,7 +319,9 @@ def ground_paths(env_id: str, paths: list) -> np.ndarray:
     the observations."""
     spec = lookup(env_id)
     first, seconds = spec.env_class.ground_velocity
-    velocities = [path["obs"][: spec.horizon + 1, first : first + 2] for path in paths]  # data may have longer episodes
+    velocities = [
+        path["obs"][: spec.horizon + 1, first : first + 2] for path in paths
+    ]  # data may have longer episodes
     ground = np.full((len(paths), max(map(len, velocities)), 2), np.nan, np.float32)
     for row, velocity in zip(ground, velocities):
         row[: len(velocity)] = np.cumsum(velocity * seconds, axis=0)
@@ -268,7 +334,9 @@ def ground_paths(env_id: str, paths: list) -> np.ndarray:
 def set_up(env: gym.Env, task) -> None:
     """Give `env` the float32 spaces of its family, unbounded observations and actions in [-1, 1], and a first task."""
     shipped = (parent for parent in type(env).__mro__ if parent.__module__ in (__name__, "sawyer"))
-    env.env_id = next(parent.__name__ for parent in shipped if parent.__name__ in SPECS)  # also of a class made of it
+    env.env_id = next(
+        parent.__name__ for parent in shipped if parent.__name__ in SPECS
+    )  # also of a class made of it
     spec = SPECS[env.env_id]
     env.observation_space = gym.spaces.Box(-np.inf, np.inf, (spec.obs_dim,), np.float32)
     env.action_space = gym.spaces.Box(-1.0, 1.0, (spec.action_dim,), np.float32)
@@ -300,7 +368,9 @@ class RandomParams:
     def sample_tasks(cls, rng, num_tasks):
         # PAPER: log-uniform on [1.5^-3, 1.5^3] for all four. CODE: base 1.3 for damping (also in the repository cited).
         nbody, nv, ngeom = cls.sizes
-        base = np.repeat([1.5, 1.5, 1.3, 1.5], [nbody, 3 * nbody, nv, 3 * ngeom])  # mass, inertia, damping, friction
+        base = np.repeat(
+            [1.5, 1.5, 1.3, 1.5], [nbody, 3 * nbody, nv, 3 * ngeom]
+        )  # mass, inertia, damping, friction
         return base ** rng.uniform(-3, 3, (num_tasks, len(base)))
 
     def _initialize_simulation(self):
@@ -345,7 +415,9 @@ class HopperParam(RandomParams, HopperEnv):
 
     def __init__(self, **kwargs):
         super().__init__(healthy_reward=0.0, **kwargs)
-        EzPickle.__init__(self, **kwargs)  # over the parent's positional arguments, which this class does not take
+        EzPickle.__init__(
+            self, **kwargs
+        )  # over the parent's positional arguments, which this class does not take
         set_up(self, np.ones(SPECS["HopperParam"].task_dim))
 
 
@@ -399,7 +471,9 @@ class CheetahVelocity(HalfCheetahEnv):
         return np.concatenate([super()._get_obs(), self.data.body("torso").xpos]).astype(np.float32)
 
     def step(self, action):
-        obs, reward, terminated, truncated, info = super().step(clip(action))  # reward is -.05 |a|^2 so far
+        obs, reward, terminated, truncated, info = super().step(
+            clip(action)
+        )  # reward is -.05 |a|^2 so far
         # PAPER: "the absolute difference product". CODE: minus the absolute difference, minus the control cost above.
         info["reward_forward"] = -abs(info["x_velocity"] - self.task[0])
         return obs, float(reward + info["reward_forward"]), terminated, truncated, info
@@ -432,7 +506,9 @@ class AntDirection(Direction, AntEnv):
         return np.deg2rad(rng.uniform(0, 360, num_tasks))[:, None]
 
     def __init__(self, **kwargs):
-        off = dict(forward_reward_weight=0.0, healthy_reward=0.0, include_cfrc_ext_in_observation=False)
+        off = dict(
+            forward_reward_weight=0.0, healthy_reward=0.0, include_cfrc_ext_in_observation=False
+        )
         super().__init__(**off, **kwargs)
         EzPickle.__init__(self, **kwargs)
         set_up(self, [0.0])
@@ -467,12 +543,21 @@ class HumanoidDirection(Direction, HumanoidEnv):
         data = self.data
         # PAPER: R^376, of which Gym's last 84 are contact forces. CODE: zeros, as above; the real ones reach 4,000 and
         # would swamp a network that reads raw observations. (The world's rows of cinert and cvel are zeros anyway.)
-        parts = [data.qpos[2:], data.qvel, data.cinert.ravel(), data.cvel.ravel(), data.qfrc_actuator, np.zeros(84)]
+        parts = [
+            data.qpos[2:],
+            data.qvel,
+            data.cinert.ravel(),
+            data.cvel.ravel(),
+            data.qfrc_actuator,
+            np.zeros(84),
+        ]
         return np.concatenate(parts).astype(np.float32)
 
     def step(self, action):
         # The motors take +-.4, and the control cost is charged on that scale.
-        obs, reward, terminated, truncated, info = super().step(clip(action) * self.model.actuator_ctrlrange[:, 1])
+        obs, reward, terminated, truncated, info = super().step(
+            clip(action) * self.model.actuator_ctrlrange[:, 1]
+        )
         velocity = np.array([info["x_velocity"], info["y_velocity"]])  # of the centre of mass
         info["reward_forward"], info["reward_survive"] = 1.25 * velocity @ self.direction, 5.0
         return obs, float(reward + info["reward_forward"] + 5.0), terminated, truncated, info

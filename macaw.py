@@ -36,7 +36,9 @@ class Args:
     cuda_graph: bool = True  # on a GPU, record the gradient step once and replay it
 
     # --- Algorithm. [M]: the authors' configuration of their published results
-    preset: Literal["original", "matched", "short"] = "original"  # its values, SMAC's, or fewer steps
+    preset: Literal["original", "matched", "short"] = (
+        "original"  # its values, SMAC's, or fewer steps
+    )
     rl_batch: int = 256  # transitions a task for the outer losses [M]
     context_batch: int = 256  # transitions a task for the inner steps [M]
     meta_batch: int = 5  # tasks a gradient step [M]
@@ -45,7 +47,9 @@ class Args:
     weight_transform: bool = True  # make the layers of weight transforms [M]
     policy_lr: float = 1e-4  # Adam's learning rate, policy [M]
     value_lr: float = 1e-5  # Adam's learning rate, value function [M]
-    inner_lr: float = 1e-3  # initial learning rate of the inner steps; every tensor learns its own [M]
+    inner_lr: float = (
+        1e-3  # initial learning rate of the inner steps; every tensor learns its own [M]
+    )
     lr_lr: float = 1e-3  # Adam's learning rate, inner learning rates and weight of L_ADV [M]
     adv_coef: float = 0.01  # initial weight of L_ADV; it is learned as well [M]
     gamma: float = 0.99  # discount [M]
@@ -68,7 +72,10 @@ PRESETS = {
         context_batch=128,
     ),
 }  # fmt: skip
-LATENT_DIM, HEAD_HIDDEN = 100, 32  # size of a weight transform's latent; hidden size of the advantage head [M]
+LATENT_DIM, HEAD_HIDDEN = (
+    100,
+    32,
+)  # size of a weight transform's latent; hidden size of the advantage head [M]
 SIGMA, MAX_WEIGHT = 0.2, 20.0  # standard deviation of an action; largest weight in L_AWR [M]
 
 
@@ -122,7 +129,9 @@ class Plain(nn.Module):
         return torch.cat([self.weight, self.bias])
 
     def step(self, grad):
-        lr = torch.cat([r.expand(len(p)) for r, p in zip(F.softplus(self.raw_lr), (self.weight, self.bias))])  # (P,)
+        lr = torch.cat(
+            [r.expand(len(p)) for r, p in zip(F.softplus(self.raw_lr), (self.weight, self.bias))]
+        )  # (P,)
         return self() - lr * grad
 
 
@@ -162,7 +171,9 @@ class Agent(nn.Module):
         layer = WeightTransform if args.weight_transform else Plain
 
         def layers(*sizes):
-            return nn.ModuleList(layer(n_in, n_out, args.inner_lr) for n_in, n_out in zip(sizes[:-1], sizes[1:]))
+            return nn.ModuleList(
+                layer(n_in, n_out, args.inner_lr) for n_in, n_out in zip(sizes[:-1], sizes[1:])
+            )
 
         self.value = layers(obs_dim, *args.value_hidden, 1)
         self.policy = layers(obs_dim, *args.policy_hidden, action_dim)
@@ -191,7 +202,9 @@ def awr_loss(mean, batch, adv):
     # MAX_WEIGHT, as in the authors' code.
     adv = (adv - adv.mean(1, keepdim=True)) / (adv.std(1, keepdim=True) + 1e-6)
     weight = adv.clamp(max=math.log(MAX_WEIGHT)).exp()
-    log_prob = -0.5 * ((batch["actions"] - mean) / SIGMA).square() - math.log(SIGMA * math.sqrt(2 * math.pi))
+    log_prob = -0.5 * ((batch["actions"] - mean) / SIGMA).square() - math.log(
+        SIGMA * math.sqrt(2 * math.pi)
+    )
     return -(weight * log_prob.sum(-1, keepdim=True)).mean((1, 2))
 
 
@@ -218,7 +231,9 @@ def inner_steps(agent, batch):
     num_tasks, coef = len(batch["obs"]), F.softplus(agent.raw_adv_coef)
     value = inner_step(agent.value, lambda value: value_loss(value, batch), num_tasks)
     adv = advantages(value, batch)
-    policy = inner_step(agent.policy, lambda policy: inner_policy_loss(policy, batch, adv, coef), num_tasks)
+    policy = inner_step(
+        agent.policy, lambda policy: inner_policy_loss(policy, batch, adv, coef), num_tasks
+    )
     return policy, value
 
 
@@ -248,7 +263,9 @@ def transitions(paths, args, device):
     returns = []
     for path in paths:
         total = 0.0
-        backwards = [total := reward + args.gamma * total for reward in path["rewards"][::-1].tolist()]
+        backwards = [
+            total := reward + args.gamma * total for reward in path["rewards"][::-1].tolist()
+        ]
         returns.append(np.array(backwards[::-1], np.float32)[:, None])
     columns = buffers.join(paths, device)
     returns = torch.from_numpy(np.concatenate(returns)).to(device)
@@ -257,7 +274,9 @@ def transitions(paths, args, device):
 
 def sample_batch(buffer, args, rng):
     """Different tasks, and two independent draws from each one's data."""
-    tasks = torch.rand(len(buffer.sizes["rl"]), generator=rng, device=rng.device).argsort()[: args.meta_batch]
+    tasks = torch.rand(len(buffer.sizes["rl"]), generator=rng, device=rng.device).argsort()[
+        : args.meta_batch
+    ]
     # PAPER: the inner batch is consecutive transitions (code). CODE: any, as in the fork that SMAC's authors used.
     sizes = {"inner": args.context_batch, "outer": args.rl_batch}
     return {name: buffer.sample(tasks, size, rng) for name, size in sizes.items()}
@@ -274,7 +293,9 @@ def play(env_list, policy, rng, deterministic=False):
     """
     episodes, device = envs.Episodes(env_list, rng), policy[0].device
     while episodes.live:
-        mean = policy_of([theta[episodes.live] for theta in policy], episodes.obs().to(device)[:, None])[0][:, 0]
+        mean = policy_of(
+            [theta[episodes.live] for theta in policy], episodes.obs().to(device)[:, None]
+        )[0][:, 0]
         noise = torch.zeros(mean.shape) if deterministic else torch.randn(mean.shape, generator=rng)
         episodes.step((mean + SIGMA * noise.to(device)).clamp(-1, 1))
     return episodes.paths()
@@ -290,8 +311,12 @@ def meta_episode(env_list, agent, args, rng):
     # SMAC evaluates every method. MACAW learns no exploration: all it has at that point is the unadapted policy.
     policy = unadapted(agent.policy, len(env_list))
     exploration = list(zip(*(buffers.on_cores(play, env_list, policy, rng) for _ in range(2))))
-    batches = [transitions(paths, args, policy[0].device) for paths in exploration]  # their lengths differ
-    adapted = [inner_steps(agent, {name: x[None] for name, x in batch.items()})[0] for batch in batches]
+    batches = [
+        transitions(paths, args, policy[0].device) for paths in exploration
+    ]  # their lengths differ
+    adapted = [
+        inner_steps(agent, {name: x[None] for name, x in batch.items()})[0] for batch in batches
+    ]
     policy = [torch.cat(thetas) for thetas in zip(*adapted)]
     return buffers.on_cores(play, env_list, policy, rng, deterministic=True), exploration
 
@@ -303,7 +328,10 @@ def evaluate(agent, buffer, eval_envs, args):
     Returns what Run.write takes: {(split, context): task numbers, third trajectories, exploration, no KL}, each of E
     environments; no scalars; trajectories of the dataset to draw.
     """
-    rng, buffer_rng = torch.Generator().manual_seed(args.seed), torch.Generator(buffer.device).manual_seed(args.seed)
+    rng, buffer_rng = (
+        torch.Generator().manual_seed(args.seed),
+        torch.Generator(buffer.device).manual_seed(args.seed),
+    )
     results = {}
     for split, (tasks, env_list) in eval_envs.items():  # "train" comes last, and is used below
         results[split, "online"] = (tasks, *meta_episode(env_list, agent, args, rng), None)
@@ -323,9 +351,13 @@ def main(args):
     rng = torch.Generator(device).manual_seed(args.seed)
     torch.manual_seed(args.seed)
 
-    dataset = buffers.load_dataset(args.env_id, args.dataset) | {"encoder": []}  # no encoder, no data for it
+    dataset = buffers.load_dataset(args.env_id, args.dataset) | {
+        "encoder": []
+    }  # no encoder, no data for it
     buffer = buffers.from_dataset(dataset, args.env_id, device)
-    buffer.fields |= transitions([path for _, path in dataset["rl"]], args, device)  # adds the returns
+    buffer.fields |= transitions(
+        [path for _, path in dataset["rl"]], args, device
+    )  # adds the returns
     agent = Agent(spec.obs_dim, spec.action_dim, args).to(device)
     rates = {"policy": args.policy_lr, "value": args.value_lr, "raw": args.lr_lr}
     groups = {name: {"params": [], "lr": lr} for name, lr in rates.items()}
@@ -334,7 +366,9 @@ def main(args):
     optimizer = torch.optim.Adam(groups.values(), fused=True, capturable=device.type == "cuda")
 
     eval_envs = envs.make_evaluation(args.env_id, dataset["train_tasks"], dataset["test_tasks"])
-    with buffers.Run(args, __file__, dataset["sha256"], agent=agent, optimizer=optimizer, rng=rng) as run:
+    with buffers.Run(
+        args, __file__, dataset["sha256"], agent=agent, optimizer=optimizer, rng=rng
+    ) as run:
         sample, learn = run.fast(sample_batch), run.fast(update, args.compile)
         for _ in run.steps(args.offline_steps, "offline"):
             run.log(learn(agent, optimizer, sample(buffer, args, rng), args))

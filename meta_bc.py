@@ -24,7 +24,9 @@ import envs
 class Args:
     # --- Run
     env_id: str = "HopperParam"  # a key of envs.SPECS, or module:key of one's own; its PRESETS replace what follows
-    preset: Literal["paper", "short"] = "paper"  # the paper's sizes, or small ones: 8 to 20 minutes of one core
+    preset: Literal["paper", "short"] = (
+        "paper"  # the paper's sizes, or small ones: 8 to 20 minutes of one core
+    )
     seed: int = 1  # seed of the networks, of exploration and of sampling
     dataset: Optional[str] = None  # offline dataset; default datasets/{env_id}.npz beside this file
     offline_steps: int = 50_000  # gradient steps [C.3]
@@ -45,7 +47,9 @@ class Args:
     latent_dim: int = 5  # size of z [Table 1]
     lr: float = 3e-4  # Adam's learning rate, all networks [Table 1]
     kl_coef: float = 0.1  # weight of the KL term of Eq. 3 (the authors' code; it must fit the size of the rewards)
-    next_obs_in_context: bool = False  # the encoder sees s' as well (Section 3 lists it in h, C.3 does not)
+    next_obs_in_context: bool = (
+        False  # the encoder sees s' as well (Section 3 lists it in h, C.3 does not)
+    )
 
 
 SMALL = dict(policy_hidden=(128, 128), encoder_hidden=(128, 128), lr=1e-3)
@@ -136,7 +140,9 @@ def make_context(data, args):
 
 def tanh_gaussian_log_prob(u, mean, log_std):
     """log density of a = tanh(u) with u ~ N(mean, std): (N, a) each -> (N,)."""
-    gaussian = -0.5 * ((u - mean) * (-log_std).exp()).square() - log_std - 0.5 * math.log(2 * math.pi)
+    gaussian = (
+        -0.5 * ((u - mean) * (-log_std).exp()).square() - log_std - 0.5 * math.log(2 * math.pi)
+    )
     log_derivative = 2 * (math.log(2) - u - F.softplus(-2 * u))  # log(1 - a^2), exact for any u
     return (gaussian - log_derivative).sum(-1)
 
@@ -185,15 +191,23 @@ def update(agent, optimizer, batch, args):
     optimizer.zero_grad(set_to_none=True)
     (l_actor + l_reward + args.kl_coef * kl).backward()
     optimizer.step()
-    return {"losses/actor": l_actor.detach(), "losses/reward": l_reward.detach(), "losses/kl": kl.detach()}
+    return {
+        "losses/actor": l_actor.detach(),
+        "losses/reward": l_reward.detach(),
+        "losses/kl": kl.detach(),
+    }
 
 
 def sample_batch(buffer, args, rng):
     """Buffers D_i ~ D, two histories h, h' of each, and the noise of one update."""
-    tasks = torch.randint(len(buffer.sizes["rl"]), (args.meta_batch,), generator=rng, device=rng.device)
+    tasks = torch.randint(
+        len(buffer.sizes["rl"]), (args.meta_batch,), generator=rng, device=rng.device
+    )
     batch = buffer.sample(tasks, args.rl_batch, rng)
     batch["context"] = make_context(buffer.sample(tasks, args.context_batch, rng, "encoder"), args)
-    batch["noise_z"] = torch.randn(args.meta_batch, args.latent_dim, generator=rng, device=rng.device)
+    batch["noise_z"] = torch.randn(
+        args.meta_batch, args.latent_dim, generator=rng, device=rng.device
+    )
     return batch
 
 
@@ -217,7 +231,9 @@ def rollout(env_list, agent, mu, sigma, rng, deterministic=False, read_rewards=T
 
 def prior(num, args, device):
     """p(z) = N(0, 1): mean and standard deviation, (num, dz) each."""
-    return torch.zeros(num, args.latent_dim, device=device), torch.ones(num, args.latent_dim, device=device)
+    return torch.zeros(num, args.latent_dim, device=device), torch.ones(
+        num, args.latent_dim, device=device
+    )
 
 
 @torch.no_grad()
@@ -230,7 +246,10 @@ def adapt(env_list, agent, args, rng):
     device = next(agent.parameters()).device
     mu, sigma = prior(len(env_list), args, device)
     exploration = list(zip(*(rollout(env_list, agent, mu, sigma, rng) for _ in range(2))))
-    posteriors = [agent.encoder(make_context(buffers.join(paths, device), args)[None]) for paths in exploration]
+    posteriors = [
+        agent.encoder(make_context(buffers.join(paths, device), args)[None])
+        for paths in exploration
+    ]
     mu, sigma = (torch.cat(parts) for parts in zip(*posteriors))  # (E, dz)
     return rollout(env_list, agent, mu, sigma, rng, deterministic=True), exploration, mu, sigma
 
@@ -242,7 +261,10 @@ def evaluate(agent, buffer, eval_envs, args):
     Returns what Run.write takes: {(split, context): task numbers, third trajectories, exploration, KL}, each of E
     environments; scalars to log; trajectories of the dataset to draw.
     """
-    rng, buffer_rng = torch.Generator().manual_seed(args.seed), torch.Generator(buffer.device).manual_seed(args.seed)
+    rng, buffer_rng = (
+        torch.Generator().manual_seed(args.seed),
+        torch.Generator(buffer.device).manual_seed(args.seed),
+    )
     results, scalars = {}, {}
     for split, (tasks, env_list) in eval_envs.items():  # "train" comes last, and is used below
         final, exploration, mu, sigma = buffers.on_cores(adapt, env_list, agent, args, rng)
@@ -250,19 +272,32 @@ def evaluate(agent, buffer, eval_envs, args):
 
     # The same training tasks with z ~ q(z | h_offline) instead (Figure 2). Each transition more makes the posterior
     # narrower, so h_offline is as long as the online histories are on average.
-    lengths = torch.tensor([sum(len(path["actions"]) for path in pair) for pair in exploration], device=buffer.device)
+    lengths = torch.tensor(
+        [sum(len(path["actions"]) for path in pair) for pair in exploration], device=buffer.device
+    )
     h_offline = buffer.sample(tasks, round(lengths.float().mean().item()), buffer_rng, "offline")
     mu, sigma = agent.encoder(make_context(h_offline, args))  # (E, dz)
     final = buffers.on_cores(rollout, env_list, agent, mu, sigma, rng, deterministic=True)
     results["train", "offline"] = (tasks, final, exploration, kl_to_prior(mu, sigma))
 
     # Decoder against true rewards, on offline data and on this exploration: for us to read, never for training
-    offline = {k: v.flatten(0, 1) for k, v in buffer.sample(tasks, args.rl_batch, buffer_rng, "offline").items()}
+    offline = {
+        k: v.flatten(0, 1)
+        for k, v in buffer.sample(tasks, args.rl_batch, buffer_rng, "offline").items()
+    }
     explored = buffers.join([path for pair in exploration for path in pair], buffer.device)
-    for name, batch, repeat in (("decoder_loss", offline, args.rl_batch), ("generated_reward_mse", explored, lengths)):
-        error = agent.decoder(batch["obs"], batch["actions"], mu.repeat_interleave(repeat, 0)) - batch["rewards"][:, 0]
+    for name, batch, repeat in (
+        ("decoder_loss", offline, args.rl_batch),
+        ("generated_reward_mse", explored, lengths),
+    ):
+        error = (
+            agent.decoder(batch["obs"], batch["actions"], mu.repeat_interleave(repeat, 0))
+            - batch["rewards"][:, 0]
+        )
         scalars[f"eval/{name}"] = error.square().mean()
-        scalars[f"eval/{name}_over_reward_variance"] = error.square().mean() / batch["rewards"].var()
+        scalars[f"eval/{name}_over_reward_variance"] = (
+            error.square().mean() / batch["rewards"].var()
+        )
     return results, scalars, [path for task in set(tasks) for path in buffer.offline_paths(task)]
 
 
@@ -278,9 +313,13 @@ def main(args):
     dataset = buffers.load_dataset(args.env_id, args.dataset)
     buffer = buffers.from_dataset(dataset, args.env_id, device)
     agent = Agent(spec.obs_dim, spec.action_dim, args).to(device)
-    optimizer = torch.optim.Adam(agent.parameters(), lr=args.lr, fused=True, capturable=device.type == "cuda")
+    optimizer = torch.optim.Adam(
+        agent.parameters(), lr=args.lr, fused=True, capturable=device.type == "cuda"
+    )
     eval_envs = envs.make_evaluation(args.env_id, dataset["train_tasks"], dataset["test_tasks"])
-    with buffers.Run(args, __file__, dataset["sha256"], agent=agent, optimizer=optimizer, rng=rng) as run:
+    with buffers.Run(
+        args, __file__, dataset["sha256"], agent=agent, optimizer=optimizer, rng=rng
+    ) as run:
         sample, learn = run.fast(sample_batch), run.fast(update, args.compile)
         for _ in run.steps(args.offline_steps, "offline"):
             run.log(learn(agent, optimizer, sample(buffer, args, rng), args))

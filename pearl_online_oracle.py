@@ -24,12 +24,20 @@ import envs
 class Args:
     # --- Run
     env_id: str = "HopperParam"  # a key of envs.SPECS, or module:key of one's own; its PRESETS replace what follows
-    preset: Literal["paper", "short"] = "paper"  # the paper's sizes, or small ones: 8 to 20 minutes of one core
+    preset: Literal["paper", "short"] = (
+        "paper"  # the paper's sizes, or small ones: 8 to 20 minutes of one core
+    )
     seed: int = 1  # seed of the networks, of exploration and of sampling
-    task_seed: int = 1337  # seed of the task list; 1337 gives the published tasks of Cheetah and Ant
+    task_seed: int = (
+        1337  # seed of the task list; 1337 gives the published tasks of Cheetah and Ant
+    )
     online_iterations: int = 100  # iterations of collecting data and training on them
-    save_dataset: Optional[str] = None  # write the offline dataset to this file after --dataset-iteration iterations
-    dataset_iteration: int = 40  # iteration at which the dataset is taken [C.2 and the authors' scripts]
+    save_dataset: Optional[str] = (
+        None  # write the offline dataset to this file after --dataset-iteration iterations
+    )
+    dataset_iteration: int = (
+        40  # iteration at which the dataset is taken [C.2 and the authors' scripts]
+    )
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where networks and buffers live
     run_dir: str = "runs"  # results go to RUN_DIR/{env_id}__{script}__{seed}/
     resume: Optional[str] = None  # folder of a run: continue it from its checkpoint, with its flags
@@ -48,15 +56,27 @@ class Args:
     gamma: float = 0.99  # discount [Table 1]
     tau: float = 0.005  # soft target update [Table 1, "eta"]
     lr: float = 3e-4  # Adam's learning rate, all networks [Table 1]
-    reward_scale: float = 5.0  # factor on the reward in the Bellman target [Table 2]; the entropy has weight 1
-    kl_coef: float = 0.4  # weight of the KL term, a mean over tasks (PEARL: 0.1 on the sum over 4 tasks)
-    policy_reg: float = 1e-3  # weight of the squares of the policy's mean and log standard deviation (PEARL's code)
-    next_obs_in_context: bool = False  # the encoder sees s' as well (PEARL: where tasks differ in their dynamics)
+    reward_scale: float = (
+        5.0  # factor on the reward in the Bellman target [Table 2]; the entropy has weight 1
+    )
+    kl_coef: float = (
+        0.4  # weight of the KL term, a mean over tasks (PEARL: 0.1 on the sum over 4 tasks)
+    )
+    policy_reg: float = (
+        1e-3  # weight of the squares of the policy's mean and log standard deviation (PEARL's code)
+    )
+    next_obs_in_context: bool = (
+        False  # the encoder sees s' as well (PEARL: where tasks differ in their dynamics)
+    )
     initial_steps: int = 2_000  # transitions of each task before training, z from the prior (PEARL)
-    tasks_per_iteration: int = 5  # tasks that collect data in one iteration, side by side (authors: in turn)
+    tasks_per_iteration: int = (
+        5  # tasks that collect data in one iteration, side by side (authors: in turn)
+    )
     prior_steps: int = 400  # new transitions a task with z from the prior (PEARL)
     posterior_steps: int = 600  # new transitions a task with z from the posterior (PEARL)
-    updates_per_iteration: int = 4_000  # gradient steps an iteration [Table 1 asks for 4 per new transition]
+    updates_per_iteration: int = (
+        4_000  # gradient steps an iteration [Table 1 asks for 4 per new transition]
+    )
 
 
 SMALL = dict(q_hidden=(128, 128), policy_hidden=(128, 128), encoder_hidden=(128, 128), lr=1e-3)
@@ -137,14 +157,24 @@ class QFunctions(nn.Module):
         nets = [mlp([obs_dim + action_dim + latent_dim, *hidden, 1]) for _ in range(count)]
         layers = [layer for layer in zip(*nets) if isinstance(layer[0], nn.Linear)]
         # A list entry for each layer: weights (count, in, out), biases (count, 1, out)
-        self.weights = nn.ParameterList(torch.stack([q.weight.T for q in layer]).detach() for layer in layers)
-        self.biases = nn.ParameterList(torch.stack([q.bias[None] for q in layer]).detach() for layer in layers)
+        self.weights = nn.ParameterList(
+            torch.stack([q.weight.T for q in layer]).detach() for layer in layers
+        )
+        self.biases = nn.ParameterList(
+            torch.stack([q.bias[None] for q in layer]).detach() for layer in layers
+        )
 
     def forward(self, obs, actions, z, frozen=False):
         """obs (N, o), actions (N, a), z (N, dz) -> (count, N). frozen: gradients reach inputs and not weights."""
-        x = torch.cat([obs, actions, z], dim=-1).expand(len(self.weights[0]), -1, -1)  # (count, N, o + a + dz)
+        x = torch.cat([obs, actions, z], dim=-1).expand(
+            len(self.weights[0]), -1, -1
+        )  # (count, N, o + a + dz)
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases)):
-            x = torch.baddbmm(bias.detach(), x, weight.detach()) if frozen else torch.baddbmm(bias, x, weight)
+            x = (
+                torch.baddbmm(bias.detach(), x, weight.detach())
+                if frozen
+                else torch.baddbmm(bias, x, weight)
+            )
             x = x.relu_() if i < len(self.weights) - 1 else x
         return x.squeeze(-1)
 
@@ -171,7 +201,9 @@ def make_context(data, args):
 
 def tanh_gaussian_log_prob(u, mean, log_std):
     """log density of a = tanh(u) with u ~ N(mean, std): (N, a) each -> (N,)."""
-    gaussian = -0.5 * ((u - mean) * (-log_std).exp()).square() - log_std - 0.5 * math.log(2 * math.pi)
+    gaussian = (
+        -0.5 * ((u - mean) * (-log_std).exp()).square() - log_std - 0.5 * math.log(2 * math.pi)
+    )
     log_derivative = 2 * (math.log(2) - u - F.softplus(-2 * u))  # log(1 - a^2), exact for any u
     return (gaussian - log_derivative).sum(-1)
 
@@ -195,10 +227,14 @@ def soft_critic_loss(agent, batch, z, args):
     """Soft Bellman error; its gradient trains the encoder too, through z (N, dz). -> loss, Q of both critics (2, N)."""
     with torch.no_grad():
         # y = r + gamma (Q_target(s', a', z) - log pi(a' | s', z)); a fall ends the sum, the time limit does not
-        next_actions, next_log_prob, _, _ = sample_action(agent, batch["next_obs"], z, batch["noise_next_a"])
+        next_actions, next_log_prob, _, _ = sample_action(
+            agent, batch["next_obs"], z, batch["noise_next_a"]
+        )
         # PEARL learns V(s, z) and its target network; as in later SAC, target Q-functions take their place.
         next_v = agent.q_target(batch["next_obs"], next_actions, z).amin(0) - next_log_prob  # (N,)
-        target = args.reward_scale * batch["rewards"] + args.gamma * (1 - batch["terminals"]) * next_v
+        target = (
+            args.reward_scale * batch["rewards"] + args.gamma * (1 - batch["terminals"]) * next_v
+        )
     q = agent.q(batch["obs"], batch["actions"], z)  # (2, N)
     return (q - target).square().mean(1).sum(), q
 
@@ -220,7 +256,9 @@ def update(agent, optimizer, batch, args):
         scalars to log, as tensors.
     """
     repeat = batch["obs"].shape[1]
-    batch = batch | {name: batch[name].flatten(0, 1) for name in ("obs", "actions", "next_obs")}  # (N, .)
+    batch = batch | {
+        name: batch[name].flatten(0, 1) for name in ("obs", "actions", "next_obs")
+    }  # (N, .)
     batch |= {name: batch[name].flatten() for name in ("rewards", "terminals")}  # (N,)
 
     # One backward pass: the detached z keeps the actor's loss out of the encoder.
@@ -234,20 +272,32 @@ def update(agent, optimizer, batch, args):
     (l_critic + l_actor + args.kl_coef * kl).backward()
     optimizer.step()
     with torch.no_grad():
-        torch._foreach_lerp_(list(agent.q_target.parameters()), list(agent.q.parameters()), args.tau)  # soft update
+        torch._foreach_lerp_(
+            list(agent.q_target.parameters()), list(agent.q.parameters()), args.tau
+        )  # soft update
         info = {"losses/critic": l_critic, "losses/actor": l_actor, "losses/kl": kl}
-        info |= {"train/q_mean": q.mean(), "train/q_max": q.amax(), "train/policy_entropy": -log_prob.mean()}
+        info |= {
+            "train/q_mean": q.mean(),
+            "train/q_max": q.amax(),
+            "train/policy_entropy": -log_prob.mean(),
+        }
         return {name: value.detach() for name, value in info.items()}
 
 
 def sample_batch(buffer, args, rng):
     """Buffers D_i ~ D, two histories h, h' of each (lines 3, 10 of SMAC's Alg. 1), and all the noise of one update."""
-    tasks = torch.randint(len(buffer.sizes["rl"]), (args.meta_batch,), generator=rng, device=rng.device)
+    tasks = torch.randint(
+        len(buffer.sizes["rl"]), (args.meta_batch,), generator=rng, device=rng.device
+    )
     batch = buffer.sample(tasks, args.rl_batch, rng)
     batch["context"] = make_context(buffer.sample(tasks, args.context_batch, rng, "encoder"), args)
-    batch["noise_z"] = torch.randn(args.meta_batch, args.latent_dim, generator=rng, device=rng.device)
+    batch["noise_z"] = torch.randn(
+        args.meta_batch, args.latent_dim, generator=rng, device=rng.device
+    )
     for name in ("noise_a", "noise_next_a"):
-        batch[name] = torch.randn(batch["actions"].flatten(0, 1).shape, generator=rng, device=rng.device)
+        batch[name] = torch.randn(
+            batch["actions"].flatten(0, 1).shape, generator=rng, device=rng.device
+        )
     return batch
 
 
@@ -271,7 +321,9 @@ def rollout(env_list, agent, mu, sigma, rng, deterministic=False):
 
 def prior(num, args, device):
     """p(z) = N(0, 1): mean and standard deviation, (num, dz) each."""
-    return torch.zeros(num, args.latent_dim, device=device), torch.ones(num, args.latent_dim, device=device)
+    return torch.zeros(num, args.latent_dim, device=device), torch.ones(
+        num, args.latent_dim, device=device
+    )
 
 
 def collect(env_list, tasks, num_steps, agent, buffer, args, act_rng, rng, explore):
@@ -300,7 +352,10 @@ def adapt(env_list, agent, args, rng):
     device = next(agent.parameters()).device
     mu, sigma = prior(len(env_list), args, device)
     exploration = list(zip(*(rollout(env_list, agent, mu, sigma, rng) for _ in range(2))))
-    posteriors = [agent.encoder(make_context(buffers.join(paths, device), args)[None]) for paths in exploration]
+    posteriors = [
+        agent.encoder(make_context(buffers.join(paths, device), args)[None])
+        for paths in exploration
+    ]
     mu, sigma = (torch.cat(parts) for parts in zip(*posteriors))  # (E, dz)
     return rollout(env_list, agent, mu, sigma, rng, deterministic=True), exploration, mu, sigma
 
@@ -325,7 +380,11 @@ def write_dataset(buffer, train_tasks, test_tasks, args):
     slices = DATASET_SLICES.get(envs.short_name(args.env_id), DEFAULT_SLICES)
     for part, source, piece in zip(parts, ("rl", "encoder"), slices):
         if piece:
-            part += [(task, path) for task in range(len(train_tasks)) for path in buffer.paths(task, *piece, source)]
+            part += [
+                (task, path)
+                for task in range(len(train_tasks))
+                for path in buffer.paths(task, *piece, source)
+            ]
     command = buffers.command_line(args, __file__, PRESETS)
     buffers.save_dataset(args.save_dataset, args.env_id, train_tasks, test_tasks, *parts, command)
 
@@ -336,34 +395,51 @@ def write_dataset(buffer, train_tasks, test_tasks, args):
 def main(args):
     """Train PEARL. Returns the trained agent. Raises InputError."""
     spec, device = envs.lookup(args.env_id), buffers.choose_device(args)
-    act_rng, rng = torch.Generator().manual_seed(args.seed), torch.Generator(device).manual_seed(args.seed)
+    act_rng, rng = (
+        torch.Generator().manual_seed(args.seed),
+        torch.Generator(device).manual_seed(args.seed),
+    )
     torch.manual_seed(args.seed)
     if args.save_dataset and args.dataset_iteration > args.online_iterations:
-        raise buffers.InputError(f"--save-dataset: --dataset-iteration {args.dataset_iteration} comes after the last")
+        raise buffers.InputError(
+            f"--save-dataset: --dataset-iteration {args.dataset_iteration} comes after the last"
+        )
 
-    tasks = envs.sample_tasks(args.env_id, spec.num_train_tasks + spec.num_test_tasks, args.task_seed)
+    tasks = envs.sample_tasks(
+        args.env_id, spec.num_train_tasks + spec.num_test_tasks, args.task_seed
+    )
     train_tasks, test_tasks = tasks[: spec.num_train_tasks], tasks[spec.num_train_tasks :]
-    visit = args.prior_steps + args.posterior_steps + 2 * spec.horizon  # new transitions of one visit, at most
+    visit = (
+        args.prior_steps + args.posterior_steps + 2 * spec.horizon
+    )  # new transitions of one visit, at most
     capacity = len(train_tasks) * (args.initial_steps + spec.horizon)
     capacity += args.online_iterations * args.tasks_per_iteration * visit
     buffer = buffers.ReplayBuffer(len(train_tasks), spec.obs_dim, spec.action_dim, capacity, device)
     agent = Agent(spec.obs_dim, spec.action_dim, args).to(device)
-    optimizer = torch.optim.Adam(agent.parameters(), lr=args.lr, fused=True, capturable=device.type == "cuda")
+    optimizer = torch.optim.Adam(
+        agent.parameters(), lr=args.lr, fused=True, capturable=device.type == "cuda"
+    )
 
     env_list = [envs.make(args.env_id) for _ in range(args.tasks_per_iteration)]
     eval_envs = envs.make_evaluation(args.env_id, train_tasks, test_tasks)
     parts = dict(agent=agent, optimizer=optimizer, buffer=buffer, act_rng=act_rng, rng=rng)
     with buffers.Run(args, __file__, **parts) as run:
         if args.save_dataset and run.step >= args.dataset_iteration * args.updates_per_iteration:
-            raise buffers.InputError(f"--save-dataset: iteration {args.dataset_iteration} of this run is over")
+            raise buffers.InputError(
+                f"--save-dataset: iteration {args.dataset_iteration} of this run is over"
+            )
         sample, learn = run.fast(sample_batch), run.fast(update, args.compile)
 
         num_tasks, side_by_side = len(train_tasks), args.tasks_per_iteration
-        for first in run.count("initial data", range(0, num_tasks if run.step == 0 else 0, side_by_side)):
+        for first in run.count(
+            "initial data", range(0, num_tasks if run.step == 0 else 0, side_by_side)
+        ):
             visited = list(range(first, min(first + side_by_side, num_tasks)))
             for env, task in zip(env_list, visited):
                 env.unwrapped.set_task(train_tasks[task])
-            run.env_steps += collect(env_list, visited, args.initial_steps, agent, buffer, args, act_rng, rng, True)
+            run.env_steps += collect(
+                env_list, visited, args.initial_steps, agent, buffer, args, act_rng, rng, True
+            )
 
         for step in run.steps(args.online_iterations * args.updates_per_iteration, "PEARL"):
             if step % args.updates_per_iteration == 0:
@@ -374,11 +450,16 @@ def main(args):
                     env.unwrapped.set_task(train_tasks[task])
                     buffer.clear_encoder(task)  # h is what the present policy explores
                 for num_steps, explore in ((args.prior_steps, True), (args.posterior_steps, False)):
-                    run.env_steps += collect(env_list, visited, num_steps, agent, buffer, args, act_rng, rng, explore)
+                    run.env_steps += collect(
+                        env_list, visited, num_steps, agent, buffer, args, act_rng, rng, explore
+                    )
             run.log(learn(agent, optimizer, sample(buffer, args, rng), args))
             if run.evaluation_due:
                 run.write(*evaluate(agent, eval_envs, args))
-            if args.save_dataset and step + 1 == args.dataset_iteration * args.updates_per_iteration:
+            if (
+                args.save_dataset
+                and step + 1 == args.dataset_iteration * args.updates_per_iteration
+            ):
                 write_dataset(buffer, train_tasks, test_tasks, args)
     return agent
 

@@ -18,15 +18,32 @@ BEHAVIOURS = (  # the first three are the paper's, SawyerManipulation8 has all
     "move_hand", "open_top_drawer", "open_bottom_drawer",
     "close_top_drawer", "close_bottom_drawer", "press_button", "move_object", "object_in_tray",
 )  # fmt: skip
-TASK_COLUMNS = "side bottom_drawer top_drawer button bottom_open top_open tray object behaviour".split()
-PLACES = np.array([[0.6, -0.15], [0.6, 0.15], [0.79, -0.12], [0.79, 0.12]])  # of tray and object: x, y * side
+TASK_COLUMNS = (
+    "side bottom_drawer top_drawer button bottom_open top_open tray object behaviour".split()
+)
+PLACES = np.array(
+    [[0.6, -0.15], [0.6, 0.15], [0.79, -0.12], [0.79, 0.12]]
+)  # of tray and object: x, y * side
 HAND_LIMITS = np.array([[0.5, -0.2, -0.36], [0.85, 0.2, -0.1]])
 OBJECT_LIMITS = HAND_LIMITS + [[-0.045, -0.04, -0.15], [0.045, 0.04, 0.15]]
-GOAL, NEAR = np.array([0.675, 0.0, -0.11]), 0.08  # of move_hand and move_object: success is within NEAR of it
-IS_OPEN, IS_CLOSED, IS_PRESSED = 0.085, 0.065, 0.01  # drawer pulled out by more, by less; button pushed down by more
+GOAL, NEAR = (
+    np.array([0.675, 0.0, -0.11]),
+    0.08,
+)  # of move_hand and move_object: success is within NEAR of it
+IS_OPEN, IS_CLOSED, IS_PRESSED = (
+    0.085,
+    0.065,
+    0.01,
+)  # drawer pulled out by more, by less; button pushed down by more
 TABLE_TOP, TRAY_Z, TRAY_HALF, DRAWER_LENGTH = -0.375, -0.35, 0.07875, 0.15625
 # The object is one of five boxes, drawn at every reset. All fit between the fingers (.07 in y) and into the tray.
-OBJECT_SIZES = (0.14, 0.055, 0.065), (0.08, 0.05, 0.04), (0.095, 0.055, 0.09), (0.14, 0.05, 0.055), (0.08, 0.055, 0.09)
+OBJECT_SIZES = (
+    (0.14, 0.055, 0.065),
+    (0.08, 0.05, 0.04),
+    (0.095, 0.055, 0.09),
+    (0.14, 0.05, 0.055),
+    (0.08, 0.055, 0.09),
+)
 HAND, LEFT, RIGHT = 7, 8, 9  # links of the arm: the gripper's centre and its fingers
 HOME = {  # angles of the arm's seven joints with the hand at (.6, -.15 side, -.2), fingers down
     1: (-1.0712, -0.4578, 0.8276, 1.8590, -1.2072, 0.7848, -0.9417),
@@ -58,33 +75,108 @@ class Link:
 
 def drawer(mass, handle, friction):
     """A cabinet without front and bottom, and what slides out of it towards -y."""
-    cabinet = [((0.1875, 0.1625, 0.0125), (0, 0, 0.0375)), ((0.1875, 0.00625, 0.075), (0, 0.08125, 0))]
+    cabinet = [
+        ((0.1875, 0.1625, 0.0125), (0, 0, 0.0375)),
+        ((0.1875, 0.00625, 0.075), (0, 0.08125, 0)),
+    ]
     cabinet += [((0.00625, 0.1625, 0.075), (x, 0, 0)) for x in (-0.09375, 0.09375)]
     slider = [((0.175, 0.15, 0.0125), (0, 0, -0.025)), *handle]
     slider += [((0.175, 0.00625, 0.05), (0, y, 0)) for y in (-0.075, 0.075)]
     slider += [((0.00625, 0.15, 0.05), (x, 0, 0)) for x in (-0.0875, 0.0875)]
     limits = (-DRAWER_LENGTH, 0)
-    return [Link(0, cabinet), Link(mass, slider, friction, "PRISMATIC", (0, 0, -0.0125), axis=(0, 1, 0), limits=limits)]
+    return [
+        Link(0, cabinet),
+        Link(mass, slider, friction, "PRISMATIC", (0, 0, -0.0125), axis=(0, 1, 0), limits=limits),
+    ]
 
 
 def finger(sign, y, limits):
     """The left (sign 1) or the right finger (-1): bar, tip, knuckle."""
-    shapes = [((0.01, 0.0135, 0.075), (0, sign * 0.01725, 0.04)), ((0.016, 0.007, 0.037), (0, sign * 0.01275, 0.06))]
+    shapes = [
+        ((0.01, 0.0135, 0.075), (0, sign * 0.01725, 0.04)),
+        ((0.016, 0.007, 0.037), (0, sign * 0.01275, 0.06)),
+    ]
     shapes += [((0.01, 0.05, 0.017), (-sign * 0.005, -sign * 0.003, 0.0083))]
-    return Link(1, shapes, 0.5, "PRISMATIC", (0.003, y, -0.05448), axis=(0, 1, 0), limits=limits, parent=HAND + 1)
+    return Link(
+        1,
+        shapes,
+        0.5,
+        "PRISMATIC",
+        (0.003, y, -0.05448),
+        axis=(0, 1, 0),
+        limits=limits,
+        parent=HAND + 1,
+    )
 
 
 ARM = [  # Sawyer's seven joints: place, angles, limits; their links: mass, centre of mass, shape
-    ((0, 0, 0.08), (0, 0, 0), (-3.05, 3.05), 5.32, (0.024, 0.011, 0.144), ((0.07,), (0.081, 0, 0.237))),
-    ((0.081, 0.05, 0.237), (-PI / 2, PI / 2, 0), (-3.82, 2.28), 4.51, (0, -0.027, 0.093), ((0.07,), (0, 0, 0.1225))),
-    ((0, -0.14, 0.1425), (PI / 2, 0, 0), (-3.05, 3.05), 1.73, (0, -0.015, 0.135), ((0.06, 0.35), (0, 0, 0.14))),
-    ((0, -0.042, 0.26), (-PI / 2, 0, 0), (-3.05, 3.05), 2.47, (-0.005, -0.028, -0.083), ((0.06,), (0, -0.01, -0.12))),
-    ((0, -0.125, -0.1265), (PI / 2, 0, 0), (-2.98, 2.98), 1.04, (-0.003, 0.008, 0.133), ((0.045, 0.36), (0, 0, 0.14))),
-    ((0, 0.031, 0.275), (-PI / 2, 0, 0), (-2.98, 2.98), 3.53, (0.006, -0.024, 0.076), ((0.06,), (0.01, 0, 0.09))),
-    ((0, -0.11, 0.1053), (-PI / 2, -0.1745, PI), (-4.71, 4.71), 0.33, (0, 0.009, 0), ((0.065, 0.05), (0, 0, -0.005))),
+    (
+        (0, 0, 0.08),
+        (0, 0, 0),
+        (-3.05, 3.05),
+        5.32,
+        (0.024, 0.011, 0.144),
+        ((0.07,), (0.081, 0, 0.237)),
+    ),
+    (
+        (0.081, 0.05, 0.237),
+        (-PI / 2, PI / 2, 0),
+        (-3.82, 2.28),
+        4.51,
+        (0, -0.027, 0.093),
+        ((0.07,), (0, 0, 0.1225)),
+    ),
+    (
+        (0, -0.14, 0.1425),
+        (PI / 2, 0, 0),
+        (-3.05, 3.05),
+        1.73,
+        (0, -0.015, 0.135),
+        ((0.06, 0.35), (0, 0, 0.14)),
+    ),
+    (
+        (0, -0.042, 0.26),
+        (-PI / 2, 0, 0),
+        (-3.05, 3.05),
+        2.47,
+        (-0.005, -0.028, -0.083),
+        ((0.06,), (0, -0.01, -0.12)),
+    ),
+    (
+        (0, -0.125, -0.1265),
+        (PI / 2, 0, 0),
+        (-2.98, 2.98),
+        1.04,
+        (-0.003, 0.008, 0.133),
+        ((0.045, 0.36), (0, 0, 0.14)),
+    ),
+    (
+        (0, 0.031, 0.275),
+        (-PI / 2, 0, 0),
+        (-2.98, 2.98),
+        3.53,
+        (0.006, -0.024, 0.076),
+        ((0.06,), (0.01, 0, 0.09)),
+    ),
+    (
+        (0, -0.11, 0.1053),
+        (-PI / 2, -0.1745, PI),
+        (-4.71, 4.71),
+        0.33,
+        (0, 0.009, 0),
+        ((0.065, 0.05), (0, 0, -0.005)),
+    ),
 ]
-ARM = [Link(m, [shape], 0.5, "REVOLUTE", at, turn, (0, 0, 1), limits, com) for at, turn, limits, m, com, shape in ARM]
-GRIPPER = Link(1.47, [((0.029, 0.1), (0.004, 0, -0.075), (PI / 2, 0, 0))], at=(0, 0, 0.1195), angles=(0, 0, PI / 2))
+ARM = [
+    Link(m, [shape], 0.5, "REVOLUTE", at, turn, (0, 0, 1), limits, com)
+    for at, turn, limits, m, com, shape in ARM
+]
+GRIPPER = Link(
+    1.47,
+    [((0.029, 0.1), (0.004, 0, -0.075), (PI / 2, 0, 0))],
+    at=(0, 0, 0.1195),
+    angles=(0, 0, PI / 2),
+)
 HANDLE = [((0.00625, 0.075, 0.0225), (x, -0.0875, 0.0125)) for x in (-0.08125, 0.08125)]
 HANDLE += [((0.01, 0.175), (0, -0.1375, 0.0125), (0, PI / 2, 0))]
 TRAY = [((0.175, 0.00875, 0.0875), (0, y, 0)) for y in (-TRAY_HALF, TRAY_HALF)]
@@ -117,7 +209,9 @@ def task_choices(num_behaviours, task):
         return [1, 1, 1, 0]
     if column == "bottom_open":
         return [0, 1] if bottom else [0]
-    if column == "top_open":  # not above the other drawer: there its handle would be where the hand starts
+    if (
+        column == "top_open"
+    ):  # not above the other drawer: there its handle would be where the hand starts
         return [0, 1] if num_behaviours == 8 and top and not bottom else [0]
     if column in ("tray", "object"):
         places = [0, 2] if bottom else [2, 3] if top else [0, 2, 3] if button else [0, 1, 2, 3]
@@ -149,8 +243,12 @@ class Bullet:
             os.close(null)
         self.pybullet, self.client = pybullet, pybullet.connect(pybullet.DIRECT)
         if self.client < 0:
-            raise InputError("PyBullet holds no more simulations in one process: close some environments")
-        self.close = weakref.finalize(self, pybullet.disconnect, self.client)  # at the latest with the object
+            raise InputError(
+                "PyBullet holds no more simulations in one process: close some environments"
+            )
+        self.close = weakref.finalize(
+            self, pybullet.disconnect, self.client
+        )  # at the latest with the object
 
     def __getattr__(self, name):
         value = getattr(self.pybullet, name)
@@ -169,9 +267,16 @@ class Bullet:
 
     def add(self, links, at, yaw=0.0, rgb=None):
         """Make a body, its first link at `at`; nothing draws it if `rgb` is None. Returns its number."""
-        solid, seen, rest = [self.shape("collision", link.shapes) for link in links], [-1] * len(links), links[1:]
+        solid, seen, rest = (
+            [self.shape("collision", link.shapes) for link in links],
+            [-1] * len(links),
+            links[1:],
+        )
         if rgb:
-            seen = [self.shape("visual", link.shapes, rgbaColors=[[*rgb, 1]] * len(link.shapes)) for link in links]
+            seen = [
+                self.shape("visual", link.shapes, rgbaColors=[[*rgb, 1]] * len(link.shapes))
+                for link in links
+            ]
         body = self.createMultiBody(
             links[0].mass, solid[0], seen[0], at, self.getQuaternionFromEuler((0, 0, yaw)),
             linkMasses=[link.mass for link in rest],
@@ -188,7 +293,9 @@ class Bullet:
         for i, link in enumerate(links, start=-1):  # PyBullet calls the first link -1
             self.changeDynamics(body, i, lateralFriction=link.friction)
             if link.joint != "FIXED":
-                self.changeDynamics(body, i, jointLowerLimit=link.limits[0], jointUpperLimit=link.limits[1])
+                self.changeDynamics(
+                    body, i, jointLowerLimit=link.limits[0], jointUpperLimit=link.limits[1]
+                )
         return body
 
 
@@ -230,19 +337,27 @@ class SawyerManipulation(gym.Env):
         for i, value in enumerate(task):
             allowed = sorted(set(task_choices(self.num_behaviours, task[:i])))
             if value not in allowed:
-                raise ValueError(f"{TASK_COLUMNS[i]} of this {self.env_id} task is {value:g}, not one of {allowed}.")
+                raise ValueError(
+                    f"{TASK_COLUMNS[i]} of this {self.env_id} task is {value:g}, not one of {allowed}."
+                )
         self.task = task
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
         self.scene = scene = dict(zip(TASK_COLUMNS, self.task.astype(int).tolist()))
         side, bottom, top = scene["side"], scene["bottom_drawer"], scene["top_drawer"]
-        y, self.top_z, self.button_z = 0.125 * side, (-0.34, -0.22)[bottom], (-0.34, -0.25, -0.14)[bottom + top]
+        y, self.top_z, self.button_z = (
+            0.125 * side,
+            (-0.34, -0.22)[bottom],
+            (-0.34, -0.25, -0.14)[bottom + top],
+        )
         size = OBJECT_SIZES[self.np_random.integers(len(OBJECT_SIZES))]
         # A new scene every time: it takes a few milliseconds, and nothing of the last episode can live on in it.
         self.bullet.resetSimulation()
         self.bullet.setGravity(0, 0, -10)
-        self.bullet.setPhysicsEngineParameter(numSolverIterations=50, deterministicOverlappingPairs=1)
+        self.bullet.setPhysicsEngineParameter(
+            numSolverIterations=50, deterministicOverlappingPairs=1
+        )
         self.bodies, self.starts, self.button_used = {}, {}, False
         self.add("arm", (0.1, 0, -0.07))
         # The gripper is not quite open, as after the three steps in the authors' reset.
@@ -254,14 +369,21 @@ class SawyerManipulation(gym.Env):
             self.add("bottom_drawer", (0.6, y, -0.34), PI / 2, out)
             self.add("brick", (0.59 + out, y, -0.3552))
         if top:
-            self.add("top_drawer", (0.6, y, self.top_z), 0 if side > 0 else PI, DRAWER_LENGTH * scene["top_open"])
+            self.add(
+                "top_drawer",
+                (0.6, y, self.top_z),
+                0 if side > 0 else PI,
+                DRAWER_LENGTH * scene["top_open"],
+            )
         if scene["button"]:
             self.add("button", (0.6, y, self.button_z))
         if scene["tray"] >= 0:
             self.add("tray", (*PLACES[scene["tray"]] * [1, side], TRAY_Z))
         if scene["object"] >= 0:
             body = (0.9, 0.7, 0.1), [Link(0.05, [(size, (0, 0, 0))])]
-            self.add("object", (*PLACES[scene["object"]] * [1, side], TABLE_TOP + size[2] / 2), body=body)
+            self.add(
+                "object", (*PLACES[scene["object"]] * [1, side], TABLE_TOP + size[2] / 2), body=body
+            )
         return self.observe(self.measure()), {}
 
     def add(self, name, at, yaw=0.0, pulled_out=0.0, body=None):
@@ -276,7 +398,9 @@ class SawyerManipulation(gym.Env):
     def drive(self, name, velocity):
         """Let the joint of a drawer or of the button go at `velocity`, with no more than the force of its brake."""
         mode = self.bullet.VELOCITY_CONTROL
-        self.bullet.setJointMotorControl2(self.bodies[name], 0, mode, targetVelocity=velocity, force=BRAKES[name])
+        self.bullet.setJointMotorControl2(
+            self.bodies[name], 0, mode, targetVelocity=velocity, force=BRAKES[name]
+        )
 
     def step(self, action):
         action, sim, bodies = clip(action), self.bullet, self.bodies
@@ -285,7 +409,9 @@ class SawyerManipulation(gym.Env):
         angles = sim.calculateInverseKinematics(bodies["arm"], HAND, target, (1, 0, 0, 0))[:HAND]
         fingers = np.array([0.03, -0.045]) * (1 - action[3]) / 2
         motors, forces = [*range(HAND), LEFT, RIGHT], [100] * 9
-        sim.setJointMotorControlArray(bodies["arm"], motors, sim.POSITION_CONTROL, [*angles, *fingers], forces=forces)
+        sim.setJointMotorControlArray(
+            bodies["arm"], motors, sim.POSITION_CONTROL, [*angles, *fingers], forces=forces
+        )
         self.simulate(10)
         if "button" in bodies and not self.button_used and -self.joint("button") > IS_PRESSED:
             self.button_used = True
@@ -297,7 +423,9 @@ class SawyerManipulation(gym.Env):
             if name in bodies:  # what is out of the hand's reach returns to where it started
                 from_low, from_high = self.position(name) - OBJECT_LIMITS
                 if (from_low < 0).any() or (from_high > 0).any():
-                    sim.resetBasePositionAndOrientation(bodies[name], self.starts[name], (0, 0, 0, 1))
+                    sim.resetBasePositionAndOrientation(
+                        bodies[name], self.starts[name], (0, 0, 0, 1)
+                    )
                     sim.resetBaseVelocity(bodies[name], (0, 0, 0), (0, 0, 0))
         state = self.measure()
         return self.observe(state), 0.0 if self.achieved(state) else -1.0, False, False, {}
@@ -342,7 +470,11 @@ class SawyerManipulation(gym.Env):
     def achieved(self, state):
         """Whether the state (13,), as `measure` gives it, is what the task's behaviour aims at."""
         hand_far, object_far = np.linalg.norm(state[:3] - GOAL), np.linalg.norm(state[4:7] - GOAL)
-        bottom, top, button = state[10] - 0.6, -0.0125 - self.scene["side"] * state[11], self.button_z - state[12]
+        bottom, top, button = (
+            state[10] - 0.6,
+            -0.0125 - self.scene["side"] * state[11],
+            self.button_z - state[12],
+        )
         off_tray = abs(state[4:7] - self.starts.get("tray", np.inf))
         return (  # in the order of BEHAVIOURS
             hand_far < NEAR,
@@ -354,7 +486,8 @@ class SawyerManipulation(gym.Env):
             bottom < IS_CLOSED,
             button > IS_PRESSED,
             object_far < NEAR,
-            (off_tray[:2] < TRAY_HALF).all() and off_tray[2] < 0.04375,  # half the height of the walls
+            (off_tray[:2] < TRAY_HALF).all()
+            and off_tray[2] < 0.04375,  # half the height of the walls
         )[self.scene["behaviour"]]
 
     def render(self):

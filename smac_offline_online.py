@@ -22,7 +22,9 @@ import envs
 class Args:
     # --- Run
     env_id: str = "HopperParam"  # a key of envs.SPECS, or module:key of one's own; its PRESETS replace what follows
-    preset: Literal["paper", "short"] = "paper"  # the paper's sizes, or small ones: 8 to 20 minutes of one core
+    preset: Literal["paper", "short"] = (
+        "paper"  # the paper's sizes, or small ones: 8 to 20 minutes of one core
+    )
     seed: int = 1  # seed of the networks, of exploration and of sampling
     dataset: Optional[str] = None  # offline dataset; default datasets/{env_id}.npz beside this file
     offline_steps: int = 50_000  # gradient steps of the offline phase [C.3]
@@ -43,30 +45,58 @@ class Args:
     encoder_hidden: tuple[int, ...] = (200, 200, 200)  # hidden sizes of the encoder [Table 1]
     decoder_hidden: tuple[int, ...] = (64, 64)  # hidden sizes of the reward decoder [Table 1]
     latent_dim: int = 5  # size of z [Table 1]
-    num_critics: Literal[1, 2] = 2  # Q-functions: one (the text), or two, of which the smaller counts (authors' code)
+    num_critics: Literal[1, 2] = (
+        2  # Q-functions: one (the text), or two, of which the smaller counts (authors' code)
+    )
     gamma: float = 0.99  # discount [Table 1]
     tau: float = 0.005  # soft target update [Table 1, "eta"]
     lr: float = 3e-4  # Adam's learning rate, all networks [Table 1]
     awr_lambda: float = 100.0  # lambda of Eq. 2 [Table 2, "AWR beta"]
-    awr_weights: Literal["softmax", "exp"] = "softmax"  # Eq. 2: exp scaled to mean 1 (authors), or exp, at most 20
+    awr_weights: Literal["softmax", "exp"] = (
+        "softmax"  # Eq. 2: exp scaled to mean 1 (authors), or exp, at most 20
+    )
     reward_scale: float = 5.0  # factor on the reward in the Bellman target [Table 2]
-    lambda_pearl: float = 1.0  # weight of the PEARL actor loss in the self-supervised phase [Table 2]
-    kl_coef: float = 0.1  # weight of the KL term of Eq. 3 (authors' code; it must fit the size of the rewards)
-    next_obs_in_context: bool = False  # the encoder sees s' as well (Section 3 lists it in h, C.3 does not)
-    tasks_per_iteration: int = 5  # tasks that collect data in one iteration, side by side (authors: in turn)
-    prior_steps: int = 400  # new transitions a task with z from the prior (the authors' split of the 1000 of C.2)
+    lambda_pearl: float = (
+        1.0  # weight of the PEARL actor loss in the self-supervised phase [Table 2]
+    )
+    kl_coef: float = (
+        0.1  # weight of the KL term of Eq. 3 (authors' code; it must fit the size of the rewards)
+    )
+    next_obs_in_context: bool = (
+        False  # the encoder sees s' as well (Section 3 lists it in h, C.3 does not)
+    )
+    tasks_per_iteration: int = (
+        5  # tasks that collect data in one iteration, side by side (authors: in turn)
+    )
+    prior_steps: int = (
+        400  # new transitions a task with z from the prior (the authors' split of the 1000 of C.2)
+    )
     posterior_steps: int = 600  # new transitions a task with z from the posterior
-    updates_per_iteration: int = 4_000  # gradient steps an iteration (PEARL's code; authors: 16,000; Table 1: 4,000)
-    encoder_buffer: Literal["prior", "all", "frozen"] = "prior"  # new data that enter the encoder buffer [C.2]
+    updates_per_iteration: int = (
+        4_000  # gradient steps an iteration (PEARL's code; authors: 16,000; Table 1: 4,000)
+    )
+    encoder_buffer: Literal["prior", "all", "frozen"] = (
+        "prior"  # new data that enter the encoder buffer [C.2]
+    )
 
     # --- Ablations and oracle of the paper
-    oracle_rewards: bool = False  # second phase with true rewards, encoder and decoder train on: oracle of Figure 9
-    explore_tasks: Literal["train", "test"] = "train"  # where the second phase collects data [Figure 9 compares both]
-    actor_ablation: bool = False  # PEARL's actor loss, weight 1, in place of Eq. 2, in both phases [Figure 5]
-    encoder_loss: Literal["reward", "reward_then_q", "q"] = "reward"  # what trains the encoder beside the KL [Figure 7]
+    oracle_rewards: bool = (
+        False  # second phase with true rewards, encoder and decoder train on: oracle of Figure 9
+    )
+    explore_tasks: Literal["train", "test"] = (
+        "train"  # where the second phase collects data [Figure 9 compares both]
+    )
+    actor_ablation: bool = (
+        False  # PEARL's actor loss, weight 1, in place of Eq. 2, in both phases [Figure 5]
+    )
+    encoder_loss: Literal["reward", "reward_then_q", "q"] = (
+        "reward"  # what trains the encoder beside the KL [Figure 7]
+    )
 
 
-SMALL = dict(q_hidden=(128, 128), policy_hidden=(128, 128), encoder_hidden=(128, 128), lr=1e-3)  # of both short runs
+SMALL = dict(
+    q_hidden=(128, 128), policy_hidden=(128, 128), encoder_hidden=(128, 128), lr=1e-3
+)  # of both short runs
 # What differs from the defaults above. C.2 freezes the encoder buffer on Cheetah, and has one buffer on Sawyer. The KL
 # weight must fit the rewards: on Sawyer, where they are 0 or -1 and 0.1 leaves the latent empty, Eq. 3 is taken as
 # written, a sum over 256 transitions; on PointDirection, which is not in the paper, they are .1 to .5.
@@ -148,14 +178,24 @@ class QFunctions(nn.Module):
         nets = [mlp([obs_dim + action_dim + latent_dim, *hidden, 1]) for _ in range(count)]
         layers = [layer for layer in zip(*nets) if isinstance(layer[0], nn.Linear)]
         # A list entry for each layer: weights (count, in, out), biases (count, 1, out)
-        self.weights = nn.ParameterList(torch.stack([q.weight.T for q in layer]).detach() for layer in layers)
-        self.biases = nn.ParameterList(torch.stack([q.bias[None] for q in layer]).detach() for layer in layers)
+        self.weights = nn.ParameterList(
+            torch.stack([q.weight.T for q in layer]).detach() for layer in layers
+        )
+        self.biases = nn.ParameterList(
+            torch.stack([q.bias[None] for q in layer]).detach() for layer in layers
+        )
 
     def forward(self, obs, actions, z, frozen=False):
         """obs (N, o), actions (N, a), z (N, dz) -> (count, N). frozen: gradients reach inputs and not weights."""
-        x = torch.cat([obs, actions, z], dim=-1).expand(len(self.weights[0]), -1, -1)  # (count, N, o + a + dz)
+        x = torch.cat([obs, actions, z], dim=-1).expand(
+            len(self.weights[0]), -1, -1
+        )  # (count, N, o + a + dz)
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases)):
-            x = torch.baddbmm(bias.detach(), x, weight.detach()) if frozen else torch.baddbmm(bias, x, weight)
+            x = (
+                torch.baddbmm(bias.detach(), x, weight.detach())
+                if frozen
+                else torch.baddbmm(bias, x, weight)
+            )
             x = x.relu_() if i < len(self.weights) - 1 else x
         return x.squeeze(-1)
 
@@ -183,7 +223,9 @@ def make_context(data, args):
 
 def tanh_gaussian_log_prob(u, mean, log_std):
     """log density of a = tanh(u) with u ~ N(mean, std): (N, a) each -> (N,)."""
-    gaussian = -0.5 * ((u - mean) * (-log_std).exp()).square() - log_std - 0.5 * math.log(2 * math.pi)
+    gaussian = (
+        -0.5 * ((u - mean) * (-log_std).exp()).square() - log_std - 0.5 * math.log(2 * math.pi)
+    )
     log_derivative = 2 * (math.log(2) - u - F.softplus(-2 * u))  # log(1 - a^2), exact for any u
     return (gaussian - log_derivative).sum(-1)
 
@@ -204,7 +246,9 @@ def critic_loss(agent, batch, z, args):
         next_actions = torch.tanh(mean + log_std.exp() * batch["noise_next_a"])  # (N, a)
         # PAPER: one Q-function. CODE: two, and the smaller of both in every use; one on Sawyer.
         next_q = agent.q_target(batch["next_obs"], next_actions, z).amin(0)  # (N,)
-        target = args.reward_scale * batch["rewards"] + args.gamma * (1 - batch["terminals"]) * next_q
+        target = (
+            args.reward_scale * batch["rewards"] + args.gamma * (1 - batch["terminals"]) * next_q
+        )
     q = agent.q(batch["obs"], batch["actions"], z)  # (num_critics, N)
     return (q - target).square().mean(1).sum(), q
 
@@ -213,16 +257,26 @@ def actor_loss(agent, batch, z, q, args, lambda_pearl):
     """L_actor (Eq. 2) + lambda_pearl * L_actor^PEARL (C.3). z (N, dz), q as above -> loss, weights of Eq. 2 (N,)."""
     mean, log_std = agent.policy(batch["obs"], z)  # (N, a)
     u = mean + log_std.exp() * batch["noise_a"]
-    u = u if lambda_pearl else u.detach()  # only the PEARL loss differentiates through the new action
+    u = (
+        u if lambda_pearl else u.detach()
+    )  # only the PEARL loss differentiates through the new action
     q_new = agent.q(batch["obs"], torch.tanh(u), z, frozen=True).amin(0)  # (N,)
     # Eq. 2: maximise exp((Q(s, a, z) - V(s, z)) / lambda) log pi(a | s, z); V is Q at one sampled action.
     # PAPER: V(s', z). CODE: V(s, z), as the paper's next sentence and AWAC have it.
     advantage = (q.amin(0) - q_new).detach()
     # PAPER: exp. CODE: softmax over the batch, times N: exp scaled to mean 1, no overflow. On Sawyer exp, at most 20.
     scaled = advantage / args.awr_lambda  # (N,)
-    weights = len(scaled) * F.softmax(scaled, dim=0) if args.awr_weights == "softmax" else scaled.exp().clamp(max=20)
+    weights = (
+        len(scaled) * F.softmax(scaled, dim=0)
+        if args.awr_weights == "softmax"
+        else scaled.exp().clamp(max=20)
+    )
     data_u = torch.atanh(batch["actions"].clamp(-1 + 1e-6, 1 - 1e-6))
-    loss = 0.0 if args.actor_ablation else -(weights * tanh_gaussian_log_prob(data_u, mean, log_std)).mean()
+    loss = (
+        0.0
+        if args.actor_ablation
+        else -(weights * tanh_gaussian_log_prob(data_u, mean, log_std)).mean()
+    )
     if lambda_pearl:  # D_KL(pi(a | s, z) || exp Q / Z), up to a constant
         # As in the text, with log pi, PEARL's entropy; the authors' code leaves it out.
         loss = loss + lambda_pearl * (tanh_gaussian_log_prob(u, mean, log_std) - q_new).mean()
@@ -240,7 +294,9 @@ def generate_rewards(agent, path, h_offline, args, rng):
     """Eq. 4: r_generated = r_phi_d(s, a, z), one z ~ q(z | h_offline) for the trajectory of L steps -> (L,)."""
     mu, sigma = agent.encoder(make_context(h_offline, args))  # (1, dz)
     z = mu + sigma * torch.randn(mu.shape, generator=rng, device=mu.device)
-    obs, actions = (torch.as_tensor(path[name]).to(mu.device) for name in ("obs", "actions"))  # (L+1, o), (L, a)
+    obs, actions = (
+        torch.as_tensor(path[name]).to(mu.device) for name in ("obs", "actions")
+    )  # (L+1, o), (L, a)
     return agent.decoder(obs[:-1], actions, z.expand(len(actions), -1))
 
 
@@ -251,9 +307,13 @@ def sample_batch(buffer, args, rng):
     tasks = (draws * filled).argmax(1)  # (T,), uniform over the tasks that have data
     batch = buffer.sample(tasks, args.rl_batch, rng)
     batch["context"] = make_context(buffer.sample(tasks, args.context_batch, rng, "encoder"), args)
-    batch["noise_z"] = torch.randn(args.meta_batch, args.latent_dim, generator=rng, device=rng.device)
+    batch["noise_z"] = torch.randn(
+        args.meta_batch, args.latent_dim, generator=rng, device=rng.device
+    )
     for name in ("noise_a", "noise_next_a"):
-        batch[name] = torch.randn(batch["actions"].flatten(0, 1).shape, generator=rng, device=rng.device)
+        batch[name] = torch.randn(
+            batch["actions"].flatten(0, 1).shape, generator=rng, device=rng.device
+        )
     return batch
 
 
@@ -269,10 +329,14 @@ def update(agent, optimizer, batch, args, online):
     # Who trains: Section 5.2, and the ablations of Figures 5 and 7
     train_decoder = not online or args.oracle_rewards
     q_to_encoder = args.encoder_loss != "reward"
-    reward_to_encoder = args.encoder_loss == "reward" or args.encoder_loss == "reward_then_q" and not online
+    reward_to_encoder = (
+        args.encoder_loss == "reward" or args.encoder_loss == "reward_then_q" and not online
+    )
     lambda_pearl = 1.0 if args.actor_ablation else args.lambda_pearl * online
     repeat = batch["obs"].shape[1]
-    batch = batch | {name: batch[name].flatten(0, 1) for name in ("obs", "actions", "next_obs")}  # (N, .)
+    batch = batch | {
+        name: batch[name].flatten(0, 1) for name in ("obs", "actions", "next_obs")
+    }  # (N, .)
     batch |= {name: batch[name].flatten() for name in ("rewards", "terminals")}  # (N,)
 
     # One backward pass: a detached z keeps a loss out of the encoder.
@@ -285,14 +349,27 @@ def update(agent, optimizer, batch, args, online):
     l_critic, q = critic_loss(agent, batch, z if q_to_encoder else z.detach(), args)
     l_actor, weights = actor_loss(agent, batch, z.detach(), q, args, lambda_pearl)
 
-    optimizer.zero_grad(set_to_none=True)  # the optimizer skips a frozen network, whose gradient is None
-    (l_critic + l_actor + l_reward + args.kl_coef * kl).backward()  # where nothing trains, a term is a constant
+    optimizer.zero_grad(
+        set_to_none=True
+    )  # the optimizer skips a frozen network, whose gradient is None
+    (
+        l_critic + l_actor + l_reward + args.kl_coef * kl
+    ).backward()  # where nothing trains, a term is a constant
     optimizer.step()
     with torch.no_grad():
-        torch._foreach_lerp_(list(agent.q_target.parameters()), list(agent.q.parameters()), args.tau)  # soft update
-        info = {"losses/critic": l_critic, "losses/actor": l_actor, "losses/reward": l_reward, "losses/kl": kl}
+        torch._foreach_lerp_(
+            list(agent.q_target.parameters()), list(agent.q.parameters()), args.tau
+        )  # soft update
+        info = {
+            "losses/critic": l_critic,
+            "losses/actor": l_actor,
+            "losses/reward": l_reward,
+            "losses/kl": kl,
+        }
         info |= {"train/q_mean": q.mean(), "train/q_max": q.amax()}
-        info["train/actor_weight_ess"] = weights.mean().square() / weights.square().mean()  # effective sample size / N
+        info["train/actor_weight_ess"] = (
+            weights.mean().square() / weights.square().mean()
+        )  # effective sample size / N
         return {name: value.detach() for name, value in info.items()}
 
 
@@ -316,7 +393,9 @@ def rollout(env_list, agent, mu, sigma, rng, deterministic=False, read_rewards=T
 
 def prior(num, args, device):
     """p(z) = N(0, 1): mean and standard deviation, (num, dz) each."""
-    return torch.zeros(num, args.latent_dim, device=device), torch.ones(num, args.latent_dim, device=device)
+    return torch.zeros(num, args.latent_dim, device=device), torch.ones(
+        num, args.latent_dim, device=device
+    )
 
 
 def explore(env_list, tasks, agent, buffer, args, act_rng, rng):
@@ -331,16 +410,27 @@ def explore(env_list, tasks, agent, buffer, args, act_rng, rng):
         while live := [e for e, steps in enumerate(missing) if steps > 0]:
             # PAPER: D_i drawn anew for each trajectory (l. 8). CODE: D_i of the training task that is explored.
             owners = [tasks[e] for e in live]
-            if args.explore_tasks == "test":  # it has no offline data: any D_i, as in the text, or one of its own
+            if (
+                args.explore_tasks == "test"
+            ):  # it has no offline data: any D_i, as in the text, or one of its own
                 drawn = torch.randint(num_train, (len(live),), generator=act_rng)
-                owners = [num_train + task for task in owners] if args.oracle_rewards else drawn.tolist()
+                owners = (
+                    [num_train + task for task in owners] if args.oracle_rewards else drawn.tolist()
+                )
             mu, sigma = prior(len(live), args, rng.device)  # (live, dz)
             if not from_prior:
                 # PAPER: z ~ p(z) only. CODE: z ~ q(z | h) in 600 of 1000 transitions, for the RL buffer (Sawyer: both).
                 with torch.no_grad():
                     h = buffer.sample(owners, args.context_batch, rng, "encoder")
                     mu, sigma = agent.encoder(make_context(h, args))
-            paths = rollout([env_list[e] for e in live], agent, mu, sigma, act_rng, read_rewards=args.oracle_rewards)
+            paths = rollout(
+                [env_list[e] for e in live],
+                agent,
+                mu,
+                sigma,
+                act_rng,
+                read_rewards=args.oracle_rewards,
+            )
             for e, i, path in zip(live, owners, paths):
                 missing[e] -= len(path["actions"])
                 frozen = args.encoder_buffer == "frozen" and i < num_train
@@ -357,7 +447,10 @@ def adapt(env_list, agent, args, rng):
     device = next(agent.parameters()).device
     mu, sigma = prior(len(env_list), args, device)
     exploration = list(zip(*(rollout(env_list, agent, mu, sigma, rng) for _ in range(2))))
-    posteriors = [agent.encoder(make_context(buffers.join(paths, device), args)[None]) for paths in exploration]
+    posteriors = [
+        agent.encoder(make_context(buffers.join(paths, device), args)[None])
+        for paths in exploration
+    ]
     mu, sigma = (torch.cat(parts) for parts in zip(*posteriors))  # (E, dz)
     return rollout(env_list, agent, mu, sigma, rng, deterministic=True), exploration, mu, sigma
 
@@ -369,7 +462,10 @@ def evaluate(agent, buffer, eval_envs, args):
     Returns what Run.write takes: {(split, context): task numbers, third trajectories, exploration, KL}, each of E
     environments; scalars to log; trajectories of the dataset to draw.
     """
-    rng, buffer_rng = torch.Generator().manual_seed(args.seed), torch.Generator(buffer.device).manual_seed(args.seed)
+    rng, buffer_rng = (
+        torch.Generator().manual_seed(args.seed),
+        torch.Generator(buffer.device).manual_seed(args.seed),
+    )
     results, scalars = {}, {}
     for split, (tasks, env_list) in eval_envs.items():  # "train" comes last, and is used below
         final, exploration, mu, sigma = buffers.on_cores(adapt, env_list, agent, args, rng)
@@ -377,19 +473,32 @@ def evaluate(agent, buffer, eval_envs, args):
 
     # The same training tasks with z ~ q(z | h_offline) instead (Figure 2). Each transition more makes the posterior
     # narrower, so h_offline is as long as the online histories are on average.
-    lengths = torch.tensor([sum(len(path["actions"]) for path in pair) for pair in exploration], device=buffer.device)
+    lengths = torch.tensor(
+        [sum(len(path["actions"]) for path in pair) for pair in exploration], device=buffer.device
+    )
     h_offline = buffer.sample(tasks, round(lengths.float().mean().item()), buffer_rng, "offline")
     mu, sigma = agent.encoder(make_context(h_offline, args))  # (E, dz)
     final = buffers.on_cores(rollout, env_list, agent, mu, sigma, rng, deterministic=True)
     results["train", "offline"] = (tasks, final, exploration, kl_to_prior(mu, sigma))
 
     # Decoder against true rewards, on offline data and on this exploration: for us to read, never for training
-    offline = {k: v.flatten(0, 1) for k, v in buffer.sample(tasks, args.rl_batch, buffer_rng, "offline").items()}
+    offline = {
+        k: v.flatten(0, 1)
+        for k, v in buffer.sample(tasks, args.rl_batch, buffer_rng, "offline").items()
+    }
     explored = buffers.join([path for pair in exploration for path in pair], buffer.device)
-    for name, batch, repeat in (("decoder_loss", offline, args.rl_batch), ("generated_reward_mse", explored, lengths)):
-        error = agent.decoder(batch["obs"], batch["actions"], mu.repeat_interleave(repeat, 0)) - batch["rewards"][:, 0]
+    for name, batch, repeat in (
+        ("decoder_loss", offline, args.rl_batch),
+        ("generated_reward_mse", explored, lengths),
+    ):
+        error = (
+            agent.decoder(batch["obs"], batch["actions"], mu.repeat_interleave(repeat, 0))
+            - batch["rewards"][:, 0]
+        )
         scalars[f"eval/{name}"] = error.square().mean()
-        scalars[f"eval/{name}_over_reward_variance"] = error.square().mean() / batch["rewards"].var()
+        scalars[f"eval/{name}_over_reward_variance"] = (
+            error.square().mean() / batch["rewards"].var()
+        )
     return results, scalars, [path for task in set(tasks) for path in buffer.offline_paths(task)]
 
 
@@ -400,18 +509,27 @@ def main(args):
     """Algorithm 1. Returns the trained agent. Raises InputError."""
     spec, device = envs.lookup(args.env_id), buffers.choose_device(args)
     # act_rng, on the CPU as the environments are, is for acting; rng, on the device, for training
-    act_rng, rng = torch.Generator().manual_seed(args.seed), torch.Generator(device).manual_seed(args.seed)
+    act_rng, rng = (
+        torch.Generator().manual_seed(args.seed),
+        torch.Generator(device).manual_seed(args.seed),
+    )
     torch.manual_seed(args.seed)
 
     # l. 1: datasets D_i, policy, Q-function, encoder, decoder
     dataset = buffers.load_dataset(args.env_id, args.dataset)
     explored_tasks = dataset[f"{args.explore_tasks}_tasks"]
-    more_tasks = len(explored_tasks) if args.explore_tasks == "test" and args.oracle_rewards else 0  # D_i of their own
-    visit = args.prior_steps + args.posterior_steps + 2 * spec.horizon  # at most, as both parts end with an episode
+    more_tasks = (
+        len(explored_tasks) if args.explore_tasks == "test" and args.oracle_rewards else 0
+    )  # D_i of their own
+    visit = (
+        args.prior_steps + args.posterior_steps + 2 * spec.horizon
+    )  # at most, as both parts end with an episode
     more = args.online_iterations * args.tasks_per_iteration * visit
     buffer = buffers.from_dataset(dataset, args.env_id, device, more_tasks, more)
     agent = Agent(spec.obs_dim, spec.action_dim, args).to(device)
-    optimizer = torch.optim.Adam(agent.parameters(), lr=args.lr, fused=True, capturable=device.type == "cuda")
+    optimizer = torch.optim.Adam(
+        agent.parameters(), lr=args.lr, fused=True, capturable=device.type == "cuda"
+    )
 
     env_list = [envs.make(args.env_id) for _ in range(args.tasks_per_iteration)]
     eval_envs = envs.make_evaluation(args.env_id, dataset["train_tasks"], dataset["test_tasks"])
@@ -419,9 +537,15 @@ def main(args):
     with buffers.Run(args, __file__, dataset["sha256"], **parts) as run:
         sample, learn = run.fast(sample_batch), run.fast(update, args.compile)  # these, but faster
 
-        for _ in run.steps(args.offline_steps, "offline"):  # l. 2; also counts, saves, and stops at a signal
-            batch = sample(buffer, args, rng)  # l. 3: D_i ~ D, of each a history h (batch["context"]) and h' (the rest)
-            run.log(learn(agent, optimizer, batch, args, online=False))  # l. 4 and 5: z ~ q(z | h), train on z and h'
+        for _ in run.steps(
+            args.offline_steps, "offline"
+        ):  # l. 2; also counts, saves, and stops at a signal
+            batch = sample(
+                buffer, args, rng
+            )  # l. 3: D_i ~ D, of each a history h (batch["context"]) and h' (the rest)
+            run.log(
+                learn(agent, optimizer, batch, args, online=False)
+            )  # l. 4 and 5: z ~ q(z | h), train on z and h'
             if run.evaluation_due:
                 run.write(*evaluate(agent, buffer, eval_envs, args))
 
@@ -429,14 +553,20 @@ def main(args):
         for step in run.steps(total_steps, "self-supervised"):  # l. 6, up to that step
             if (step - args.offline_steps) % args.updates_per_iteration == 0:
                 # PAPER: 4 gradient steps per new transition. CODE: 0.8, as five tasks collect, not one. 4 on Sawyer.
-                drawn = torch.randint(len(explored_tasks), (args.tasks_per_iteration,), generator=act_rng).tolist()
+                drawn = torch.randint(
+                    len(explored_tasks), (args.tasks_per_iteration,), generator=act_rng
+                ).tolist()
                 for env, task in zip(env_list, drawn):
                     env.unwrapped.set_task(explored_tasks[task])
-                for i, path, to_encoder in explore(env_list, drawn, agent, buffer, args, act_rng, rng):  # l. 7
+                for i, path, to_encoder in explore(
+                    env_list, drawn, agent, buffer, args, act_rng, rng
+                ):  # l. 7
                     if not args.oracle_rewards:
                         # l. 8: h_offline ~ D_i, of the part of its encoder buffer that has true rewards
                         h_offline = buffer.sample([i], args.context_batch, rng, "offline")
-                        path["rewards"] = generate_rewards(agent, path, h_offline, args, rng)  # l. 9: labels
+                        path["rewards"] = generate_rewards(
+                            agent, path, h_offline, args, rng
+                        )  # l. 9: labels
                     buffer.add(i, path, encoder=to_encoder)  # l. 9: D_i grows
                     run.env_steps += len(path["actions"])
             batch = sample(buffer, args, rng)  # l. 10

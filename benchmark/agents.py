@@ -33,16 +33,24 @@ class Args:
 
 def main(args):
     """Write the file, and return its path. Raises InputError."""
-    files = [file for file in args.run.glob("agent_*.npz") if re.fullmatch(r"agent_[0-9]{1,15}", file.stem)]
+    files = [
+        file
+        for file in args.run.glob("agent_*.npz")
+        if re.fullmatch(r"agent_[0-9]{1,15}", file.stem)
+    ]
     files = {int(file.stem.split("_")[1]): file for file in files}
     if not files:
-        raise buffers.InputError(f"there is no agent_*.npz in {args.run}: none of its phases has ended")
+        raise buffers.InputError(
+            f"there is no agent_*.npz in {args.run}: none of its phases has ended"
+        )
     script, flags, tasks, _ = watch.load(args.run, args.env_id, args.dataset)
     arrays, returns = {"script": script.__name__, "test_tasks": tasks}, {}
     kept = watch.SCRIPTS[script.__name__]
     for step in sorted({getattr(flags, "offline_steps", max(files)), max(files)} & set(files)):
         found = read_npz(files[step], lambda name, *_: name.startswith((*kept, "flags", "returns")))
-        arrays |= {f"{step}/{name}": array for name, array in found.items() if name.startswith(kept)}
+        arrays |= {
+            f"{step}/{name}": array for name, array in found.items() if name.startswith(kept)
+        }
         arrays["flags"], returns[step] = found.get("flags", ""), found.get("returns", "")
     arrays["returns"] = json.dumps(returns)
     out = args.out or watch.ROOT / "agents" / f"{envs.short_name(flags.env_id)}.npz"

@@ -36,7 +36,11 @@ from benchmark.kill import content
 from plumbing.files import write_file
 from plumbing.machine import versions
 
-MOST_SECONDS, MOST_MB, PATIENCE = 20, 1000, 300  # of CPU time; of memory; of time on the clock, before it is killed
+MOST_SECONDS, MOST_MB, PATIENCE = (
+    20,
+    1000,
+    300,
+)  # of CPU time; of memory; of time on the clock, before it is killed
 MEASURE = """
 import json, resource, signal, subprocess, sys
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -64,7 +68,9 @@ def measure(command, signals=(), terminal=False):
         more = dict(stdin=subprocess.DEVNULL, stdout=output, stderr=errors)
         if terminal:
             own, other = os.openpty()
-            more = dict.fromkeys(more, other) | {"preexec_fn": lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0)}
+            more = dict.fromkeys(more, other) | {
+                "preexec_fn": lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+            }
         words = [sys.executable, "-c", MEASURE, command]
         process = subprocess.Popen(words, env=environment, start_new_session=True, **more)
     while process.poll() is None:
@@ -81,8 +87,18 @@ def measure(command, signals=(), terminal=False):
             due += 0.1
         if time.time() > began + PATIENCE:
             os.killpg(process.pid, signal.SIGKILL)
-    code, cpu, memory = json.loads(usage.read_text()) if usage.exists() else (process.returncode, math.inf, math.inf)
-    return code, cpu, memory, time.time() - began, *(Path(x).read_text(errors="replace") for x in ("output", "errors"))
+    code, cpu, memory = (
+        json.loads(usage.read_text())
+        if usage.exists()
+        else (process.returncode, math.inf, math.inf)
+    )
+    return (
+        code,
+        cpu,
+        memory,
+        time.time() - began,
+        *(Path(x).read_text(errors="replace") for x in ("output", "errors")),
+    )
 
 
 @functools.cache
@@ -122,7 +138,9 @@ def perform(attack):
         return command.replace("FLAGS", FLAGS[name]).replace("RUN", str(run))
 
     before, faults = hashes(), []
-    code, cpu, memory, seconds, output, errors = measure(fill(attack.command), attack.signals, attack.terminal)
+    code, cpu, memory, seconds, output, errors = measure(
+        fill(attack.command), attack.signals, attack.terminal
+    )
     if code not in attack.codes:
         faults.append(f"another exit code than {attack.codes[0]}")
     if "Traceback" in output + errors:
@@ -160,13 +178,18 @@ def cells_of(attack):
 
 def read_table(file):
     """The lines of the table in attacks.md, {first cells: all cells}."""
-    lines = [line[2:-2].split(" | ") for line in file.read_text().splitlines() if line.startswith("| ")]
+    lines = [
+        line[2:-2].split(" | ") for line in file.read_text().splitlines() if line.startswith("| ")
+    ]
     return {tuple(cells[:3]): cells for cells in lines}
 
 
 def write_table(file, rows):
     """Write attacks.md; rows are what `perform` returned for each attack."""
-    told, (computed, minutes) = versions(), (sum(float(cells[x]) for cells in rows) / 60 for x in (5, 6))
+    told, (computed, minutes) = (
+        versions(),
+        (sum(float(cells[x]) for cells in rows) / 60 for x in (5, 6)),
+    )
     processor, memory = (max(float(cells[column]) for cells in rows) for column in (5, 7))
     text = f"`python benchmark/attack.py`, one thread of {told['cpu']}; Python {told['python']}, "
     text += f"""PyTorch {told["torch"]}, NumPy {told["numpy"]}
@@ -205,7 +228,9 @@ def main(args):
         Path("mine.py").write_text(MINE)
         write("d.npz", dataset())
         prepare("meta_bc")  # some attacks on others take its files
-        for attack in (dataclasses.replace(attack, kind=kind.__doc__) for kind in KINDS for attack in kind()):
+        for attack in (
+            dataclasses.replace(attack, kind=kind.__doc__) for kind in KINDS for attack in kind()
+        ):
             key = tuple(cells_of(attack))
             if re.search(args.only, f"{attack.kind} {attack.what} {attack.command}"):
                 rows.append(perform(attack))

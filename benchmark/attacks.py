@@ -12,7 +12,18 @@ from collections.abc import Callable
 
 import numpy as np
 
-from benchmark.hostile import Hostile, agent, archive, checkpoint, data, link, member, npy, replace, zip_tricks
+from benchmark.hostile import (
+    Hostile,
+    agent,
+    archive,
+    checkpoint,
+    data,
+    link,
+    member,
+    npy,
+    replace,
+    zip_tricks,
+)
 
 SIZES = "--env-id PointDirection --device cpu --policy-hidden 16 --rl-batch 16 --eval-every 2"
 ENCODER, ONLINE = "--encoder-hidden 16 --context-batch 16", "--q-hidden 16 --tasks-per-iteration 1"
@@ -29,7 +40,10 @@ RESUME = "python smac_offline_online.py --resume RUN --dataset d.npz"
 WATCH = "python benchmark/watch.py agent.npz"
 NAN = "(is|became) NaN or infinite.*(continue with|no checkpoint yet)"
 SITES = {  # what Python runs before anything else, with PYTHONPATH=NAME
-    **{f"lock{n}": f"import fcntl\ndef flock(*_): raise OSError({n}, 'no')\nfcntl.flock = flock" for n in (37, 38, 95)},
+    **{
+        f"lock{n}": f"import fcntl\ndef flock(*_): raise OSError({n}, 'no')\nfcntl.flock = flock"
+        for n in (37, 38, 95)
+    },
     "nofcntl": "import sys\nsys.modules['fcntl'] = None",
     "nobullet": "import sys\nsys.modules['pybullet'] = None",
     "brokengpu": "import torch\ntorch.cuda.is_available = lambda: True",
@@ -58,7 +72,9 @@ family("ObservesNaN", float("nan"), True)
 @dataclasses.dataclass
 class Attack:
     what: str
-    command: str  # FLAGS are those of its script; RUN is a copy of a run of its script that was stopped
+    command: (
+        str  # FLAGS are those of its script; RUN is a copy of a run of its script that was stopped
+    )
     sentence: str = ""  # a regular expression of what it says
     make: Callable = lambda run: None  # called before, with the folder of RUN
     codes: tuple = (2,)
@@ -74,7 +90,9 @@ def ends(what, command, make=lambda run: None, sentence="", equal=True, **more):
 
 
 def stops(what, command, *signals, then="PASTED", codes=(1,)):
-    return Attack(what, f"exec {command}", "stopped", codes=codes, equal=True, signals=signals, then=then)
+    return Attack(
+        what, f"exec {command}", "stopped", codes=codes, equal=True, signals=signals, then=then
+    )
 
 
 def other_data():
@@ -87,8 +105,17 @@ def other_data():
         ("borel", "test_tasks", lambda d: d["test_tasks"][::-1]),
     ):
         command = f"python {name}.py --resume RUN --dataset x.npz"
-        yield Attack(f"{array} reversed or renumbered", command, "are others than in this", data(**{array: function}))
-    yield Attack("the dataset of the repository", RESUME.split(" --dataset")[0], "are others than in this dataset")
+        yield Attack(
+            f"{array} reversed or renumbered",
+            command,
+            "are others than in this",
+            data(**{array: function}),
+        )
+    yield Attack(
+        "the dataset of the repository",
+        RESUME.split(" --dataset")[0],
+        "are others than in this dataset",
+    )
     for name in ("smac_offline_online", "borel"):
         command = f"mkdir -p far; cp d.npz far/e.npz; cd far; python ../{name}.py --resume ../RUN --dataset e.npz"
         yield ends("the same data elsewhere, from another folder", command)
@@ -96,21 +123,35 @@ def other_data():
 
 def writes():
     """2 writes elsewhere"""
-    flags = dict(save_dataset=os.path.abspath("precious"), run_dir="elsewhere", resume="elsewhere", dataset_iteration=1)
+    flags = dict(
+        save_dataset=os.path.abspath("precious"),
+        run_dir="elsewhere",
+        resume="elsewhere",
+        dataset_iteration=1,
+    )
     command = "python pearl_online_oracle.py --resume RUN; e=$?; [ -e precious -o -e elsewhere ] && exit 9; exit $e"
-    yield ends("save_dataset and run_dir in a checkpoint", command, checkpoint(**flags), equal=False)
+    yield ends(
+        "save_dataset and run_dir in a checkpoint", command, checkpoint(**flags), equal=False
+    )
 
 
 def harmful():
     """3 harmful files"""
     with zipfile.ZipFile("d.npz") as whole:
-        tricks = dict(zip_tricks({name: whole.read(name) for name in whole.namelist()}, "rl_obs.npy", 1 << 26))
+        tricks = dict(
+            zip_tricks({name: whole.read(name) for name in whole.namelist()}, "rl_obs.npy", 1 << 26)
+        )
     kept = "a second archive in the comment|a zip64 table of a terabyte|a zip bomb|a zip bomb in five parts"
-    tricks = {what: tricks[what] for what in [*kept.split("|"), "members that overlap", "6,000 empty arrays"]}
+    tricks = {
+        what: tricks[what]
+        for what in [*kept.split("|"), "members that overlap", "6,000 empty arrays"]
+    }
     tricks["300,000 empty members"] = archive({str(i): b"" for i in range(300_000)})
     for what, content in tricks.items():
         make = functools.partial(replace, content, "x.npz")
-        yield Attack(f"dataset: {what}", f"{META_BC} --dataset x.npz", "x.npz can not be read", make)
+        yield Attack(
+            f"dataset: {what}", f"{META_BC} --dataset x.npz", "x.npz can not be read", make
+        )
     command = f"truncate -s 100G x.npz; {META_BC} --dataset x.npz; e=$?; rm x.npz; exit $e"
     yield Attack("dataset: 100 GB of nothing", command, "x.npz can not be read")
     for what, name, array in (
@@ -122,19 +163,43 @@ def harmful():
         ("code that is run", "rl_obs", npy("|O", "()", pickle.dumps(Hostile("created")))),
     ):
         command = f"{META_BC} --dataset x.npz; e=$?; [ -e created ] && exit 9; exit $e"
-        yield Attack(f"dataset: {name} is {what}", command, "x.npz", lambda run, n=name, a=array: member(n, a))
+        yield Attack(
+            f"dataset: {name} is {what}",
+            command,
+            "x.npz",
+            lambda run, n=name, a=array: member(n, a),
+        )
     for what, make, sentence in (
         ("400,000 test tasks", data(3, 400_000), "test_tasks has 400000 entries, expected at most"),
-        ("60,000 trajectories of one step", data(3, 2, (1,) * 60_000), "60000 entries, expected at most"),
-        ("20,000 tasks in 1 MB", data(20_000, 2, (1,) * 20_000, save=np.savez_compressed), "20000 entries"),
+        (
+            "60,000 trajectories of one step",
+            data(3, 2, (1,) * 60_000),
+            "60000 entries, expected at most",
+        ),
+        (
+            "20,000 tasks in 1 MB",
+            data(20_000, 2, (1,) * 20_000, save=np.savez_compressed),
+            "20000 entries",
+        ),
     ):
         yield Attack(f"dataset: {what}", f"{META_BC} --dataset x.npz", sentence, make)
     mixed = data(3, 2, (1200,) * 100 + (1,) * 40_000)
-    yield Attack("dataset: lengths of 1,200 and of one", f"{BOREL} --dataset x.npz", "too long to pad", mixed)
-    most = {"20,000 tasks": (10_000, 10_000, (1,) * 10_000), "50,000 trajectories": (3, 2, (1,) * 50_000)}
+    yield Attack(
+        "dataset: lengths of 1,200 and of one", f"{BOREL} --dataset x.npz", "too long to pad", mixed
+    )
+    most = {
+        "20,000 tasks": (10_000, 10_000, (1,) * 10_000),
+        "50,000 trajectories": (3, 2, (1,) * 50_000),
+    }
     for what, sizes in most.items():
-        yield ends(f"dataset: {what}, the most", f"{META_BC} --dataset x.npz", data(*sizes), equal=False)
-    weight, spare, bomb = "agent/policy.net.0.weight", "2,0,test,online,3,4.0,5.0\r\n" * 400_000, tricks["a zip bomb"]
+        yield ends(
+            f"dataset: {what}, the most", f"{META_BC} --dataset x.npz", data(*sizes), equal=False
+        )
+    weight, spare, bomb = (
+        "agent/policy.net.0.weight",
+        "2,0,test,online,3,4.0,5.0\r\n" * 400_000,
+        tricks["a zip bomb"],
+    )
     pickled, opcodes = b"\x80\4N" + b"2\x86" * 250 + b".", b"\x80\4" + b"N0" * 1_500_000
     for what, make in (
         ("a zip bomb", functools.partial(replace, bomb, "checkpoint.npz")),
@@ -143,11 +208,23 @@ def harmful():
         ("cut", lambda run: os.truncate(run / "checkpoint.npz", 50_000)),
         ("a weight is <U0", lambda run: member(weight, npy("<U0", "(1000000000,)"), run)),
         ("a weight is NaN", checkpoint(lambda c: {weight: c[weight] * np.float32("nan")})),
-        ("an index outside of the buffer", checkpoint(lambda c: {"buffer/index/rl": c["buffer/index/rl"] + 2**30})),
+        (
+            "an index outside of the buffer",
+            checkpoint(lambda c: {"buffer/index/rl": c["buffer/index/rl"] + 2**30}),
+        ),
         ("step 2^62", checkpoint(lambda c: {"step": np.array(2**62)})),
-        ("a surrogate in its table", lambda run: member("eval_csv", npy("<U1", "()", b"\0\xd8\0\0"), run)),
-        ("escape sequences in its table", checkpoint(lambda c: {"eval_csv": np.array(f"{c['eval_csv']}\x1b[31m")})),
-        ("400,000 lines in its table", checkpoint(lambda c: {"eval_csv": np.array(f"{c['eval_csv']}{spare}")})),
+        (
+            "a surrogate in its table",
+            lambda run: member("eval_csv", npy("<U1", "()", b"\0\xd8\0\0"), run),
+        ),
+        (
+            "escape sequences in its table",
+            checkpoint(lambda c: {"eval_csv": np.array(f"{c['eval_csv']}\x1b[31m")}),
+        ),
+        (
+            "400,000 lines in its table",
+            checkpoint(lambda c: {"eval_csv": np.array(f"{c['eval_csv']}{spare}")}),
+        ),
     ):
         yield Attack(f"checkpoint: {what}", RESUME, "checkpoint.npz", make)
     for what, new in (
@@ -161,10 +238,16 @@ def nan():
     """4 NaN, infinity"""
     rates = {MACAW: "--policy-lr 1e3 --value-lr 1e3", BOREL: "--lr 1e3 --vae-lr 1e3"}
     for command in (SMAC, PEARL, META_BC, MACAW, BOREL):
-        yield Attack("learning that diverges", f"{command} {rates.get(command, '--lr 1e3')} --eval-every 1", NAN)
+        yield Attack(
+            "learning that diverges",
+            f"{command} {rates.get(command, '--lr 1e3')} --eval-every 1",
+            NAN,
+        )
     for command, scale in ((META_BC, np.float32(1e15)), (SMAC, np.float32(1e30))):
         make = data(rl_rewards=lambda d, scale=scale: scale * d["rl_rewards"])
-        yield Attack(f"rewards x {scale:.0e}", f"{command} --eval-every 1 --dataset x.npz", NAN, make)
+        yield Attack(
+            f"rewards x {scale:.0e}", f"{command} --eval-every 1 --dataset x.npz", NAN, make
+        )
     for command, name in ((SMAC, "PaysNaN"), (PEARL, "PaysInf"), (MACAW, "ObservesNaN")):
         make = data(env_id=lambda d, name=name: np.array(name))
         words = f"--env-id mine:{name}" + " --dataset x.npz" * (command != PEARL)
@@ -179,22 +262,39 @@ def closed():
     yield ends("no streams", f"{META_BC} <&- >&- 2>&-")
     yield ends("no room for words", f"{BOREL} > /dev/full 2>&1")
     again = "python meta_bc.py --resume RUN --dataset d.npz"
-    yield Attack("the terminal goes away", f"exec {META_BC}", codes=(1,), equal=True, terminal=True, then=again)
+    yield Attack(
+        "the terminal goes away",
+        f"exec {META_BC}",
+        codes=(1,),
+        equal=True,
+        terminal=True,
+        then=again,
+    )
     yield ends("it goes away, under nohup", f"trap '' HUP; exec {SMAC}", terminal=True)
 
 
 def unchanged():
     """6 refused resume"""
-    yield Attack("a flag that can not change", f"{RESUME} --seed 2", "--seed is 1 in the run to resume")
+    yield Attack(
+        "a flag that can not change", f"{RESUME} --seed 2", "--seed is 1 in the run to resume"
+    )
     other = functools.partial(shutil.copy, "stopped/meta_bc/checkpoint.npz")
-    yield Attack("the checkpoint of another script", RESUME, "checkpoint.npz does not fit this", other)
-    yield Attack("a flag in the checkpoint", RESUME, "--rl-batch is 1000000000", checkpoint(rl_batch=10**9))
+    yield Attack(
+        "the checkpoint of another script", RESUME, "checkpoint.npz does not fit this", other
+    )
+    yield Attack(
+        "a flag in the checkpoint", RESUME, "--rl-batch is 1000000000", checkpoint(rl_batch=10**9)
+    )
 
 
 def locks():
     """7 no locks"""
     for number in (37, 38, 95):
-        yield ends(f"errno {number}", f"PYTHONPATH=lock{number} {RESUME}", sentence="warning: .* can not be locked")
+        yield ends(
+            f"errno {number}",
+            f"PYTHONPATH=lock{number} {RESUME}",
+            sentence="warning: .* can not be locked",
+        )
     yield ends("no fcntl", f"PYTHONPATH=nofcntl {RESUME}")
     both = f"{SMAC} & {SMAC}; a=$?; wait $!; [ $((a + $?)) = 2 ]"
     yield ends("two runs in one folder", both, sentence="another process writes to|holds a run")
@@ -221,10 +321,14 @@ def flags():
         ("python meta_bc.py --resume $(printf 'a/%.0s' {1..2500})", "there is no file"),
         (f"ulimit -f 20; {SMAC}", "can not write to .*File too large"),
     ):  # fmt: skip
-        yield Attack(re.findall("--[^ ]+|ulimit -f", command.replace("FLAGS", ""))[0], command, sentence)
+        yield Attack(
+            re.findall("--[^ ]+|ulimit -f", command.replace("FLAGS", ""))[0], command, sentence
+        )
     kept = f"{RESUME}; e=$?; grep -qx precious precious || exit 9; exit $e"
     yield ends("checkpoint.npz.tmp is a link", kept, link("checkpoint.npz.tmp"))
-    yield Attack("args.json is a link", kept, "Too many levels of symbolic links", link("args.json"))
+    yield Attack(
+        "args.json is a link", kept, "Too many levels of symbolic links", link("args.json")
+    )
     for place in ("film.gif", "/proc/film.gif", "nowhere/film.gif"):
         yield Attack("a film", f"mkdir -p film.gif; {WATCH} --video {place}", place, agent())
 
@@ -236,7 +340,9 @@ def sentences():
     yield Attack("~ of nobody", "python meta_bc.py --resume '~nobody_here/run'", "there is no file")
     command = f"PYTHONPATH=brokengpu {SMAC} --device auto"
     yield Attack("a broken GPU", command, "the GPU can not be used.* --device cpu works")
-    command = "MUJOCO_GL=none python benchmark/watch.py agents/HopperParam.npz --tasks 1 --video new.gif"
+    command = (
+        "MUJOCO_GL=none python benchmark/watch.py agents/HopperParam.npz --tasks 1 --video new.gif"
+    )
     yield Attack("no library that draws", command, "can not be drawn here")
 
 
@@ -244,7 +350,11 @@ def curves():
     """11 stopped, pasted"""
     command = SMAC + r""" --run-dir "runs/a b's \"c\" d" """.rstrip()
     yield stops("Ctrl-C; blanks and quotes", command, signal.SIGINT)
-    for command, number in ((PEARL, signal.SIGTERM), (META_BC, signal.SIGINT), (MACAW, signal.SIGTERM)):
+    for command, number in (
+        (PEARL, signal.SIGTERM),
+        (META_BC, signal.SIGINT),
+        (MACAW, signal.SIGTERM),
+    ):
         yield stops(f"{number.name} in an evaluation", command, number)
     yield stops("SIGINT in an evaluation", BOREL, signal.SIGINT)
 

@@ -24,7 +24,9 @@ from plumbing.flags import parse_args
 from plumbing.machine import versions
 
 UPDATES = 20
-FLAGS = f"--env-id HopperParam --device cpu --offline-steps {UPDATES} --updates-per-iteration {UPDATES}"
+FLAGS = (
+    f"--env-id HopperParam --device cpu --offline-steps {UPDATES} --updates-per-iteration {UPDATES}"
+)
 FLAGS += f" --eval-every {UPDATES}"
 OUT = ROOT / "benchmark" / "results" / "robustness" / "cost.md"
 ROW = "| {} | {} | {:.1f} | {:.1f} | {} | {} |\n"
@@ -36,10 +38,19 @@ def resident():
 
 
 def main(flags=FLAGS, out=OUT):
-    save, update, evaluate, rows, saves, updates = buffers.Run.save, smac.update, smac.evaluate, [], [], []
+    save, update, evaluate, rows, saves, updates = (
+        buffers.Run.save,
+        smac.update,
+        smac.evaluate,
+        [],
+        [],
+        [],
+    )
 
     def timed_update(*args, **kwargs):
-        began = time.process_time()  # other programs on the machine do not count; a wait for the disk, below, does
+        began = (
+            time.process_time()
+        )  # other programs on the machine do not count; a wait for the disk, below, does
         info = update(*args, **kwargs)
         updates.append(time.process_time() - began)
         return info
@@ -50,7 +61,10 @@ def main(flags=FLAGS, out=OUT):
         saves.append(time.time() - began)
         buffer = run.parts["buffer"].state_dict()
         tensors = [*buffer["fields"].values(), *buffer["index"].values()]
-        filled, used = sum(x.numel() * x.element_size() for x in tensors), len(buffer["fields"]["obs"])
+        filled, used = (
+            sum(x.numel() * x.element_size() for x in tensors),
+            len(buffer["fields"]["obs"]),
+        )
         files, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
         rows.append((len(rows), used, filled / 1e6, resident(), files, threads))
         rows[-1] += (run.checkpoint.stat().st_size / 1e6,)
@@ -64,7 +78,11 @@ def main(flags=FLAGS, out=OUT):
     finally:
         buffers.Run.save, smac.update, smac.evaluate = save, update, evaluate
 
-    write, step, every = np.median(saves[-10:]), np.median(updates[UPDATES:]), smac.Args().eval_every
+    write, step, every = (
+        np.median(saves[-10:]),
+        np.median(updates[UPDATES:]),
+        smac.Args().eval_every,
+    )
     text = f"""`python benchmark/cost.py`, one thread, {versions()["cpu"]}: `smac_offline_online.py {flags}`
 
 - a checkpoint of {rows[-1][-1]:.1f} MB takes {write:.2f} s (median of the last ten; wall clock, fsync included)

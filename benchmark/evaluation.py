@@ -35,9 +35,16 @@ def measure(env_id, cli):
     """The environments of an evaluation, its environment steps, and for each number of cores its seconds."""
     _, args, _, agents = watch.load(ROOT / "agents" / f"{env_id}.npz")
     spec, dataset = envs.lookup(env_id), buffers.load_dataset(env_id)
-    agent, buffer = smac.Agent(spec.obs_dim, spec.action_dim, args), buffers.from_dataset(dataset, env_id)
-    acts = {name: value for name, value in agents[max(agents)].state_dict().items() if not value.is_meta}
-    agent.load_state_dict(acts, strict=False)  # decoder and Q-functions are not in the file, and nothing here
+    agent, buffer = (
+        smac.Agent(spec.obs_dim, spec.action_dim, args),
+        buffers.from_dataset(dataset, env_id),
+    )
+    acts = {
+        name: value for name, value in agents[max(agents)].state_dict().items() if not value.is_meta
+    }
+    agent.load_state_dict(
+        acts, strict=False
+    )  # decoder and Q-functions are not in the file, and nothing here
     eval_envs = envs.make_evaluation(env_id, dataset["train_tasks"], dataset["test_tasks"])
     seconds, steps = {cores: [] for cores in cli.cores}, []
     for _ in range(cli.rounds):
@@ -47,9 +54,18 @@ def measure(env_id, cli):
             results, _, _ = smac.evaluate(agent, buffer, eval_envs, args)
             taken.append(time.perf_counter() - start)
             played = [path for _, final, pairs, _ in results.values() for path in final]
-            played += [path for name in ("test", "train") for pair in results[name, "online"][2] for path in pair]
+            played += [
+                path
+                for name in ("test", "train")
+                for pair in results[name, "online"][2]
+                for path in pair
+            ]
             steps.append(sum(len(path["actions"]) for path in played))
-    return sum(len(env_list) for _, env_list in eval_envs.values()), statistics.median(steps), seconds
+    return (
+        sum(len(env_list) for _, env_list in eval_envs.values()),
+        statistics.median(steps),
+        seconds,
+    )
 
 
 def main(cli):
@@ -57,14 +73,19 @@ def main(cli):
     for env_id in cli.env_ids:
         num, steps, seconds = measure(env_id, cli)
         medians = {cores: statistics.median(taken) for cores, taken in seconds.items()}
-        rows.append([env_id, num, f"{steps:.0f}", *(f"{second:.2f}" for second in medians.values())])
+        rows.append(
+            [env_id, num, f"{steps:.0f}", *(f"{second:.2f}" for second in medians.values())]
+        )
         rows[-1] += [f"{medians[cli.cores[0]] / medians[cores]:.2f}" for cores in cli.cores[1:]]
         print(*rows[-1], sep="  ", flush=True)
-    head = ["environment", "environments", "steps", *(f"s, {cores} core" + "s" * (cores > 1) for cores in cli.cores)]
+    head = [
+        "environment",
+        "environments",
+        "steps",
+        *(f"s, {cores} core" + "s" * (cores > 1) for cores in cli.cores),
+    ]
     head += [f"ratio, {cores} cores" for cores in cli.cores[1:]]
-    text = (
-        f"{versions()['cpu']}, {cli.condition}, PyTorch {torch.__version__}; medians of {cli.rounds} evaluations.\n\n"
-    )
+    text = f"{versions()['cpu']}, {cli.condition}, PyTorch {torch.__version__}; medians of {cli.rounds} evaluations.\n\n"
     with open(cli.file, "a") as file:
         file.write(text + speed.table(head, rows) + "\n")
 

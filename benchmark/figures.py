@@ -30,12 +30,17 @@ def main(args):
     if not figures:
         raise buffers.InputError(f"there is no figures_*.npz in {args.run}")
     figure = Figure(figsize=(12, 3.8 * len(figures)), layout="constrained")
-    for row, (step, arrays) in zip(figure.subplots(len(figures), 3, squeeze=False), figures.items()):
+    for row, (step, arrays) in zip(
+        figure.subplots(len(figures), 3, squeeze=False), figures.items()
+    ):
         draw_kls(row[0], arrays)
         row[0].set_title(f"after {step} steps")
         everything = {name: array for name, array in arrays.items() if not name.startswith("kl_")}
         contexts = {name: array for name, array in everything.items() if name.endswith("context")}
-        for axis, ground, title in ((row[1], contexts, "Figure 6"), (row[2], everything, "Figure 8")):
+        for axis, ground, title in (
+            (row[1], contexts, "Figure 6"),
+            (row[2], everything, "Figure 8"),
+        ):
             axis.set_visible(bool(ground))
             if ground:
                 draw_paths(axis, ground)

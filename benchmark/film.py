@@ -10,7 +10,9 @@ import tempfile
 import traceback
 import warnings
 
-MUJOCO_GL = os.environ.pop("MUJOCO_GL", "")  # MuJoCo would load what it names when it is imported, and fail there
+MUJOCO_GL = os.environ.pop(
+    "MUJOCO_GL", ""
+)  # MuJoCo would load what it names when it is imported, and fail there
 
 import gymnasium as gym
 import imageio
@@ -23,7 +25,11 @@ import envs
 from envs import InputError
 from plumbing.files import write_file
 
-HEIGHT, TITLE, FONT = 180, 50, ImageFont.load_default(13)  # of one picture and of the words above it, in pixels
+HEIGHT, TITLE, FONT = (
+    180,
+    50,
+    ImageFont.load_default(13),
+)  # of one picture and of the words above it, in pixels
 
 
 class Camera(gym.Wrapper):
@@ -35,14 +41,24 @@ class Camera(gym.Wrapper):
         self.words, self.every, self.films, tilt = words, every, [], 90
         if isinstance(env.unwrapped, MujocoEnv):  # look along y at the robot, wherever it goes
             tilt = 40 if hasattr(env.unwrapped, "direction") else 15
-            renderer, view = env.unwrapped.mujoco_renderer, {"type": mujoco.mjtCamera.mjCAMERA_TRACKING}
-            view |= {"trackbodyid": 1, "distance": 3.0 + tilt / 15, "azimuth": 90, "elevation": -tilt}
+            renderer, view = (
+                env.unwrapped.mujoco_renderer,
+                {"type": mujoco.mjtCamera.mjCAMERA_TRACKING},
+            )
+            view |= {
+                "trackbodyid": 1,
+                "distance": 3.0 + tilt / 15,
+                "azimuth": 90,
+                "elevation": -tilt,
+            }
             renderer.default_cam_config, renderer.camera_id = view, None
             renderer.width, renderer.height = HEIGHT * 4 // 3, HEIGHT
             model = env.unwrapped.model
             model.light_castshadow[:], model.mat_reflectance[:] = False, 0  # most of a CPU's time
             model.mat_texrepeat[:] /= 3  # large squares on the floor: half the bytes of a film
-        self.to_picture = np.array([1.0, -np.sin(np.deg2rad(tilt))]) * HEIGHT / 2  # x right, y down and foreshortened
+        self.to_picture = (
+            np.array([1.0, -np.sin(np.deg2rad(tilt))]) * HEIGHT / 2
+        )  # x right, y down and foreshortened
 
     def reset(self, **options):
         self.films.append([])
@@ -73,7 +89,9 @@ class Camera(gym.Wrapper):
         draw = ImageDraw.Draw(page)
         draw.rectangle((0, 0, page.width - 1, page.height - 1), outline="gray")
         episode = f"exploration {len(self.films)}" if len(self.films) < 3 else "adapted"
-        for line, words in enumerate((*self.words, f"{episode}: {self.total:.0f}" + ", ended" * self.ended)):
+        for line, words in enumerate(
+            (*self.words, f"{episode}: {self.total:.0f}" + ", ended" * self.ended)
+        ):
             draw.text((6, 3 + 15 * line), words, "black", FONT)
         self.films[-1].append(page)
 
@@ -89,7 +107,9 @@ def drawing():
         traceback.clear_frames(error.__traceback__)  # here half a viewer goes, and complains
         sys.unraisablehook = hook
         needs = "; without a display MuJoCo needs EGL (Debian: libegl1, libgl1-mesa-dri) or OSMesa (libosmesa6)"
-        raise InputError(f"this can not be drawn here: {str(error) or type(error).__name__}{needs}") from None
+        raise InputError(
+            f"this can not be drawn here: {str(error) or type(error).__name__}{needs}"
+        ) from None
 
 
 def check_file(file):
@@ -99,11 +119,15 @@ def check_file(file):
     if file.is_dir():
         raise InputError(f"--video {file} is a folder")
     try:
-        tempfile.TemporaryFile(dir=file.absolute().parent).close()  # now, and not after all has been played
+        tempfile.TemporaryFile(
+            dir=file.absolute().parent
+        ).close()  # now, and not after all has been played
     except OSError as error:
         raise InputError(f"--video {file} can not be written: {error.strerror}") from None
     if file.suffix == ".mp4" and not importlib.util.find_spec("imageio_ffmpeg"):
-        raise InputError("an .mp4 needs imageio-ffmpeg (pip install imageio-ffmpeg); a .gif needs nothing more")
+        raise InputError(
+            "an .mp4 needs imageio-ffmpeg (pip install imageio-ffmpeg); a .gif needs nothing more"
+        )
 
 
 def choose_library():
@@ -131,11 +155,21 @@ def save(columns, file):
     for episode in range(3):
         rows = list(zip(*([films[episode] for films in column] for column in columns)))
         for t in range(max(len(film) for row in rows for film in row)):
-            still = [np.concatenate([np.asarray(film[min(t, len(film) - 1)]) for film in row], axis=1) for row in rows]
+            still = [
+                np.concatenate([np.asarray(film[min(t, len(film) - 1)]) for film in row], axis=1)
+                for row in rows
+            ]
             frames.append(Image.fromarray(np.concatenate(still)))
     if file.suffix == ".mp4":
         data = imageio.v2.mimwrite("<bytes>", frames, format="mp4", fps=20, macro_block_size=2)
         return write_file(file, lambda out: out.write(data))
     times = [50] * (len(frames) - 1) + [1500]  # ms; the last is shown for longer
-    few = [frame.quantize(64, dither=Image.Dither.NONE) for frame in frames]  # colours: a third of the bytes
-    write_file(file, lambda out: few[0].save(out, "GIF", save_all=True, append_images=few[1:], duration=times, loop=0))
+    few = [
+        frame.quantize(64, dither=Image.Dither.NONE) for frame in frames
+    ]  # colours: a third of the bytes
+    write_file(
+        file,
+        lambda out: few[0].save(
+            out, "GIF", save_all=True, append_images=few[1:], duration=times, loop=0
+        ),
+    )

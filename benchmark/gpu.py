@@ -49,7 +49,9 @@ ONLINE = dict(online_iterations=1, prior_steps=200, posterior_steps=200)
 PHASES = {  # script: {phase: the flags of a run of so many steps}
     smac: {
         "offline": lambda steps: dict(offline_steps=steps, online_iterations=0),
-        "self-supervised": lambda steps: dict(offline_steps=0, updates_per_iteration=steps) | ONLINE,
+        "self-supervised": lambda steps: (
+            dict(offline_steps=0, updates_per_iteration=steps) | ONLINE
+        ),
         "both": lambda steps: dict(offline_steps=steps, updates_per_iteration=steps) | ONLINE,
     },
     pearl: {"online": lambda steps: dict(updates_per_iteration=steps, initial_steps=200) | ONLINE},
@@ -70,7 +72,9 @@ def train(script, folder, args, **flags):
         rates.extend(value for name, value in values.items() if name == "train/SPS")
         scalars(run, values)
 
-    envs.make_evaluation = functools.partial(envs.make_evaluation, num_train=1, num_test=1, repeats=1)
+    envs.make_evaluation = functools.partial(
+        envs.make_evaluation, num_train=1, num_test=1, repeats=1
+    )
     buffers.Run.scalars = record
     try:
         flags = {"eval_every": 10**6, "device": args.device, "run_dir": str(folder)} | flags
@@ -86,7 +90,10 @@ def train(script, folder, args, **flags):
 
 def apart(first, second):
     """The largest difference of two checkpoints, relative to the largest number of its array."""
-    pairs = [(np.abs(first[name] - second[name]).max(initial=0), np.abs(first[name]).max(initial=0)) for name in first]
+    pairs = [
+        (np.abs(first[name] - second[name]).max(initial=0), np.abs(first[name]).max(initial=0))
+        for name in first
+    ]
     return max(difference / max(size, 1e-8) for difference, size in pairs)
 
 
@@ -117,7 +124,10 @@ def busy(args):
     agent = smac.Agent(spec.obs_dim, spec.action_dim, flags).to(args.device)
     trained = [parameter for parameter in agent.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=flags.lr, fused=True, capturable=True)
-    buffer, rng = speed.random_buffer(spec, 50, device=args.device), torch.Generator(args.device).manual_seed(0)
+    buffer, rng = (
+        speed.random_buffer(spec, 50, device=args.device),
+        torch.Generator(args.device).manual_seed(0),
+    )
     for count in (5, 50):
         torch.cuda.synchronize()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -137,8 +147,12 @@ def main(args):
                 timed, short = flags(args.steps), flags(20)
                 ends, speeds = {}, {}
                 for graph in (True, False):
-                    ends[graph], _ = train(script, f"{folder}/{graph}", args, cuda_graph=graph, **short)
-                    _, rates = train(script, f"{folder}/timed {graph}", args, cuda_graph=graph, **timed)
+                    ends[graph], _ = train(
+                        script, f"{folder}/{graph}", args, cuda_graph=graph, **short
+                    )
+                    _, rates = train(
+                        script, f"{folder}/timed {graph}", args, cuda_graph=graph, **timed
+                    )
                     speeds[graph] = statistics.median(rates[1:] or rates)
                 again = stop_and_resume(script, f"{folder}/resumed", args, cuda_graph=True, **short)
             row = [script.__name__, phase, f"{speeds[True]:.0f}", f"{speeds[False]:.0f}"]
@@ -155,7 +169,9 @@ def main(args):
     header = "script, phase, recorded (steps/s), plain (steps/s), ratio, recorded and plain apart, resumed apart"
     text += speed.table(header.split(", "), rows)
     if cuda:
-        text += f"\nThe GPU computes during {100 * busy(args):.0f} % of SMAC's plain offline step.\n"
+        text += (
+            f"\nThe GPU computes during {100 * busy(args):.0f} % of SMAC's plain offline step.\n"
+        )
     args.file.write_text(text)
     print(f"\n{text}", end="")
 

@@ -33,11 +33,20 @@ def archive(members, compression=zipfile.ZIP_STORED):
 def npy(descr, shape, data=b"", version=1):
     """An array as a file of its own, whatever its header says."""
     header = f"{{'descr': {descr!r}, 'fortran_order': False, 'shape': {shape}, }}\n".encode()
-    return b"\x93NUMPY" + bytes([version, 0]) + len(header).to_bytes(2 if version == 1 else 4, "little") + header + data
+    return (
+        b"\x93NUMPY"
+        + bytes([version, 0])
+        + len(header).to_bytes(2 if version == 1 else 4, "little")
+        + header
+        + data
+    )
 
 
 def end_record(members, size, offset, comment=b""):
-    return struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, members, members, size, offset, len(comment)) + comment
+    return (
+        struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, members, members, size, offset, len(comment))
+        + comment
+    )
 
 
 def zip_tricks(members, name, room):
@@ -47,27 +56,48 @@ def zip_tricks(members, name, room):
     at = whole.rindex(b"PK\5\6")
     table = whole[whole.index(b"PK\1\2") : at]
     bomb = archive({name: bytes(room + 1)}, zipfile.ZIP_DEFLATED)
-    yield "a comment", whole[:at] + end_record(len(members), len(table), at - len(table), b"comment")
+    yield (
+        "a comment",
+        whole[:at] + end_record(len(members), len(table), at - len(table), b"comment"),
+    )
     inner = table + end_record(len(members), len(table), at + 22)
     yield "a second table in the comment", whole[:at] + end_record(0, 0, at, inner)
-    yield "a second archive in the comment", whole[:-2] + len(bomb).to_bytes(4, "little")[:2] + bomb[: 1 << 16]
+    yield (
+        "a second archive in the comment",
+        whole[:-2] + len(bomb).to_bytes(4, "little")[:2] + bomb[: 1 << 16],
+    )
     numbers = len(members), len(members), len(table), at - len(table)
     record = struct.pack("<4sQ2H2L4Q", b"PK\6\6", 44, 45, 45, 0, 0, *numbers)
     for what, place in (("elsewhere", 0), ("nowhere", 1 << 60), ("behind the end", len(whole) + 1)):
-        yield f"a zip64 record {what}", whole[:at] + record + struct.pack("<4sLQL", b"PK\6\7", 0, place, 1) + whole[at:]
+        yield (
+            f"a zip64 record {what}",
+            whole[:at] + record + struct.pack("<4sLQL", b"PK\6\7", 0, place, 1) + whole[at:],
+        )
     huge = struct.pack("<4sQ2H2L4Q", b"PK\6\6", 44, 45, 45, 0, 0, 9, 9, 1 << 40, 0)
-    yield "a zip64 table of a terabyte", whole[:at] + huge + struct.pack("<4sLQL", b"PK\6\7", 0, at, 1) + whole[at:]
+    yield (
+        "a zip64 table of a terabyte",
+        whole[:at] + huge + struct.pack("<4sLQL", b"PK\6\7", 0, at, 1) + whole[at:],
+    )
     yield "a zip bomb", bomb
     many = {f"totals/{i}.npy": npy("<f4", "()", bytes(4)) for i in range(20)}
     share = bytes(room // 4)
-    yield "a zip bomb in five parts", archive(many | {f"totals/{i}.npy": share for i in range(5)}, zipfile.ZIP_DEFLATED)
+    yield (
+        "a zip bomb in five parts",
+        archive(many | {f"totals/{i}.npy": share for i in range(5)}, zipfile.ZIP_DEFLATED),
+    )
     yield "lzma", archive(members, zipfile.ZIP_LZMA)
     yield "bzip2", archive(members, zipfile.ZIP_BZIP2)
     yield "two of one name", archive([*members.items(), (name, members[name])])
-    yield "two that are one without .npy", archive({**members, name.removesuffix(".npy"): members[name]})
+    yield (
+        "two that are one without .npy",
+        archive({**members, name.removesuffix(".npy"): members[name]}),
+    )
     size, first = len(table), table.index(b"PK\1\2", 4)  # all entries once more, with other names
     more = b"".join(table.replace(b".npy", b".%dpy" % i) for i in range(5))
-    yield "members that overlap", whole[:at] + more + end_record(6 * len(members), 6 * size, at - size)
+    yield (
+        "members that overlap",
+        whole[:at] + more + end_record(6 * len(members), 6 * size, at - size),
+    )
     entry = bytearray(table[:first])
     entry[24:28] = (0xFFFFFFF0).to_bytes(4, "little")
     yield "a member that declares 4 GB", whole[: at - size] + entry + table[first:] + whole[at:]
@@ -75,7 +105,10 @@ def zip_tricks(members, name, room):
     entry[8] |= 1
     yield "an encrypted member", whole[: at - size] + entry + table[first:] + whole[at:]
     yield "6,000 empty members", archive({str(i): b"" for i in range(6000)})
-    yield "6,000 empty arrays", archive(members | {f"totals/{i}.npy": npy("<f4", "(0,)") for i in range(6000)})
+    yield (
+        "6,000 empty arrays",
+        archive(members | {f"totals/{i}.npy": npy("<f4", "(0,)") for i in range(6000)}),
+    )
     yield "an archive without an end", whole[:-1]
     yield "an empty archive", archive({})
 
@@ -86,10 +119,39 @@ def header_tricks(name, trap):
     array = io.BytesIO()
     np.lib.format.write_array(array, np.array([Hostile(trap)], object), allow_pickle=True)
     yield "an array of objects", array.getvalue()
-    for descr in ("<U0", "|V0", "|S0", "|O", "|i1", ">f4", "<f2", "<c8", "<M8[s]", "<f4,<f4", "?", "<U999999999"):
-        for shape in ("(1000000000,)", "()", f"(600000, {'1, ' * 60})", "(-1,)", "(-1, -4)", "(99999999999999999999,)"):
+    for descr in (
+        "<U0",
+        "|V0",
+        "|S0",
+        "|O",
+        "|i1",
+        ">f4",
+        "<f2",
+        "<c8",
+        "<M8[s]",
+        "<f4,<f4",
+        "?",
+        "<U999999999",
+    ):
+        for shape in (
+            "(1000000000,)",
+            "()",
+            f"(600000, {'1, ' * 60})",
+            "(-1,)",
+            "(-1, -4)",
+            "(99999999999999999999,)",
+        ):
             yield f"{descr} {shape}", npy(descr, shape, bytes(16))
-    for shape in ("(3L,)", "('\\d',)", "(" * 4000, "(1,) * 10**9", "(0, 10000000000000000)", "(1e9,)", "{}", "None"):
+    for shape in (
+        "(3L,)",
+        "('\\d',)",
+        "(" * 4000,
+        "(1,) * 10**9",
+        "(0, 10000000000000000)",
+        "(1e9,)",
+        "{}",
+        "None",
+    ):
         yield shape, npy("<f4", shape, bytes(12))
     for text in (b"\xff\xff\xff\x7f", b"\0\xd8\0\0", b"\x1b\0\0\0"):
         yield f"text {text}", npy("<U1", "()", text)
@@ -104,12 +166,25 @@ def header_tricks(name, trap):
 def dataset(train=3, test=2, lengths=(25,) * 6):
     """Arrays of a dataset of random numbers, with a trajectory of each of these lengths."""
     rng, lengths = np.random.default_rng(0), np.array(lengths, "i4")
-    arrays = {"format_version": np.array(1), "env_id": np.array("PointDirection"), "command": np.array("attack.py")}
-    arrays |= {"train_tasks": rng.uniform(0, 6, (train, 1)), "test_tasks": rng.uniform(0, 6, (test, 1))}
+    arrays = {
+        "format_version": np.array(1),
+        "env_id": np.array("PointDirection"),
+        "command": np.array("attack.py"),
+    }
+    arrays |= {
+        "train_tasks": rng.uniform(0, 6, (train, 1)),
+        "test_tasks": rng.uniform(0, 6, (test, 1)),
+    }
     for part, paths, steps in (("rl", len(lengths), lengths.sum()), ("encoder", 0, 0)):
-        arrays |= {f"{part}_tasks": np.arange(paths, dtype="i4") % train, f"{part}_lengths": lengths[:paths]}
+        arrays |= {
+            f"{part}_tasks": np.arange(paths, dtype="i4") % train,
+            f"{part}_lengths": lengths[:paths],
+        }
         shapes = {"obs": (steps + paths, 4), "actions": (steps, 2), "rewards": steps}
-        arrays |= {f"{part}_{name}": rng.uniform(-1, 1, shape).astype("f4") for name, shape in shapes.items()}
+        arrays |= {
+            f"{part}_{name}": rng.uniform(-1, 1, shape).astype("f4")
+            for name, shape in shapes.items()
+        }
         arrays[f"{part}_terminals"] = np.zeros(steps, bool)
     return arrays
 
@@ -165,8 +240,14 @@ def agent(**new):
 
     def make(run):
         found = read("whole/meta_bc/agent_6.npz")
-        arrays = {f"6/{name}": x for name, x in found.items() if name.startswith(("policy.", "encoder."))}
-        arrays |= {"flags": found["flags"], "script": np.array("meta_bc"), "test_tasks": np.ones((2, 1))}
+        arrays = {
+            f"6/{name}": x for name, x in found.items() if name.startswith(("policy.", "encoder."))
+        }
+        arrays |= {
+            "flags": found["flags"],
+            "script": np.array("meta_bc"),
+            "test_tasks": np.ones((2, 1)),
+        }
         write("agent.npz", arrays | new)
 
     return make

@@ -58,7 +58,9 @@ def split(entries):
     result = []
     for part in parts:
         size = sum(len(path["actions"]) for _, path in part)
-        result.append(buffers.ReplayBuffer(SPEC.num_train_tasks, SPEC.obs_dim, SPEC.action_dim, size))
+        result.append(
+            buffers.ReplayBuffer(SPEC.num_train_tasks, SPEC.obs_dim, SPEC.action_dim, size)
+        )
         result[-1].extend(part)
     return result
 
@@ -67,7 +69,9 @@ def draw(buffer, tasks, args, bonus, generator):
     """A batch with histories h, of whose rewards `bonus` is taken."""
     batch = buffer.sample(tasks, args.rl_batch, generator)
     history = buffer.sample(tasks, args.context_batch, generator, "encoder")
-    return batch | {"context": smac.make_context(history | {"rewards": history["rewards"] - bonus}, args)}
+    return batch | {
+        "context": smac.make_context(history | {"rewards": history["rewards"] - bonus}, args)
+    }
 
 
 def infer(agent, batch, known, noise=0.0):
@@ -87,7 +91,11 @@ def loss(agent, batch, z):
 @torch.no_grad()
 def measure(agent, buffer, args, bonus, directions):
     """KL, and the decoder's squared error over the rewards' variance: of all tasks, DRAWS times."""
-    generator, tasks, rows = torch.Generator().manual_seed(SEED), torch.arange(SPEC.num_train_tasks), []
+    generator, tasks, rows = (
+        torch.Generator().manual_seed(SEED),
+        torch.arange(SPEC.num_train_tasks),
+        [],
+    )
     for _ in range(DRAWS):
         batch = draw(buffer, tasks, args, bonus, generator)
         z, kl = infer(agent, batch, directions)
@@ -99,7 +107,10 @@ def measure(agent, buffer, args, bonus, directions):
 def train(buffer, args, bonus, directions):
     """Encoder and decoder after STEPS gradient steps of Eq. 3."""
     torch.manual_seed(SEED)
-    agent, generator = smac.Agent(SPEC.obs_dim, SPEC.action_dim, args), torch.Generator().manual_seed(SEED)
+    agent, generator = (
+        smac.Agent(SPEC.obs_dim, SPEC.action_dim, args),
+        torch.Generator().manual_seed(SEED),
+    )
     trained = [*agent.encoder.parameters(), *agent.decoder.parameters()]
     optimizer = torch.optim.Adam(trained, lr=args.lr, fused=True)
     for _ in range(STEPS):
@@ -117,15 +128,27 @@ if __name__ == "__main__":
     dataset = buffers.load_dataset(ENV_ID)
     angles = torch.from_numpy(dataset["train_tasks"][:, 0]).float()
     directions = torch.stack([angles.cos(), angles.sin(), *[0 * angles] * 3], dim=1)  # (tasks, dz)
-    head = ["", *(f"{name}, {part}" for part in ("trained on", "held out") for name in ("KL", "error over variance"))]
+    head = [
+        "",
+        *(
+            f"{name}, {part}"
+            for part in ("trained on", "held out")
+            for name in ("KL", "error over variance")
+        ),
+    ]
     lines = [head, ["---"] * len(head)]
     for name, kl_coef, bonus, known, dealt in ROWS:
         args = preset(smac.Args, smac.PRESETS, ENV_ID, "short")
         args = dataclasses.replace(args, kl_coef=kl_coef)
-        seen, unseen = split(deal(dataset["rl"], dataset["train_tasks"]) if dealt else dataset["rl"])
+        seen, unseen = split(
+            deal(dataset["rl"], dataset["train_tasks"]) if dealt else dataset["rl"]
+        )
         known = directions if known else None
         agent = train(seen, args, bonus, known)
-        figures = [*measure(agent, seen, args, bonus, known), *measure(agent, unseen, args, bonus, known)]
+        figures = [
+            *measure(agent, seen, args, bonus, known),
+            *measure(agent, unseen, args, bonus, known),
+        ]
         lines.append([name, *(f"{figure:.2f}" for figure in figures)])
         print(*lines[-1], sep=" | ", flush=True)
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)

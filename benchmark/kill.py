@@ -51,7 +51,13 @@ PHASES = {  # the number of the first gradient step of each
 
 @dataclasses.dataclass
 class Args:
-    kills: tuple[int, int, int, int, int] = (18, 8, 8, 8, 8)  # kills of SMAC, PEARL, meta-BC, MACAW and BOReL
+    kills: tuple[int, int, int, int, int] = (
+        18,
+        8,
+        8,
+        8,
+        8,
+    )  # kills of SMAC, PEARL, meta-BC, MACAW and BOReL
     seed: int = 0  # seed of the moments
     out: str = "benchmark/results/robustness/kill.md"  # where the result goes
 
@@ -66,9 +72,14 @@ def start(script, flags, log):
     os.dup2(output, 2)
     try:
         torch.set_num_threads(1)
-        buffers.LOG_EVERY, buffers.matmul_precision = 5, lambda *_: "highest"  # not what is faster at the moment
+        buffers.LOG_EVERY, buffers.matmul_precision = (
+            5,
+            lambda *_: "highest",
+        )  # not what is faster at the moment
         envs.make_evaluation = functools.partial(envs.make_evaluation, num_train=2, repeats=1)
-        envs.SPECS["PointDirection"] = dataclasses.replace(SPEC, num_train_tasks=TASKS, num_test_tasks=TEST_TASKS)
+        envs.SPECS["PointDirection"] = dataclasses.replace(
+            SPEC, num_train_tasks=TASKS, num_test_tasks=TEST_TASKS
+        )
         script.main(parse_args(script.Args, script.PRESETS, flags))
         sys.stdout.flush()
         os._exit(0)
@@ -98,7 +109,10 @@ def is_time(moment, file):
 def content(run):
     """What two equal runs share, as bytes: all of the checkpoint, points of the curves, eval.csv."""
     with np.load(run / "checkpoint.npz") as file:
-        kept = {name: (file[name].dtype.str, file[name].shape, file[name].tobytes()) for name in file.files}
+        kept = {
+            name: (file[name].dtype.str, file[name].shape, file[name].tobytes())
+            for name in file.files
+        }
     with tempfile.TemporaryDirectory() as folder:
         # TensorBoard reads files in the order of their names, which is any for two that began in the same second.
         files = sorted(run.glob("events.*"), key=lambda file: file.stat().st_mtime_ns)
@@ -107,7 +121,9 @@ def content(run):
         events = EventAccumulator(folder, size_guidance={"scalars": 0})
         events.Reload()
     tags = [tag for tag in events.Tags()["scalars"] if tag != "train/SPS"]
-    kept["curves"] = {tag: [(point.step, point.value) for point in events.Scalars(tag)] for tag in tags}
+    kept["curves"] = {
+        tag: [(point.step, point.value) for point in events.Scalars(tag)] for tag in tags
+    }
     return kept | {"eval.csv": (run / "eval.csv").read_bytes()}
 
 
@@ -132,7 +148,9 @@ def kill(name, kills, rng, folder):
         data = buffers.load_dataset("PointDirection")
         rl = [entry for entry in data["rl"] if entry[0] < TASKS]
         tasks = data["train_tasks"][:TASKS], data["test_tasks"][:TEST_TASKS]
-        buffers.save_dataset(folder / "small.npz", "PointDirection", *tasks, rl, [], data["command"])
+        buffers.save_dataset(
+            folder / "small.npz", "PointDirection", *tasks, rl, [], data["command"]
+        )
         more = ["--dataset", str(folder / "small.npz")]
     began = time.time()
     wait(start(script, [*flags, *more, "--run-dir", str(folder / "whole")], log))
@@ -141,10 +159,17 @@ def kill(name, kills, rng, folder):
     while True:
         run = folder / str(len(equal)) / whole.name
         temporary = run / "checkpoint.npz.tmp"
-        temporary.unlink(missing_ok=True)  # what an earlier kill left: from now on it means a write that goes on
+        temporary.unlink(
+            missing_ok=True
+        )  # what an earlier kill left: from now on it means a write that goes on
         resumed = (run / "checkpoint.npz").exists()
         pid = start(
-            script, [*(["--resume", str(run)] if resumed else [*flags, "--run-dir", str(run.parent)]), *more], log
+            script,
+            [
+                *(["--resume", str(run)] if resumed else [*flags, "--run-dir", str(run.parent)]),
+                *more,
+            ],
+            log,
         )
         moment, in_write = time.time() + rng.uniform(0, 0.7 * duration), rng.random() < 0.5
         if counts.total() == kills:
@@ -156,18 +181,27 @@ def kill(name, kills, rng, folder):
         else:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
-            counts[phase(run, name), "within the write of a checkpoint" if temporary.exists() else "elsewhere"] += 1
+            counts[
+                phase(run, name),
+                "within the write of a checkpoint" if temporary.exists() else "elsewhere",
+            ] += 1
 
 
 def main(args):
     importlib.import_module("torch._dynamo")  # Adam imports it: once here, and not in each fork
-    rng, lines = np.random.default_rng(args.seed), ["| script | phase | moment | kills |", "|---|---|---|---|"]
+    rng, lines = (
+        np.random.default_rng(args.seed),
+        ["| script | phase | moment | kills |", "|---|---|---|---|"],
+    )
     ended = []
     for (name, flags), kills in zip(FLAGS.items(), args.kills):
         if kills:
             with tempfile.TemporaryDirectory() as folder:
                 counts, equal = kill(name, kills, rng, Path(folder))
-            lines += [f"| {name}.py | {where} | {moment} | {n} |" for (where, moment), n in sorted(counts.items())]
+            lines += [
+                f"| {name}.py | {where} | {moment} | {n} |"
+                for (where, moment), n in sorted(counts.items())
+            ]
             result = f"{kills} kills, {len(equal)} runs to their end, {sum(equal)} of them equal, bit for bit, to one"
             ended.append(f"- {name}.py: {result} that was never killed; `{flags}`")
             print(ended[-1], flush=True)

@@ -19,7 +19,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import buffers
 import plumbing.machine
 
-TASKS, TRANSITIONS, OBS_DIM, ACTION_DIM, STEPS = (10, 100, 1000), 500_000, 20, 6, 50  # sizes of CheetahVelocity
+TASKS, TRANSITIONS, OBS_DIM, ACTION_DIM, STEPS = (
+    (10, 100, 1000),
+    500_000,
+    20,
+    6,
+    50,
+)  # sizes of CheetahVelocity
 MIB = 2**20
 
 
@@ -33,15 +39,28 @@ def resident():
 def measure(num_tasks):
     """Numbers of one row of the table, in MiB."""
     empty, rng = resident(), np.random.default_rng(0)
-    shapes = {"obs": (STEPS + 1, OBS_DIM), "actions": (STEPS, ACTION_DIM), "rewards": (STEPS,), "terminals": (STEPS,)}
-    columns = {name: rng.random((TRANSITIONS // STEPS, *shape), np.float32) for name, shape in shapes.items()}
-    paths = [{name: column[i] for name, column in columns.items()} for i in range(TRANSITIONS // STEPS)]
+    shapes = {
+        "obs": (STEPS + 1, OBS_DIM),
+        "actions": (STEPS, ACTION_DIM),
+        "rewards": (STEPS,),
+        "terminals": (STEPS,),
+    }
+    columns = {
+        name: rng.random((TRANSITIONS // STEPS, *shape), np.float32)
+        for name, shape in shapes.items()
+    }
+    paths = [
+        {name: column[i] for name, column in columns.items()} for i in range(TRANSITIONS // STEPS)
+    ]
     entries = [(i % num_tasks, path) for i, path in enumerate(paths)]
     data = resident()
     dataset = {"train_tasks": np.zeros((num_tasks, 1)), "rl": entries, "encoder": []}
     buffer = buffers.from_dataset(dataset, "CheetahVelocity")
     assert buffer.used == TRANSITIONS and int(buffer.sizes["rl"].sum()) == TRANSITIONS
-    peak, at_once = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - empty, resident() - data
+    peak, at_once = (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - empty,
+        resident() - data,
+    )
     del buffer
     data, buffer = resident(), buffers.ReplayBuffer(num_tasks, OBS_DIM, ACTION_DIM, TRANSITIONS)
     for i in rng.permutation(len(entries)):
@@ -50,7 +69,13 @@ def measure(num_tasks):
 
 
 def main():
-    head = ["tasks", "data (MiB)", "buffer (MiB)", "peak of both (MiB)", "buffer, filled one by one (MiB)"]
+    head = [
+        "tasks",
+        "data (MiB)",
+        "buffer (MiB)",
+        "peak of both (MiB)",
+        "buffer, filled one by one (MiB)",
+    ]
     rows = []
     for num_tasks in TASKS:
         words = [sys.executable, __file__, str(num_tasks)]

@@ -1,7 +1,7 @@
 """The same gradient step as `update` in smac_offline_online.py, written plainly: the yardstick of benchmark/speed.py.
 
 Two separate Q-functions, several optimizers, one backward pass for each loss, a loop over parameters for the target
-update. A test (tests/test_speed.py) checks that it ends at the same parameters.
+update. A test (tests/runs/test_speed.py) checks that it ends at the same parameters.
 """
 
 import copy
@@ -17,11 +17,20 @@ class PlainAgent:
     """The networks of an `Agent` of smac_offline_online.py, copied; its QFunctions as two ordinary networks."""
 
     def __init__(self, agent, lr):
-        self.encoder, self.decoder, self.policy = (copy.deepcopy(getattr(agent, n)) for n in NETWORKS)
-        self.q, self.q_target = ([unstack(twin, i) for i in range(2)] for twin in (agent.q, agent.q_target))
-        groups = ([*self.encoder.parameters(), *self.decoder.parameters()], self.policy.parameters())
+        self.encoder, self.decoder, self.policy = (
+            copy.deepcopy(getattr(agent, n)) for n in NETWORKS
+        )
+        self.q, self.q_target = (
+            [unstack(twin, i) for i in range(2)] for twin in (agent.q, agent.q_target)
+        )
+        groups = (
+            [*self.encoder.parameters(), *self.decoder.parameters()],
+            self.policy.parameters(),
+        )
         groups += tuple(q.parameters() for q in self.q)
-        self.encoder_optimizer, self.policy_optimizer, *self.q_optimizers = (torch.optim.Adam(g, lr=lr) for g in groups)
+        self.encoder_optimizer, self.policy_optimizer, *self.q_optimizers = (
+            torch.optim.Adam(g, lr=lr) for g in groups
+        )
 
 
 NETWORKS = ("encoder", "decoder", "policy")
@@ -41,8 +50,13 @@ def unstack(twin, i):
 def plain_update(agent, batch, args, online):
     """One gradient step on a PlainAgent; batch as `sample_batch` returns it."""
     size = batch["obs"].shape[1]
-    obs, actions, next_obs = (batch[name].flatten(0, 1) for name in ("obs", "actions", "next_obs"))  # (N, .)
-    rewards, terminals = batch["rewards"].reshape(-1, 1), batch["terminals"].reshape(-1, 1)  # (N, 1)
+    obs, actions, next_obs = (
+        batch[name].flatten(0, 1) for name in ("obs", "actions", "next_obs")
+    )  # (N, .)
+    rewards, terminals = (
+        batch["rewards"].reshape(-1, 1),
+        batch["terminals"].reshape(-1, 1),
+    )  # (N, 1)
 
     mu, sigma = agent.encoder(batch["context"])  # (T, dz)
     z = (mu + sigma * batch["noise_z"]).repeat_interleave(size, dim=0)  # (N, dz)
@@ -69,7 +83,10 @@ def plain_update(agent, batch, args, online):
     data_u = torch.atanh(actions.clamp(-1 + 1e-6, 1 - 1e-6))
     policy_loss = -(weights * tanh_gaussian_log_prob(data_u, mean, log_std)).mean()
     if online:
-        policy_loss = policy_loss + args.lambda_pearl * (tanh_gaussian_log_prob(u, mean, log_std) - q_new).mean()
+        policy_loss = (
+            policy_loss
+            + args.lambda_pearl * (tanh_gaussian_log_prob(u, mean, log_std) - q_new).mean()
+        )
 
     agent.policy_optimizer.zero_grad()
     policy_loss.backward()
@@ -85,4 +102,6 @@ def plain_update(agent, batch, args, online):
         optimizer.step()
     for q, q_target in zip(agent.q, agent.q_target):
         for parameter, target_parameter in zip(q.parameters(), q_target.parameters()):
-            target_parameter.data.copy_((1 - args.tau) * target_parameter.data + args.tau * parameter.data)
+            target_parameter.data.copy_(
+                (1 - args.tau) * target_parameter.data + args.tau * parameter.data
+            )

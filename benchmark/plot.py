@@ -57,12 +57,17 @@ LARGER = {  # the benchmark of an environment with larger networks and more step
     "AntDirection": "ant_small", "HumanoidDirection": "humanoid_small", "SawyerManipulation": "sawyer_small",
 }  # fmt: skip
 SCENES = "SawyerManipulation, 200 scenes"  # its default data have fifty
-FOLDERS = {env_id: f"short/{env_id}" for env_id in envs.SPECS} | {"PointDirection": "point_direction"}
+FOLDERS = {env_id: f"short/{env_id}" for env_id in envs.SPECS} | {
+    "PointDirection": "point_direction"
+}
 FOLDERS |= {SCENES: "short/SawyerManipulation200"}
 DOMAINS = [*[*LARGER][:-1], SCENES]
 FIGURES = {  # true rewards stand for the Online Oracle on Sawyer, whose data are not of PEARL
     "figure5": ("methods (Figure 5)", DOMAINS),
-    "figure7": ("what trains the encoder (Figure 7)", ("HopperParam", "WalkerParam", "HumanoidDirection")),
+    "figure7": (
+        "what trains the encoder (Figure 7)",
+        ("HopperParam", "WalkerParam", "HumanoidDirection"),
+    ),
     "figure9": ("where it explores (Figure 9)", ("SawyerManipulation8",)),
 }
 TEST, ENV_STEPS = ("test", "online"), ("env_steps", "")  # groups of `read`
@@ -103,7 +108,10 @@ def read(file):
             cells[row["split"], row["context"]][step].append(float(row["return"]))
             cells[ENV_STEPS][step].append(int(row["env_steps"]))
             offline_end = max(offline_end, step) if row["env_steps"] == "0" else offline_end
-    curves = {group: {step: np.mean(values) for step, values in steps.items()} for group, steps in cells.items()}
+    curves = {
+        group: {step: np.mean(values) for step, values in steps.items()}
+        for group, steps in cells.items()
+    }
     return curves, offline_end
 
 
@@ -113,16 +121,23 @@ def load(name):
     for file in sorted((RESULTS / name).glob("*.csv")):
         curves, end = read(file)
         if max(curves.get(TEST, [0])) > 0:
-            found[file.stem.rsplit("__", 1)[0]].append((curves, end, json.loads(file.with_suffix(".json").read_text())))
+            found[file.stem.rsplit("__", 1)[0]].append(
+                (curves, end, json.loads(file.with_suffix(".json").read_text()))
+            )
     for label in sorted(found, key=[*METHODS, *found].index):
         last = max(max(curves[TEST]) for curves, _, _ in found[label])
         seeds, ends, flags = zip(*(seed for seed in found[label] if max(seed[0][TEST]) == last))
         if left_out := len(found[label]) - len(seeds):
             print(f"{name}, {label}: left out what has not come to step {last} ({left_out} seeds)")
         runs[label] = Runs(flags[0], ends[0], {})
-        for group in seeds[0]:  # at the steps that all have: a run that was made longer has one more
+        for group in seeds[
+            0
+        ]:  # at the steps that all have: a run that was made longer has one more
             steps = sorted(set.intersection(*(set(seed[group]) for seed in seeds)))
-            runs[label].curves[group] = steps, np.array([[seed[group][step] for step in steps] for seed in seeds])
+            runs[label].curves[group] = (
+                steps,
+                np.array([[seed[group][step] for step in steps] for seed in seeds]),
+            )
     return runs
 
 
@@ -148,7 +163,10 @@ def data_of(args):
     with np.load(file, allow_pickle=False) as arrays:
         tasks, lengths, rewards = (arrays[f"rl_{name}"] for name in ("tasks", "lengths", "rewards"))
         size = len(rewards) + len(arrays["encoder_rewards"])
-    paths = [path[: envs.SPECS[args["env_id"]].horizon] for path in np.split(rewards, lengths.cumsum()[:-1])]
+    paths = [
+        path[: envs.SPECS[args["env_id"]].horizon]
+        for path in np.split(rewards, lengths.cumsum()[:-1])
+    ]
     returns = np.array([path.sum(dtype=np.float64) for path in paths])
     parts = [tasks == task for task in np.unique(tasks)]
     triples = [lengths[part].sum() / math.ceil(part.sum() / 3) for part in parts]
@@ -184,7 +202,9 @@ def draw(axis, title, runs, labels):
     labels = [label for label in labels if label in runs]
     axis.set_title(title)
     if not labels:
-        axis.text(0.5, 0.5, "no run yet", color="gray", ha="center", va="center", transform=axis.transAxes)
+        axis.text(
+            0.5, 0.5, "no run yet", color="gray", ha="center", va="center", transform=axis.transAxes
+        )
         axis.set(xticks=[], yticks=[])
         return
     last = max(runs[label].curves[TEST][0][-1] for label in labels)
@@ -192,20 +212,32 @@ def draw(axis, title, runs, labels):
         (name, colour), (steps, values) = METHODS[label], runs[label].curves[TEST]
         mean, half = interval(values)
         axis.plot(steps, mean, color=colour, label=name)
-        outline = np.column_stack([steps + steps[::-1], np.append(mean - half, (mean + half)[::-1])])
-        if len(values) > 2:  # the interval of two seeds is twelve times their standard error: it would fill the panel
+        outline = np.column_stack(
+            [steps + steps[::-1], np.append(mean - half, (mean + half)[::-1])]
+        )
+        if (
+            len(values) > 2
+        ):  # the interval of two seeds is twelve times their standard error: it would fill the panel
             # Not fill_between: lines alone decide how much the axis shows, the bands of three seeds may be cut off
             axis.add_artist(plt.Polygon(outline, color=colour, alpha=0.12, linewidth=0))
         if steps[-1] == runs[label].end < last:  # it has no second phase
             axis.plot([steps[-1], last], [mean[-1]] * 2, color=colour, linestyle=":")
     levels = [data_of(runs[label].args)[0] for label in labels]
     for i, data in enumerate(levels):
-        if not np.isnan(data) and data not in levels[:i]:  # another dataset has the colour of its run
+        if (
+            not np.isnan(data) and data not in levels[:i]
+        ):  # another dataset has the colour of its run
             colour, name = ("gray", "the data") if i == 0 else (METHODS[labels[i]][1], "its data")
             axis.axhline(data, color=colour, linestyle="-.", linewidth=1, label=name)
     first = runs[labels[0]]  # SMAC, if it has run
     if 0 < first.end < first.curves[TEST][0][-1]:
-        axis.axvspan(first.end, first.curves[TEST][0][-1], color="0.93", zorder=0, label="self-supervised phase")
+        axis.axvspan(
+            first.end,
+            first.curves[TEST][0][-1],
+            color="0.93",
+            zorder=0,
+            label="self-supervised phase",
+        )
     axis.set_xlabel("gradient step")
     axis.margins(y=0.1)
     axis.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -228,12 +260,15 @@ def picture(file, panels, one_legend):
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     figure.suptitle(
-        "Mean over seeds; band: 95 % interval of the mean, of three seeds or more; dotted: no second phase", fontsize=9
+        "Mean over seeds; band: 95 % interval of the mean, of three seeds or more; dotted: no second phase",
+        fontsize=9,
     )
     figure.supylabel("return on test tasks", fontsize=10)
     if one_legend:
         names = sorted(legend, key=[*(name for name, _ in METHODS.values()), *legend].index)
-        figure.legend([legend[name] for name in names], names, loc="outside lower center", ncols=4, fontsize=9)
+        figure.legend(
+            [legend[name] for name in names], names, loc="outside lower center", ncols=4, fontsize=9
+        )
     figure.savefig(file, dpi=110)
     plt.close(figure)
 
@@ -242,16 +277,29 @@ def adaptation(name):
     """Returns of a benchmark's SMAC runs with z from three sources, mean over seeds, as a cell of a table."""
     own, common = RESULTS / name / "adaptation.md", RESULTS / "adaptation.md"
     file, prefix = (own, "") if own.exists() else (common, f"{name}/")
-    rows = [line.strip("| ").split(" | ") for line in (file.read_text().splitlines() if file.exists() else ())]
+    rows = [
+        line.strip("| ").split(" | ")
+        for line in (file.read_text().splitlines() if file.exists() else ())
+    ]
     rows = [row for row in rows if re.search(rf"(^|/){prefix}smac(/|__)", row[0])]
-    rows = [row for row in rows if int(row[1]) == max(int(row[1]) for row in rows)]  # at the end of the run
-    means = np.mean([[float(cell.split()[0]) for cell in row[2:5]] for row in rows], axis=0) if rows else ()
+    rows = [
+        row for row in rows if int(row[1]) == max(int(row[1]) for row in rows)
+    ]  # at the end of the run
+    means = (
+        np.mean([[float(cell.split()[0]) for cell in row[2:5]] for row in rows], axis=0)
+        if rows
+        else ()
+    )
     return " / ".join(f"{mean:.1f}" for mean in means) + f" ({len(rows)})" * bool(rows)
 
 
 def cell(runs, labels, phase):
     """The best of some labels at moment number `phase`, with seeds, gradient steps and new transitions, or ""."""
-    found = [(runs[label], [*runs[label].moments().items()][phase:][:1]) for label in labels.split() if label in runs]
+    found = [
+        (runs[label], [*runs[label].moments().items()][phase:][:1])
+        for label in labels.split()
+        if label in runs
+    ]
     ends = [(run, *moment) for run, moments in found for moment in moments]
     if not ends:
         return ""
@@ -273,11 +321,21 @@ it adaptation: SMAC at the end with z from its own context / from another task's
     rows = []
     for env_id, folder in folders.items():
         runs = load(folder)
-        data = [f"{mean:.1f} ({n / 1000:g}k)" for mean, _, n in (data_of(run.args) for run in runs.values()) if n > 0]
+        data = [
+            f"{mean:.1f} ({n / 1000:g}k)"
+            for mean, _, n in (data_of(run.args) for run in runs.values())
+            if n > 0
+        ]
         rows.append([env_id, *(data[:1] or [""])])
         rows[-1] += [cell(runs, "smac", phase) for phase in (0, 1)]
         oracle = "smac_oracle_rewards" if env_id == SCENES else "pearl"
-        for labels in ("smac_actor_ablation", "meta_bc", "macaw macaw_matched", "borel borel_matched", oracle):
+        for labels in (
+            "smac_actor_ablation",
+            "meta_bc",
+            "macaw macaw_matched",
+            "borel borel_matched",
+            oracle,
+        ):
             rows[-1].append(cell(runs, labels, -1))
         rows[-1].append(adaptation(folder))
     write_table(file, head.split("|"), rows, note)
@@ -298,14 +356,26 @@ Minutes: processor time, mean over seeds, where times.txt has it."""
     times = times.read_text() if times.exists() else ""
     for env_id, run in runs.items():
         steps, values = run.curves[TEST]
-        offline, last = values[:, steps.index(run.end)], values[:, [step > run.end for step in steps]][:, -3:]
+        offline, last = (
+            values[:, steps.index(run.end)],
+            values[:, [step > run.end for step in steps]][:, -3:],
+        )
         ends = [last.mean(1)] if last.size else []  # none: no second phase yet
         gains = ", ".join(f"{gain:+.1f}" for end in ends for gain in end - offline)
         pattern = rf"^{folders[env_id]} smac seed \d+: ([\d.]+) minutes of processor time"
         minutes = re.findall(pattern, times, re.MULTILINE)
         minutes = f"{np.mean([float(word) for word in minutes]):.0f}" if minutes else ""
         data = data_of(run.args)[0]
-        rows.append([env_id, "" if np.isnan(data) else f"{data:.1f}", words([offline]), words(ends), gains, minutes])
+        rows.append(
+            [
+                env_id,
+                "" if np.isnan(data) else f"{data:.1f}",
+                words([offline]),
+                words(ends),
+                gains,
+                minutes,
+            ]
+        )
     head = "environment|data|after the offline phase|at the end|gain in each seed|minutes"
     write_table(RESULTS / "short" / "table.md", head.split("|"), rows, note)
 
@@ -319,7 +389,11 @@ def main(name):
     if name == "larger":
         sizes = """\
 The paper's networks; batches of 4 x 64 transitions (the paper: 4 x 256), Sawyer 4 x 128 and one task an iteration."""
-        return glance(RESULTS / "larger.md", {env_id: name for env_id, name in LARGER.items() if load(name)}, sizes)
+        return glance(
+            RESULTS / "larger.md",
+            {env_id: name for env_id, name in LARGER.items() if load(name)},
+            sizes,
+        )
     if name in FIGURES:
         title, env_ids = FIGURES[name]
         panels = {env_id: (load(FOLDERS[env_id]), PANELS[title].split()) for env_id in env_ids}
@@ -329,10 +403,20 @@ The paper's networks; batches of 4 x 64 transitions (the paper: 4 x 256), Sawyer
     if name == "short":
         return short()
     if not (runs := load(name)):
-        print(f"error: there are no results in {RESULTS / name}: run benchmark/run.py {name}", file=sys.stderr)
+        print(
+            f"error: there are no results in {RESULTS / name}: run benchmark/run.py {name}",
+            file=sys.stderr,
+        )
         sys.exit(2)
-    panels = {title: (runs, [label for label in labels.split() if label in runs]) for title, labels in PANELS.items()}
-    panels = {title: panel for title, panel in panels.items() if len(panel[1]) > 1 or title == next(iter(PANELS))}
+    panels = {
+        title: (runs, [label for label in labels.split() if label in runs])
+        for title, labels in PANELS.items()
+    }
+    panels = {
+        title: panel
+        for title, panel in panels.items()
+        if len(panel[1]) > 1 or title == next(iter(PANELS))
+    }
     picture(RESULTS / name / "curve.png", panels, one_legend=False)
 
     rows = []
@@ -341,7 +425,10 @@ The paper's networks; batches of 4 x 64 transitions (the paper: 4 x 256), Sawyer
         cost = [transitions(run.args, step) for step in steps]
         rows.append([label, "" if np.isnan(data) else f"{data:.1f}"])
         rows[-1] += [words(run.moments(group).values()) for group in GROUPS]
-        rows[-1] += [" → ".join(f"{step:,}" for step in steps), " → ".join(f"{rl:.1f} + {h:.1f}" for rl, h in cost)]
+        rows[-1] += [
+            " → ".join(f"{step:,}" for step in steps),
+            " → ".join(f"{rl:.1f} + {h:.1f}" for rl, h in cost),
+        ]
         rows[-1].append(f"{run.curves[ENV_STEPS][1][:, -1].mean():,.0f}")
     columns = [f"{tasks} tasks, {context} context" for tasks, context in GROUPS]
     head = ["run", "data", *columns, "gradient steps", "transitions", "new"]

@@ -16,7 +16,9 @@ from pathlib import Path
 
 import tyro
 
-os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # read with PyTorch: every step is compiled anew
+os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = (
+    "1"  # read with PyTorch: every step is compiled anew
+)
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,7 +30,11 @@ from benchmark.plain_update import PlainAgent, plain_update
 from plumbing.flags import preset
 from plumbing.machine import versions
 
-SIZES = {"the paper's": ("paper", {}), "rl_batch 64": ("paper", {"rl_batch": 64}), "short": ("short", {})}
+SIZES = {
+    "the paper's": ("paper", {}),
+    "rl_batch 64": ("paper", {"rl_batch": 64}),
+    "short": ("short", {}),
+}
 
 
 @dataclasses.dataclass
@@ -61,7 +67,10 @@ def main(cli):
             torch.compiler.reset()  # or it would go on without compiling, after some sizes
             kinds = {
                 (kind, precision): (step, precision)
-                for kind, step in (("plain", lambda: plain_update(plain, batch, args, online)), ("", steps[online]))
+                for kind, step in (
+                    ("plain", lambda: plain_update(plain, batch, args, online)),
+                    ("", steps[online]),
+                )
                 for precision in ("highest", "medium")
             }
             kinds["compiled", taken] = torch.compile(steps[online]), taken
@@ -73,14 +82,30 @@ def main(cli):
             start = time.perf_counter()
             run(*kinds["compiled", taken])
             compiling = time.perf_counter() - start
-            found = dict(zip(kinds, times([lambda kind=kind: run(*kind) for kind in kinds.values()], cli.rounds)))
-            shipped, plainest, compiled = found["", taken], found["plain", "highest"], found["compiled", taken]
+            found = dict(
+                zip(
+                    kinds,
+                    times([lambda kind=kind: run(*kind) for kind in kinds.values()], cli.rounds),
+                )
+            )
+            shipped, plainest, compiled = (
+                found["", taken],
+                found["plain", "highest"],
+                found["compiled", taken],
+            )
             best = min(found["", "highest"], found["", "medium"])
             ratios = plainest / shipped, found["plain", "medium"] / shipped, shipped / best
             ratios += (plainest / compiled,)
-            row = [name, "self-supervised" if online else "offline", *(f"{ms:.1f}" for ms in found.values()), taken]
+            row = [
+                name,
+                "self-supervised" if online else "offline",
+                *(f"{ms:.1f}" for ms in found.values()),
+                taken,
+            ]
             rows.append([*row, *(f"{ratio:.2f}" for ratio in ratios), f"{compiling:.0f}"])
-            rows[-1].append(f"{1e3 * compiling / (shipped - compiled):.0f}" if compiled < shipped else "never")
+            rows[-1].append(
+                f"{1e3 * compiling / (shipped - compiled):.0f}" if compiled < shipped else "never"
+            )
             print(*rows[-1], sep="  ", flush=True)
     torch.set_float32_matmul_precision("highest")
     text = f"{versions()['cpu']}, {torch.get_num_threads()} thread(s), PyTorch {torch.__version__}, {cli.env_id}; ms a "

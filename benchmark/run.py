@@ -63,23 +63,32 @@ def small(env_id, every, pearl, seeds=(1,)):
 
 def baselines(env_id, flags=""):
     """The two published baselines, at their own budget."""
-    return {name: (f"{name}.py --env-id {env_id} {flags}".strip(), (1,)) for name in ("macaw", "borel")}
+    return {
+        name: (f"{name}.py --env-id {env_id} {flags}".strip(), (1,)) for name in ("macaw", "borel")
+    }
 
 
 def encoder_ablations(rows):
     """The two of Figure 7, of a table with a row "smac"."""
     losses = ("q", "reward_then_q")
-    return {f"smac_encoder_{loss}": (f"{rows['smac'][0]} --encoder-loss {loss}", FOUR) for loss in losses}
+    return {
+        f"smac_encoder_{loss}": (f"{rows['smac'][0]} --encoder-loss {loss}", FOUR)
+        for loss in losses
+    }
 
 
 def short(env_id):
     """All methods with --preset short."""
     flags = f"--env-id {env_id} --preset short"
-    smac = f"smac_offline_online.py {flags}" + " --tasks-per-iteration 5" * env_id.startswith("Sawyer")  # its row: one
+    smac = f"smac_offline_online.py {flags}" + " --tasks-per-iteration 5" * env_id.startswith(
+        "Sawyer"
+    )  # its row: one
     steps = 30_000 if env_id == "CheetahVelocity" else 35_000  # as many as both phases have
     control = f"{smac} --offline-steps {steps} --online-iterations 0"
     rows = {"smac": (smac, FOUR), "smac_more_offline": (control, FOUR)}
-    if env_id == "PointDirection":  # of the rest there is a benchmark of its own: its sizes are short anyway
+    if (
+        env_id == "PointDirection"
+    ):  # of the rest there is a benchmark of its own: its sizes are short anyway
         return {"smac": (smac, (1, 2, 3))}
     if env_id.startswith("Sawyer"):  # fifty scenes: Figure 9; the other methods with 200
         test, two = f"{smac} --explore-tasks test", (1, 2)
@@ -88,7 +97,11 @@ def short(env_id):
             "smac_test_tasks": (test, two), "smac_test_tasks_oracle_rewards": (f"{test} --oracle-rewards", two),
         }  # fmt: skip
     rows |= others(smac, flags) | {"pearl": (f"pearl_online_oracle.py {flags}", FOUR)}
-    return rows | (encoder_ablations(rows) if env_id in ("HopperParam", "WalkerParam", "HumanoidDirection") else {})
+    return rows | (
+        encoder_ablations(rows)
+        if env_id in ("HopperParam", "WalkerParam", "HumanoidDirection")
+        else {}
+    )
 
 
 def others(smac, flags):
@@ -99,7 +112,9 @@ def others(smac, flags):
 
 def scenes():
     """All methods with --preset short on Sawyer with 200 scenes; true rewards stand for the Online Oracle."""
-    flags = "--env-id SawyerManipulation --preset short --dataset datasets/SawyerManipulation200.npz"
+    flags = (
+        "--env-id SawyerManipulation --preset short --dataset datasets/SawyerManipulation200.npz"
+    )
     smac = f"smac_offline_online.py {flags}"
     return {
         "smac": (smac, FOUR), "smac_more_offline": (f"{smac} --offline-steps 35000 --online-iterations 0", FOUR),
@@ -195,10 +210,14 @@ class Args:
     name: tyro.conf.Positional[str]  # a key of BENCHMARKS, or what several begin with: short
     only: tuple[str, ...] = ()  # labels of the runs to make, in place of all of them
     parallel: int = 2  # runs side by side, one thread each
-    run_dir: str = "runs/benchmark"  # where the runs write; a run that was stopped goes on from its checkpoint
+    run_dir: str = (
+        "runs/benchmark"  # where the runs write; a run that was stopped goes on from its checkpoint
+    )
     agents: bool = False  # of runs that end keep what acting needs, too: results/{name}/agents/{label}__{seed}.npz
     results: str = "benchmark/results"  # where the evidence goes
-    ray: Optional[str] = None  # address of a Ray cluster, "auto" from one of its machines, "local" for this one alone
+    ray: Optional[str] = (
+        None  # address of a Ray cluster, "auto" from one of its machines, "local" for this one alone
+    )
     gpus_per_run: float = 0.0  # with --ray: share of a GPU for each run
 
 
@@ -206,10 +225,14 @@ def diagnostics(result, file):
     """Write what a run logged beside returns and losses, if anything, as a small CSV: a line for each evaluation."""
     events = EventAccumulator(str(result), size_guidance={"scalars": 0})
     events.Reload()
-    tags = [tag for tag in events.Tags()["scalars"] if tag.startswith(("charts/", "eval/", "train/"))]
+    tags = [
+        tag for tag in events.Tags()["scalars"] if tag.startswith(("charts/", "eval/", "train/"))
+    ]
     left_out = "context_return", "exploration_return", "SPS"  # the returns are in eval.csv
     tags = sorted(tag for tag in tags if not tag.endswith(left_out))
-    curves = {tag: {point.step: f"{point.value:.4g}" for point in events.Scalars(tag)} for tag in tags}
+    curves = {
+        tag: {point.step: f"{point.value:.4g}" for point in events.Scalars(tag)} for tag in tags
+    }
     if curves:
         with open(result / "eval.csv", newline="") as lines:
             steps = sorted({int(row["gradient_step"]) for row in csv.DictReader(lines)})
@@ -236,18 +259,33 @@ def run(name, label, command, seed, args):
     result = folder / f"{env_id}__{Path(script).stem}__{seed}"
     if args.ray:
         wait_until_free(result / "args.json")
-    line = [sys.executable, script, *flags, "--seed", str(seed), "--run-dir", os.path.relpath(folder, ROOT)]
+    line = [
+        sys.executable,
+        script,
+        *flags,
+        "--seed",
+        str(seed),
+        "--run-dir",
+        os.path.relpath(folder, ROOT),
+    ]
     if (result / "checkpoint.npz").exists():
         line = [sys.executable, script, *flags, "--resume", os.path.relpath(result, ROOT)]
     elif (kept := out / f"{label}__{seed}.csv").exists():
         unfinished = f" is unfinished and has no checkpoint here; to start anew, delete {kept}"
-        return f"{name} {label} seed {seed}{' is there already' if is_finished(kept) else unfinished}"
+        return (
+            f"{name} {label} seed {seed}{' is there already' if is_finished(kept) else unfinished}"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     start, last = time.time(), ""
     with open(folder / f"{seed}.log", "a") as log:
-        env = os.environ | {"OMP_NUM_THREADS": "1", "MATMUL_PRECISION": "highest"}  # one for all seeds of a label
+        env = os.environ | {
+            "OMP_NUM_THREADS": "1",
+            "MATMUL_PRECISION": "highest",
+        }  # one for all seeds of a label
         end = end_with_parent if args.ray else None
-        pipe = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace")
+        pipe = dict(
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace"
+        )
         process = subprocess.Popen(line, cwd=ROOT, env=env, preexec_fn=end, **pipe)
         for text in process.stdout:
             log.write(text)
@@ -261,7 +299,9 @@ def run(name, label, command, seed, args):
             shutil.copy(result / file, out / f"{label}__{seed}{suffix}")
         diagnostics(result, out / "diagnostics" / f"{label}__{seed}.csv")
     if process.wait():
-        raise buffers.InputError(f"{name} {label} seed {seed} did not end: {last or process.returncode}")
+        raise buffers.InputError(
+            f"{name} {label} seed {seed} did not end: {last or process.returncode}"
+        )
     if args.agents:
         dataset = ROOT / flags[flags.index("--dataset") + 1] if "--dataset" in flags else None
         agents.main(agents.Args(result, out / "agents" / f"{label}__{seed}.npz", dataset=dataset))
@@ -289,13 +329,17 @@ def on_ray(jobs, args):
     """Run as tasks of a cluster whose machines share this folder; a task whose machine is lost starts again elsewhere,
     and goes on from the run's checkpoint. Yields, as tasks end, a function that gives what `run` returned or raised."""
     if not importlib.util.find_spec("ray"):
-        raise buffers.InputError("--ray needs Ray: pip install -r benchmark/requirements-cluster.txt")
+        raise buffers.InputError(
+            "--ray needs Ray: pip install -r benchmark/requirements-cluster.txt"
+        )
     import ray
 
     here = {"env_vars": {"PYTHONPATH": str(ROOT)}}
     with ray.init(None if args.ray == "local" else args.ray, log_to_driver=False, runtime_env=here):
         task = ray.remote(num_cpus=1, num_gpus=args.gpus_per_run, max_retries=-1)(run)
-        waiting = [task.options(name=" ".join(map(str, (*job[:2], job[3])))).remote(*job) for job in jobs]
+        waiting = [
+            task.options(name=" ".join(map(str, (*job[:2], job[3])))).remote(*job) for job in jobs
+        ]
         while waiting:
             (ready,), waiting = ray.wait(waiting)
             yield partial(result_of, ray, ready)
@@ -323,9 +367,13 @@ def main(args):
     rows = [(name, label, *BENCHMARKS[name][label]) for name in names for label in BENCHMARKS[name]]
     labels = dict.fromkeys(label for _, label, *_ in rows)
     if unknown := set(args.only) - set(labels):
-        raise buffers.InputError(f"{args.name} has no {', '.join(sorted(unknown))}, only {', '.join(labels)}")
+        raise buffers.InputError(
+            f"{args.name} has no {', '.join(sorted(unknown))}, only {', '.join(labels)}"
+        )
     rows = [row for row in rows if row[1] in (args.only or labels)]
-    jobs = [(name, label, command, seed, args) for name, label, command, seeds in rows for seed in seeds]
+    jobs = [
+        (name, label, command, seed, args) for name, label, command, seeds in rows for seed in seeds
+    ]
     for result in on_ray(jobs, args) if args.ray else here(jobs, args):
         try:
             say(result())

@@ -39,7 +39,9 @@ def share(happened, among):
 def rows(tasks, final, exploration):
     """Cells of the table for each behaviour, from the tasks' behaviours (E,) and the paths of E meta-episodes."""
     third = np.array([(path["rewards"] == 0).any() for path in final])
-    each = np.array([[(path["rewards"] == 0).any() for path in pair] for pair in exploration])  # (E, 2)
+    each = np.array(
+        [[(path["rewards"] == 0).any() for path in pair] for pair in exploration]
+    )  # (E, 2)
     start = np.array([path["rewards"][0] == 0 for path in final])
     any_of = each.any(1)
     for behaviour in np.unique(tasks):
@@ -53,12 +55,19 @@ def rows(tasks, final, exploration):
 def main(args):
     """Print the table. Raises InputError."""
     script, flags, _, agents = watch.load(args.agent, dataset=args.dataset)
-    if not flags.env_id.startswith("Sawyer") or script.__name__ not in ("smac_offline_online", "meta_bc"):
+    if not flags.env_id.startswith("Sawyer") or script.__name__ not in (
+        "smac_offline_online",
+        "meta_bc",
+    ):
         raise buffers.InputError(f"{args.agent} is no SMAC or meta-BC agent of a Sawyer family")
     data = buffers.load_dataset(flags.env_id, args.dataset)
     buffer = buffers.from_dataset(data, flags.env_id)
     pairs = envs.make_evaluation(
-        flags.env_id, data["train_tasks"], data["test_tasks"], args.train_tasks, repeats=args.episodes
+        flags.env_id,
+        data["train_tasks"],
+        data["test_tasks"],
+        args.train_tasks,
+        repeats=args.episodes,
     )
     head = "step|tasks, context|behaviour|exploration episode|any of two|third episode|third, if so|third, if not"
     say(f"| {' | '.join(head.split('|'))} |\n|{' --- |' * len(head.split('|'))}")
@@ -69,7 +78,9 @@ def main(args):
             played = {"online": final}
             if split == "train":
                 steps = sum(len(path["actions"]) for path in exploration[0])
-                h_offline = script.make_context(buffer.sample(numbers, steps, rng, "offline"), flags)
+                h_offline = script.make_context(
+                    buffer.sample(numbers, steps, rng, "offline"), flags
+                )
                 with torch.no_grad():
                     z = agent.encoder(h_offline)
                 played["offline"] = script.rollout(env_list, agent, *z, rng, deterministic=True)

@@ -23,7 +23,13 @@ import smac_offline_online as smac
 from plumbing.flags import preset
 from plumbing.machine import matmul_precision
 
-ENV_ID, WEIGHTS, STEPS, SEED, DRAWS = "SawyerManipulation", (0.1, 0.01, 1 / 256, 0.001), 12_500, 1, 20
+ENV_ID, WEIGHTS, STEPS, SEED, DRAWS = (
+    "SawyerManipulation",
+    (0.1, 0.01, 1 / 256, 0.001),
+    12_500,
+    1,
+    20,
+)
 SPEC = envs.SPECS[ENV_ID]
 
 
@@ -33,9 +39,14 @@ def measure(agent, buffer, args):
     generator, tasks = torch.Generator().manual_seed(SEED), torch.arange(buffer.sizes["rl"].numel())
     rows, rewards = [], []
     for _ in range(DRAWS):
-        context = smac.make_context(buffer.sample(tasks, args.context_batch, generator, "encoder"), args)
+        context = smac.make_context(
+            buffer.sample(tasks, args.context_batch, generator, "encoder"), args
+        )
         mu, sigma = agent.encoder(context)  # (T, dz)
-        batch = {name: x.flatten(0, 1) for name, x in buffer.sample(tasks, args.rl_batch, generator).items()}
+        batch = {
+            name: x.flatten(0, 1)
+            for name, x in buffer.sample(tasks, args.rl_batch, generator).items()
+        }
         batch["rewards"] = batch["rewards"].squeeze(-1)
         z = mu + sigma * torch.randn(mu.shape, generator=generator)
         loss = smac.reward_loss(agent, batch, z.repeat_interleave(args.rl_batch, 0))
@@ -51,7 +62,10 @@ def train(buffer, kl_coef):
     torch.manual_seed(SEED)
     agent = smac.Agent(SPEC.obs_dim, SPEC.action_dim, args)
     trained = [*agent.encoder.parameters(), *agent.decoder.parameters()]
-    optimizer, generator = torch.optim.Adam(trained, lr=args.lr, fused=True), torch.Generator().manual_seed(SEED)
+    optimizer, generator = (
+        torch.optim.Adam(trained, lr=args.lr, fused=True),
+        torch.Generator().manual_seed(SEED),
+    )
     for _ in range(STEPS):
         batch = smac.sample_batch(buffer, args, generator)
         mu, sigma = agent.encoder(batch["context"])  # (T, dz)
@@ -59,7 +73,9 @@ def train(buffer, kl_coef):
         batch |= {name: batch[name].flatten(0, 1) for name in ("obs", "actions")}
         batch["rewards"] = batch["rewards"].flatten()
         optimizer.zero_grad()
-        (smac.reward_loss(agent, batch, z) + kl_coef * smac.kl_to_prior(mu, sigma).mean()).backward()  # Eq. 3
+        (
+            smac.reward_loss(agent, batch, z) + kl_coef * smac.kl_to_prior(mu, sigma).mean()
+        ).backward()  # Eq. 3
         optimizer.step()
     return agent, args
 
@@ -73,7 +89,10 @@ if __name__ == "__main__":
         for _, path in make_sawyer.collect(ENV_ID, SPEC.num_train_tasks + i, task):
             unseen.add(i, path)
     figures = ("KL", "decoder loss", "decoder loss over variance")
-    head = ["kl_coef", *(f"{name}, {split} tasks" for split in ("training", "test") for name in figures)]
+    head = [
+        "kl_coef",
+        *(f"{name}, {split} tasks" for split in ("training", "test") for name in figures),
+    ]
     lines = [head, ["---"] * len(head)]
     for kl_coef in WEIGHTS:
         agent, args = train(seen, kl_coef)

@@ -16,7 +16,10 @@ sys.path.insert(0, str(ROOT))
 import envs
 import sawyer
 
-spec, env = envs.SPECS["SawyerManipulation"], envs.make("SawyerManipulation", render_mode="rgb_array")
+spec, env = (
+    envs.SPECS["SawyerManipulation"],
+    envs.make("SawyerManipulation", render_mode="rgb_array"),
+)
 tasks = envs.sample_tasks("SawyerManipulation", spec.num_train_tasks + spec.num_test_tasks)
 figure, axes = plt.subplots(2, 3, figsize=(9, 5))
 for row, color, shown in zip(axes, ("tab:blue", "tab:orange"), (tasks[:3], tasks[-3:])):

@@ -7,14 +7,28 @@ Writes benchmark/results/sawyer/scenes.md.
 
 import numpy as np
 import torch
-from sawyer_kl import ENV_ID, ROOT, SEED, SPEC, STEPS, buffers, envs, make_sawyer, measure, smac, train
+from sawyer_kl import (
+    ENV_ID,
+    ROOT,
+    SEED,
+    SPEC,
+    STEPS,
+    buffers,
+    envs,
+    make_sawyer,
+    measure,
+    smac,
+    train,
+)
 
 TASKS, TRAJECTORIES, TASK_SEED = 200, 12, 1  # the dataset's tasks have another seed
 
 
 def fill(tasks, first, trajectories):
     """A buffer of the script's data in some tasks; `first` is the number of the first of them, which seeds its data."""
-    buffer = buffers.ReplayBuffer(len(tasks), SPEC.obs_dim, SPEC.action_dim, len(tasks) * trajectories * 75)
+    buffer = buffers.ReplayBuffer(
+        len(tasks), SPEC.obs_dim, SPEC.action_dim, len(tasks) * trajectories * 75
+    )
     for i, task in enumerate(tasks):
         for _, path in make_sawyer.collect(ENV_ID, first + i, task, trajectories):
             buffer.add(i, path)
@@ -29,7 +43,10 @@ if __name__ == "__main__":
     unseen = fill(dataset["test_tasks"], SPEC.num_train_tasks, 50)
     kl_coef = smac.PRESETS[ENV_ID]["kl_coef"]
     figures = ("KL", "decoder loss", "decoder loss over variance")
-    head = ["training tasks", *(f"{name}, {split} tasks" for split in ("training", "test") for name in figures)]
+    head = [
+        "training tasks",
+        *(f"{name}, {split} tasks" for split in ("training", "test") for name in figures),
+    ]
     lines = [head, ["---"] * len(head)]
     for seen in (few, many):
         agent, args = train(seen, kl_coef)

@@ -48,7 +48,10 @@ def script_step(i):
     env.step(policy())
 
 
-tasks, actions = envs.sample_tasks("SawyerManipulation", 60), np.random.default_rng(0).uniform(-1, 1, (3000, 4))
+tasks, actions = (
+    envs.sample_tasks("SawyerManipulation", 60),
+    np.random.default_rng(0).uniform(-1, 1, (3000, 4)),
+)
 env = envs.make("SawyerManipulation").unwrapped
 reset(0)
 rows = [("reset, ms", 1000 * seconds(reset, 200))]
@@ -58,8 +61,15 @@ rows += [("MiB more after 1000 resets", memory() - before)]
 rows += [("random steps a second, with a reset every 50", 1 / seconds(random_step, 3000))]
 rows += [("steps a second of the script, with a reset every 75", 1 / seconds(script_step, 3000))]
 before, more = memory(), []
-rows += [("another environment, ms", 1000 * seconds(lambda i: more.append(envs.make("SawyerManipulation")), 10))]
+rows += [
+    (
+        "another environment, ms",
+        1000 * seconds(lambda i: more.append(envs.make("SawyerManipulation")), 10),
+    )
+]
 rows += [("MiB for each environment", (memory() - before) / 10)]
-table = "\n".join(["| what | value |", "|---|---|", *(f"| {name} | {value:.1f} |" for name, value in rows)])
+table = "\n".join(
+    ["| what | value |", "|---|---|", *(f"| {name} | {value:.1f} |" for name, value in rows)]
+)
 (ROOT / "benchmark" / "results" / "sawyer" / "speed.md").write_text(table + "\n")
 print(table)

@@ -43,7 +43,9 @@ def env_rate(groups, agent, args, env_steps):
     rng, done, start = torch.Generator().manual_seed(0), 0, clock()
     while done < env_steps:
         for group in groups:
-            paths = smac.rollout(group, agent, *smac.prior(len(group), args, "cpu"), rng, read_rewards=False)
+            paths = smac.rollout(
+                group, agent, *smac.prior(len(group), args, "cpu"), rng, read_rewards=False
+            )
             done += sum(len(path["actions"]) for path in paths)
     return done / (clock() - start)
 
@@ -52,24 +54,40 @@ def measure(env_id, cli):
     """Rates, and the seconds of an iteration's parts."""
     args, spec = preset(smac.Args, smac.PRESETS, env_id), envs.lookup(env_id)
     agent, _, steps, sample = speed.make(spec, args)
-    precision = matmul_precision(torch.device("cpu"), args.meta_batch * args.rl_batch, args.policy_hidden[0])
+    precision = matmul_precision(
+        torch.device("cpu"), args.meta_batch * args.rl_batch, args.policy_hidden[0]
+    )
     torch.set_float32_matmul_precision(precision)
-    updates = 1 / (1 / speed.rate(steps[True], cli.seconds, clock=clock) + 1 / speed.rate(sample, 1.0, clock=clock))
+    updates = 1 / (
+        1 / speed.rate(steps[True], cli.seconds, clock=clock)
+        + 1 / speed.rate(sample, 1.0, clock=clock)
+    )
     torch.set_float32_matmul_precision("highest")
     tasks = envs.sample_tasks(env_id, spec.num_train_tasks + spec.num_test_tasks)
-    eval_envs = envs.make_evaluation(env_id, tasks[: spec.num_train_tasks], tasks[spec.num_train_tasks :])
+    eval_envs = envs.make_evaluation(
+        env_id, tasks[: spec.num_train_tasks], tasks[spec.num_train_tasks :]
+    )
     test, train = (env_list for _, env_list in eval_envs.values())
     explored = train[:: max(1, len(train) // args.tasks_per_iteration)][: args.tasks_per_iteration]
     in_turn = env_rate([[env] for env in explored], agent, args, cli.env_steps)
     side_by_side = env_rate([explored], agent, args, cli.env_steps)
     evaluated = env_rate([test + train], agent, args, cli.env_steps)
     info, totals = steps[True](), {}
-    log = speed.rate(lambda: {name: totals.get(name, 0) + value for name, value in info.items()}, 1.0, clock=clock)
+    log = speed.rate(
+        lambda: {name: totals.get(name, 0) + value for name, value in info.items()},
+        1.0,
+        clock=clock,
+    )
 
-    count, per_evaluation = args.updates_per_iteration, (3 * len(test) + 4 * len(train)) * spec.horizon
+    count, per_evaluation = (
+        args.updates_per_iteration,
+        (3 * len(test) + 4 * len(train)) * spec.horizon,
+    )
     seconds = {
         "update": count / updates,
-        "collection": args.tasks_per_iteration * (args.prior_steps + args.posterior_steps) / side_by_side,
+        "collection": args.tasks_per_iteration
+        * (args.prior_steps + args.posterior_steps)
+        / side_by_side,
         "evaluation": per_evaluation / evaluated * count / args.eval_every,
         "logging": count / log,
     }
@@ -90,16 +108,20 @@ def main(cli):
         ]
         for update in (seconds["update"], seconds["update"] * rates[0] / GPU_STEPS):
             parts = seconds | {"update": update}
-            row.append(" / ".join(f"{100 * part / sum(parts.values()):.1f}" for part in parts.values()))
+            row.append(
+                " / ".join(f"{100 * part / sum(parts.values()):.1f}" for part in parts.values())
+            )
         rows.append(row)
         print(*row, sep="  ", flush=True)
     text = f"{versions()['cpu']}, PyTorch {torch.__version__}, {cli.threads} thread(s). Shares in %: update / "
     text += f"collection / evaluation / logging; GPU: computed for {GPU_STEPS} gradient steps a second.\n\n"
-    header = (
-        "environment, gradient steps/s, env steps/s in turn, side by side, in an evaluation, side by side / in turn"
-    )
+    header = "environment, gradient steps/s, env steps/s in turn, side by side, in an evaluation, side by side / in turn"
     text += (
-        speed.table([*header.split(", "), "`eval_every`", "share of the second phase", "the same, GPU"], rows) + "\n"
+        speed.table(
+            [*header.split(", "), "`eval_every`", "share of the second phase", "the same, GPU"],
+            rows,
+        )
+        + "\n"
     )
     with open(ROOT / "benchmark" / "results" / "speed" / "shares.md", "a") as file:
         file.write(text)

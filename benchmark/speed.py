@@ -31,7 +31,11 @@ from plumbing.machine import matmul_precision, versions
 class Args:
     name: str = "cpu"  # name of the file of results
     seconds: float = 4.0  # time for each measurement
-    env_ids: tuple[str, ...] = ("HopperParam", "CheetahVelocity", "HumanoidDirection")  # the last line is of the first
+    env_ids: tuple[str, ...] = (
+        "HopperParam",
+        "CheetahVelocity",
+        "HumanoidDirection",
+    )  # the last line is of the first
 
 
 def rate(function, seconds, rounds=4, clock=time.perf_counter):
@@ -50,10 +54,15 @@ def rate(function, seconds, rounds=4, clock=time.perf_counter):
 
 def random_buffer(spec, num_tasks, transitions=100, device="cpu"):
     """A buffer with random transitions of each task."""
-    buffer = buffers.ReplayBuffer(num_tasks, spec.obs_dim, spec.action_dim, num_tasks * transitions, device)
+    buffer = buffers.ReplayBuffer(
+        num_tasks, spec.obs_dim, spec.action_dim, num_tasks * transitions, device
+    )
     rng = np.random.default_rng(0)
     for task in range(num_tasks):
-        path = {"obs": rng.normal(size=(transitions + 1, spec.obs_dim)), "rewards": rng.normal(size=transitions)}
+        path = {
+            "obs": rng.normal(size=(transitions + 1, spec.obs_dim)),
+            "rewards": rng.normal(size=transitions),
+        }
         path["actions"] = rng.uniform(-1, 1, (transitions, spec.action_dim))
         path = {name: values.astype(np.float32) for name, values in path.items()}
         buffer.add(task, path | {"terminals": np.zeros(transitions, bool)})
@@ -63,18 +72,29 @@ def random_buffer(spec, num_tasks, transitions=100, device="cpu"):
 def make(spec, args, num_tasks=50):
     """Agent, and the shipped step as a function of the phase, on random data."""
     torch.manual_seed(0)
-    agent, generator = smac.Agent(spec.obs_dim, spec.action_dim, args), torch.Generator().manual_seed(0)
+    agent, generator = (
+        smac.Agent(spec.obs_dim, spec.action_dim, args),
+        torch.Generator().manual_seed(0),
+    )
     trained = [parameter for parameter in agent.parameters() if parameter.requires_grad]
-    optimizer, buffer = torch.optim.Adam(trained, lr=args.lr, fused=True), random_buffer(spec, num_tasks)
+    optimizer, buffer = (
+        torch.optim.Adam(trained, lr=args.lr, fused=True),
+        random_buffer(spec, num_tasks),
+    )
     batch = smac.sample_batch(buffer, args, generator)
 
-    steps = {online: partial(smac.update, agent, optimizer, batch, args, online) for online in (False, True)}
+    steps = {
+        online: partial(smac.update, agent, optimizer, batch, args, online)
+        for online in (False, True)
+    }
     return agent, batch, steps, partial(smac.sample_batch, buffer, args, generator)
 
 
 def set_precision(args):
     """What `Run.fast` does for the step of these flags; returns the precision."""
-    precision = matmul_precision(torch.device("cpu"), args.meta_batch * args.rl_batch, args.policy_hidden[0])
+    precision = matmul_precision(
+        torch.device("cpu"), args.meta_batch * args.rl_batch, args.policy_hidden[0]
+    )
     torch.set_float32_matmul_precision(precision)
     return precision
 
@@ -106,14 +126,18 @@ def products(spec, args, online):
     network("q", n, copies=2)  # target
     network("q", n, copies=2, weights=True, inputs=True)  # Eq. 1
     network("policy", n, weights=True, inputs=True)  # Eq. 2
-    network("q", n, copies=2, inputs=online, first_input=True)  # V of Eq. 2; its gradient is the PEARL loss's
+    network(
+        "q", n, copies=2, inputs=online, first_input=True
+    )  # V of Eq. 2; its gradient is the PEARL loss's
     return found
 
 
 def ceiling(found, args, seconds):
     """Steps a second if the products were all there is, each at the best of the two precisions; and GFLOP of a step."""
     total = 0.0
-    for (copies, rows, inner, columns), number in {shape: found.count(shape) for shape in found}.items():
+    for (copies, rows, inner, columns), number in {
+        shape: found.count(shape) for shape in found
+    }.items():
         x, w = torch.randn(copies, rows, inner), torch.randn(copies, inner, columns)
         out, best = torch.empty(copies, rows, columns), 0.0
         for precision in ("medium", "highest"):
@@ -138,7 +162,10 @@ def main(cli):
     # Before any setting of ours
     agent, batch, steps, _ = make(spec, args)
     plain = PlainAgent(agent, args.lr)
-    eager = {online: rate(partial(plain_update, plain, batch, args, online), cli.seconds) for online in (False, True)}
+    eager = {
+        online: rate(partial(plain_update, plain, batch, args, online), cli.seconds)
+        for online in (False, True)
+    }
     default = {online: rate(steps[online], cli.seconds) for online in (False, True)}
 
     text += f"Precision of matrix products: {set_precision(args)}, the faster of those that are true fp32 here.\n"
@@ -151,24 +178,40 @@ def main(cli):
         limit, gflop = ceiling(found, args, cli.seconds)
         shipped = max(shipped, rate(steps[online], cli.seconds))
         limit = max(limit, ceiling(found, args, cli.seconds)[0])
-        row = [env_id, "self-supervised" if online else "offline", f"{shipped:.1f}", f"{gflop:.2f}", f"{limit:.1f}"]
+        row = [
+            env_id,
+            "self-supervised" if online else "offline",
+            f"{shipped:.1f}",
+            f"{gflop:.2f}",
+            f"{limit:.1f}",
+        ]
         row += [f"{shipped / limit:.2f}"]
         if env_id == first:
             ratios[online] = shipped / limit, shipped / eager[online]
-            row += [f"{default[online]:.1f}", f"{eager[online]:.1f}", f"{shipped / eager[online]:.2f}"]
+            row += [
+                f"{default[online]:.1f}",
+                f"{eager[online]:.1f}",
+                f"{shipped / eager[online]:.2f}",
+            ]
         rows.append(row + [""] * (9 - len(row)))
     header = "environment, phase, steps/s, GFLOP a step, ceiling, fraction of ceiling"
     header += ", at PyTorch's defaults, plain, ratio to plain"
     text += "\n" + table(header.split(", "), rows)
 
     args, spec, rows = smac.Args(env_id=first), envs.SPECS[first], []
-    for what, values in (("tasks", (10, 100, 1000)), ("batch", (64, 256, 1024)), ("observation", (11, 100, 400))):
+    for what, values in (
+        ("tasks", (10, 100, 1000)),
+        ("batch", (64, 256, 1024)),
+        ("observation", (11, 100, 400)),
+    ):
         for value in values:
             sizes = dataclasses.replace(spec, obs_dim=value) if what == "observation" else spec
             flags = dataclasses.replace(args, rl_batch=value) if what == "batch" else args
             _, _, steps, sample = make(sizes, flags, num_tasks=value if what == "tasks" else 50)
             step, draw = 1e3 / rate(steps[False], cli.seconds), 1e3 / rate(sample, cli.seconds)
-            rows.append([what, value, f"{step:.1f}", f"{draw:.2f}", f"{100 * draw / (step + draw):.1f} %"])
+            rows.append(
+                [what, value, f"{step:.1f}", f"{draw:.2f}", f"{100 * draw / (step + draw):.1f} %"]
+            )
     text += "\n" + table(["grows", "to", "ms a step", "ms a batch", "sampling's share"], rows)
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

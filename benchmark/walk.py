@@ -35,10 +35,19 @@ def main(cli):
     spec = envs.lookup(args.env_id)
     if not issubclass(spec.env_class, envs.Direction):
         raise buffers.InputError(f"the tasks of {args.env_id} are no directions")
-    names = ("fields/next_obs", "fields/rewards", "fields/actions", "fields/terminals", "index/rl", "sizes/rl")
+    names = (
+        "fields/next_obs",
+        "fields/rewards",
+        "fields/actions",
+        "fields/terminals",
+        "index/rl",
+        "sizes/rl",
+    )
     data = read_npz(file, lambda name, *_: name.removeprefix("buffer/") in names)
     data = {name.split("/", 1)[1]: array for name, array in data.items()}
-    tasks = envs.sample_tasks(args.env_id, spec.num_train_tasks + spec.num_test_tasks, args.task_seed)
+    tasks = envs.sample_tasks(
+        args.env_id, spec.num_train_tasks + spec.num_test_tasks, args.task_seed
+    )
     owners = np.empty(len(data["index/rl"]), int)  # the task of each transition
     owners[data["index/rl"]] = np.repeat(np.arange(spec.num_train_tasks), data["sizes/rl"])
     first, seconds = spec.env_class.ground_velocity

@@ -30,7 +30,9 @@ from plumbing.files import MAX_TASKS, MAX_TEXT, check_array, read_npz, write_fil
 from plumbing.flags import read_flags, say
 
 # What acting needs of each script's agent: the beginnings of its parameters' names
-SCRIPTS = dict.fromkeys(("smac_offline_online", "pearl_online_oracle", "meta_bc", "borel"), ("policy.", "encoder."))
+SCRIPTS = dict.fromkeys(
+    ("smac_offline_online", "pearl_online_oracle", "meta_bc", "borel"), ("policy.", "encoder.")
+)
 SCRIPTS["macaw"] = "policy.", "value.", "raw_adv_coef"
 MAX_PLAYED = 1000  # environments side by side: of MuJoCo 1.5 MB each, of PyBullet 28
 COLUMNS = {  # of --out, and the returns that stand there
@@ -46,7 +48,9 @@ class Args:
     episodes: int = 1  # meta-episodes a test task
     video: Optional[Path] = None  # film to write, .gif or .mp4
     every: int = 4  # environment steps a picture of the film
-    out: Optional[Path] = None  # table in Markdown that gets a line for the agent: all test tasks, standard errors
+    out: Optional[Path] = (
+        None  # table in Markdown that gets a line for the agent: all test tasks, standard errors
+    )
     env_id: Optional[str] = None  # module:Name, if the agent is of a family of one's own
     dataset: Optional[Path] = None  # the dataset of a run; default datasets/{env_id}.npz
 
@@ -62,20 +66,29 @@ def load(path, env_id=None, dataset=None):
     run = path.is_dir()
     file = path / "checkpoint.npz" if run else path
     text = dict.fromkeys(("script", "sha256"), ("U", (), MAX_TEXT))
-    words = read_npz(file, lambda x, *has: x in text and check_array(f"{file}: {x}", *has, *text[x]))
+    words = read_npz(
+        file, lambda x, *has: x in text and check_array(f"{file}: {x}", *has, *text[x])
+    )
     name = [*path.resolve().name.split("__"), ""][1] if run else words.get("script")
     if name not in SCRIPTS:
         raise InputError(f"{path} is no {'folder of a run, by its name' if run else 'agent file'}")
     script = importlib.import_module(name)
     args = read_flags(script.Args, script.PRESETS, file)
     if ":" in args.env_id and args.env_id != env_id:  # a file must not run code
-        raise InputError(f"the agent's environment is of a module: give --env-id {args.env_id} as well")
+        raise InputError(
+            f"the agent's environment is of a module: give --env-id {args.env_id} as well"
+        )
     spec = envs.lookup(args.env_id)
     with torch.device("meta"):  # takes no memory, whatever the sizes in the file
         blank = script.Agent(spec.obs_dim, spec.action_dim, args)
     masks = {key for key, _ in blank.named_buffers()}  # they may be -inf
-    blank = {key: value for key, value in blank.state_dict().items() if key.startswith(SCRIPTS[name])}
-    kinds = {key: np.dtype(str(value.dtype).removeprefix("torch.")).str[1:] for key, value in blank.items()}
+    blank = {
+        key: value for key, value in blank.state_dict().items() if key.startswith(SCRIPTS[name])
+    }
+    kinds = {
+        key: np.dtype(str(value.dtype).removeprefix("torch.")).str[1:]
+        for key, value in blank.items()
+    }
     shapes = {key: (kinds[key], tuple(value.shape)) for key, value in blank.items()}
 
     def accept(name, dtype, shape):
@@ -83,13 +96,17 @@ def load(path, env_id=None, dataset=None):
         if key in shapes and (phase == "agent" if run else re.fullmatch("[0-9]{1,15}", phase)):
             return check_array(f"{file}: {name}", dtype, shape, *shapes[key])
         if name == "test_tasks":
-            return check_array(f"{file}: {name}", dtype, shape, "f8", (None, spec.task_dim), MAX_TASKS)
+            return check_array(
+                f"{file}: {name}", dtype, shape, "f8", (None, spec.task_dim), MAX_TASKS
+            )
         return name == "step" and check_array(f"{file}: {name}", dtype, shape, "i8", ())
 
     arrays, agents = read_npz(file, accept), {}
     phases = {name.rpartition("/")[0] for name in arrays if "/" in name}
     if not phases:
-        raise InputError(f"{file} has no agent to watch: give a run's folder, or a file that benchmark/agents.py wrote")
+        raise InputError(
+            f"{file} has no agent to watch: give a run's folder, or a file that benchmark/agents.py wrote"
+        )
     if len(phases) > 10:
         raise InputError(f"{file} holds {len(phases)} agents, expected at most 10")
     for phase in sorted(phases, key=lambda phase: phase.zfill(15)):
@@ -99,16 +116,22 @@ def load(path, env_id=None, dataset=None):
                 raise InputError(f"{file}: {phase}/{key} is missing, NaN or infinite")
         with torch.device("meta"):
             agent = script.Agent(spec.obs_dim, spec.action_dim, args)
-        agent.load_state_dict({key: torch.from_numpy(x) for key, x in state.items()}, strict=False, assign=True)
+        agent.load_state_dict(
+            {key: torch.from_numpy(x) for key, x in state.items()}, strict=False, assign=True
+        )
         agents[int(arrays.get("step", 0) if run else phase)] = agent
     if not run:
         return script, args, check_tasks(file, args.env_id, arrays.get("test_tasks", [])), agents
     if name == "pearl_online_oracle":
-        tasks = envs.sample_tasks(args.env_id, spec.num_train_tasks + spec.num_test_tasks, args.task_seed)
+        tasks = envs.sample_tasks(
+            args.env_id, spec.num_train_tasks + spec.num_test_tasks, args.task_seed
+        )
         return script, args, tasks[spec.num_train_tasks :], agents
     data = buffers.load_dataset(args.env_id, dataset)
     if data["sha256"] != words.get("sha256"):
-        raise InputError(f"the data of {path} are others than in this dataset: name theirs with --dataset")
+        raise InputError(
+            f"the data of {path} are others than in this dataset: name theirs with --dataset"
+        )
     return script, args, data["test_tasks"], agents
 
 
@@ -144,19 +167,32 @@ def measure(script, agent, args, tasks, num_tasks, episodes, sampled=False):
     sampled: also play the third episode with sampled actions in place of deterministic ones.
     """
     rng = torch.Generator().manual_seed(args.seed)
-    numbers, env_list = envs.make_evaluation(args.env_id, tasks, tasks, 1, num_tasks, episodes)["test"]
+    numbers, env_list = envs.make_evaluation(args.env_id, tasks, tasks, 1, num_tasks, episodes)[
+        "test"
+    ]
     final, exploration, posterior = meta_episode(script, agent, args, env_list, rng)
-    paths = {"exploration": [path for pair in exploration for path in pair], "after adaptation": final}
+    paths = {
+        "exploration": [path for pair in exploration for path in pair],
+        "after adaptation": final,
+    }
     if posterior:
-        contexts = {"another task's context": [part.roll(episodes, 0) for part in posterior]}  # tasks stand together
+        contexts = {
+            "another task's context": [part.roll(episodes, 0) for part in posterior]
+        }  # tasks stand together
         contexts["the prior"] = script.prior(len(env_list), args, "cpu")
-        for name, z in list(contexts.items())[len(numbers) == episodes :]:  # a single task has no other
+        for name, z in list(contexts.items())[
+            len(numbers) == episodes :
+        ]:  # a single task has no other
             paths[name] = script.rollout(env_list, agent, *z, rng, deterministic=True)
         if sampled:
             paths["sampled actions"] = script.rollout(env_list, agent, *posterior, rng)
-    returns = {name: np.array([path["rewards"].sum() for path in some]) for name, some in paths.items()}
+    returns = {
+        name: np.array([path["rewards"].sum() for path in some]) for name, some in paths.items()
+    }
     returns = {name: values.reshape(len(numbers), -1).mean(1) for name, values in returns.items()}
-    return numbers[::episodes], {name: values.reshape(-1, episodes) for name, values in returns.items()}
+    return numbers[::episodes], {
+        name: values.reshape(-1, episodes) for name, values in returns.items()
+    }
 
 
 def describe(env_id, number, task):
@@ -174,10 +210,15 @@ def describe(env_id, number, task):
 def show(labels, returns):
     """Print a table: a line for each task, means over episodes, and the mean over tasks."""
     width = max(map(len, labels)) + 2
-    rows = {"": returns} | {label: [x[i].mean() for x in returns.values()] for i, label in enumerate(labels)}
+    rows = {"": returns} | {
+        label: [x[i].mean() for x in returns.values()] for i, label in enumerate(labels)
+    }
     for label, cells in (rows | {"mean": [x.mean() for x in returns.values()]}).items():
         words = (cell if label == "" else f"{cell:.1f}" for cell in cells)
-        say(f"{label:<{width}}" + "".join(f"{word:>{len(name) + 3}}" for word, name in zip(words, returns)))
+        say(
+            f"{label:<{width}}"
+            + "".join(f"{word:>{len(name) + 3}}" for word, name in zip(words, returns))
+        )
 
 
 def write_row(file, name, step, returns):
@@ -198,7 +239,9 @@ def write_row(file, name, step, returns):
 def main(args):
     """Print the tables, write the film and the line. Raises InputError."""
     if min(args.tasks, args.episodes, args.every) < 1 or args.out and args.episodes < 2:
-        raise InputError("--tasks, --episodes and --every must be at least 1, and with --out --episodes at least 2")
+        raise InputError(
+            "--tasks, --episodes and --every must be at least 1, and with --out --episodes at least 2"
+        )
     if args.out and (args.out.is_dir() or not args.out.absolute().parent.is_dir()):
         raise InputError(f"--out {args.out} is no file in a folder that exists")
     if args.video:
@@ -206,10 +249,14 @@ def main(args):
     script, flags, tasks, agents = load(args.agent, args.env_id, args.dataset)
     num_tasks, columns = len(tasks) if args.out else min(args.tasks, len(tasks)), []
     if num_tasks * args.episodes > MAX_PLAYED:
-        raise InputError(f"{num_tasks} tasks x {args.episodes} episodes are more than {MAX_PLAYED} environments")
+        raise InputError(
+            f"{num_tasks} tasks x {args.episodes} episodes are more than {MAX_PLAYED} environments"
+        )
     for step, agent in agents.items():
         say(f"{flags.env_id}, {script.__name__}.py, seed {flags.seed}, after {step} gradient steps")
-        numbers, returns = measure(script, agent, flags, tasks, num_tasks, args.episodes, bool(args.out))
+        numbers, returns = measure(
+            script, agent, flags, tasks, num_tasks, args.episodes, bool(args.out)
+        )
         show([describe(flags.env_id, number, tasks[number]) for number in numbers], returns)
         if args.out:
             write_row(args.out, "/".join(args.agent.resolve().parts[-3:]), step, returns)
@@ -221,7 +268,11 @@ def main(args):
             for number, task in enumerate(tasks[:3]):
                 words = describe(flags.env_id, number, task), when
                 play = functools.partial(
-                    meta_episode, script, agent, flags, rng=torch.Generator().manual_seed(flags.seed)
+                    meta_episode,
+                    script,
+                    agent,
+                    flags,
+                    rng=torch.Generator().manual_seed(flags.seed),
                 )
                 columns[-1].append(film.shoot(flags.env_id, task, words, args.every, play))
     if args.video:

@@ -54,12 +54,27 @@ if __name__ == "__main__":
         env.unwrapped.set_task([angle])
         steps = 0
         while steps < TRANSITIONS:
-            heading = rng.uniform(-np.pi, np.pi) if rng.random() < ANY_DIRECTION else rng.normal(angle, DIRECTION_ERROR)
-            stride, phase, noise = rng.uniform(0.1, 1), rng.uniform(-np.pi, np.pi), rng.uniform(0, MOST_NOISE)
-            path = {"obs": [env.reset(seed=len(entries))[0]], "actions": [], "rewards": [], "terminals": []}
+            heading = (
+                rng.uniform(-np.pi, np.pi)
+                if rng.random() < ANY_DIRECTION
+                else rng.normal(angle, DIRECTION_ERROR)
+            )
+            stride, phase, noise = (
+                rng.uniform(0.1, 1),
+                rng.uniform(-np.pi, np.pi),
+                rng.uniform(0, MOST_NOISE),
+            )
+            path = {
+                "obs": [env.reset(seed=len(entries))[0]],
+                "actions": [],
+                "rewards": [],
+                "terminals": [],
+            }
             done = False
             while not done and steps < TRANSITIONS:
-                action = trot(path["obs"][-1], heading, stride, phase) + rng.normal(0, noise, spec.action_dim)
+                action = trot(path["obs"][-1], heading, stride, phase) + rng.normal(
+                    0, noise, spec.action_dim
+                )
                 path["actions"].append(np.clip(action, -1, 1).astype(np.float32))
                 obs, reward, terminated, truncated, _ = env.step(path["actions"][-1])
                 for key, value in (("obs", obs), ("rewards", reward), ("terminals", terminated)):
@@ -69,5 +84,7 @@ if __name__ == "__main__":
             returns.append(sum(path["rewards"]))
             entries.append((task, {key: np.array(values) for key, values in path.items()}))
     file = Path(__file__).parent / "AntDirection.npz"
-    buffers.save_dataset(file, "AntDirection", train_tasks, test_tasks, entries, [], "python datasets/make_ant.py")
+    buffers.save_dataset(
+        file, "AntDirection", train_tasks, test_tasks, entries, [], "python datasets/make_ant.py"
+    )
     print(f"{file.name}: {len(entries)} trajectories, mean return {np.mean(returns):.1f}")

@@ -17,7 +17,11 @@ import envs
 EPISODES, ACTION_NOISE = 6, 0.5
 
 for name, direction_error in (("PointDirection", 2.0), ("PointDirectionGoal", 0.6)):
-    rng, env, spec = np.random.default_rng(0), envs.make("PointDirection"), envs.SPECS["PointDirection"]
+    rng, env, spec = (
+        np.random.default_rng(0),
+        envs.make("PointDirection"),
+        envs.SPECS["PointDirection"],
+    )
     tasks = envs.sample_tasks("PointDirection", spec.num_train_tasks + spec.num_test_tasks)
     train_tasks, test_tasks = np.split(tasks, [spec.num_train_tasks])
     entries, returns = [], []
@@ -32,7 +36,9 @@ for name, direction_error in (("PointDirection", 2.0), ("PointDirectionGoal", 0.
                 "terminals": [],
             }
             for _ in range(spec.horizon):
-                action = speed * np.array([np.cos(heading), np.sin(heading)]) + rng.normal(0, ACTION_NOISE, 2)
+                action = speed * np.array([np.cos(heading), np.sin(heading)]) + rng.normal(
+                    0, ACTION_NOISE, 2
+                )
                 path["actions"].append(np.clip(action, -1, 1).astype(np.float32))
                 obs, reward, terminated, _, _ = env.step(path["actions"][-1])
                 for key, value in (("obs", obs), ("rewards", reward), ("terminals", terminated)):
@@ -41,6 +47,12 @@ for name, direction_error in (("PointDirection", 2.0), ("PointDirectionGoal", 0.
             entries.append((task, {key: np.array(values) for key, values in path.items()}))
     file = Path(__file__).parent / f"{name}.npz"
     buffers.save_dataset(
-        file, "PointDirection", train_tasks, test_tasks, entries, [], "python datasets/make_point_direction.py"
+        file,
+        "PointDirection",
+        train_tasks,
+        test_tasks,
+        entries,
+        [],
+        "python datasets/make_point_direction.py",
     )
     print(f"{file.name}: {len(entries)} trajectories, mean return {np.mean(returns):.1f}")

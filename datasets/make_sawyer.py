@@ -23,11 +23,18 @@ TRAJECTORIES, STEPS = 50, 75  # Table 2: 3750 transitions a task
 
 def collect(env_id, number, task, trajectories=TRAJECTORIES):
     """The trajectories of one task, a list of (task number, trajectory)."""
-    env, rng, entries = envs.make(env_id).unwrapped, np.random.default_rng(number), []  # unwrapped: beyond the horizon
+    env, rng, entries = (
+        envs.make(env_id).unwrapped,
+        np.random.default_rng(number),
+        [],
+    )  # unwrapped: beyond the horizon
     env.set_task(task)
     for trajectory in range(trajectories):
         obs, _ = env.reset(seed=TRAJECTORIES * number + trajectory)
-        policy, path = SawyerPolicy(env, rng), {"obs": [obs], "actions": [], "rewards": [], "terminals": []}
+        policy, path = (
+            SawyerPolicy(env, rng),
+            {"obs": [obs], "actions": [], "rewards": [], "terminals": []},
+        )
         for _ in range(STEPS):
             action = policy()
             obs, reward, terminated, _, _ = env.step(action)
@@ -54,7 +61,9 @@ if __name__ == "__main__":
     file = Path(__file__).parent / f"{env_id}{number}.npz"
     command = " ".join(["python datasets/make_sawyer.py", *sys.argv[1:]])
     buffers.save_dataset(file, env_id, train_tasks, test_tasks, entries, [], command)
-    solved = np.array([np.mean([path["rewards"] == 0 for _, path in part]) for part in parts])  # (50,) shares of steps
+    solved = np.array(
+        [np.mean([path["rewards"] == 0 for _, path in part]) for part in parts]
+    )  # (50,) shares of steps
     print(f"{file.name}: {len(entries)} trajectories, reward 0 in {solved.mean():.1%} of the steps")
     for behaviour in np.unique(train_tasks[:, -1]).astype(int):
         of = train_tasks[:, -1] == behaviour

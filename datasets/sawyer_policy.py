@@ -24,8 +24,16 @@ class SawyerPolicy:
     def __init__(self, env, rng):
         self.env = env = env.unwrapped
         self.rng = rng
-        self.scene, self.top_z, self.button_z, self.side = env.scene, env.top_z, env.button_z, env.scene["side"]
-        self.pull, self.grip = rng.uniform(0.09, 0.15), -1.0  # how far to pull the drawer out; the gripper's command
+        self.scene, self.top_z, self.button_z, self.side = (
+            env.scene,
+            env.top_z,
+            env.button_z,
+            env.scene["side"],
+        )
+        self.pull, self.grip = (
+            rng.uniform(0.09, 0.15),
+            -1.0,
+        )  # how far to pull the drawer out; the gripper's command
         thing, tray = self.scene["object"] >= 0, self.scene["tray"] >= 0
         to_tray = thing and tray and env.num_behaviours == 8
         jobs = [  # is it possible in this scene, the job, its arguments
@@ -45,7 +53,9 @@ class SawyerPolicy:
         if done:
             del self.jobs[self.job]
             self.job = self.rng.integers(len(self.jobs))
-        return np.clip([*motion, self.grip] + self.rng.normal(0, 0.1, 4), -LIMIT, LIMIT).astype(np.float32)
+        return np.clip([*motion, self.grip] + self.rng.normal(0, 0.1, 4), -LIMIT, LIMIT).astype(
+            np.float32
+        )
 
     # A job: state in metres -> motion (3,) in 5 cm, gripper, done. Most go up, then over something, then down to it.
 
@@ -56,7 +66,11 @@ class SawyerPolicy:
     def move_top_drawer(self, state):
         """Lower the open fingers around the handle and drag it: one of them is in the gap behind it."""
         way = np.array([0.6, state[11] + 0.0255 * self.side, self.top_z]) - state[:3]
-        ahead, pulled, close = self.side * way[1], -0.0125 - self.side * state[11], self.scene["top_open"]
+        ahead, pulled, close = (
+            self.side * way[1],
+            -0.0125 - self.side * state[11],
+            self.scene["top_open"],
+        )
         aligned, lowered = abs(way[0]) < 0.035 and 0 < ahead < 0.065, abs(way[2]) < 0.01
         done = pulled < 0.04 if close else pulled > self.pull
         if not done and close and lowered and ahead > -0.02:
@@ -82,7 +96,11 @@ class SawyerPolicy:
     def carry(self, state, goal):
         """Grasp the object, carry it over `goal` (2,) and let go."""
         thing = state[4:7] + [0, -0.011 * self.side, 0]
-        way, high, done = thing - state[:3], state[2] >= -0.125, np.hypot(*(thing[:2] - goal)) < 0.05
+        way, high, done = (
+            thing - state[:3],
+            state[2] >= -0.125,
+            np.hypot(*(thing[:2] - goal)) < 0.05,
+        )
         down = 3 * (way - 0.03 * UP)
         if np.hypot(*way[:2]) > 0.055:
             return 6 * way * LEVEL if high else UP, -1, done

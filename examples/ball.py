@@ -35,7 +35,14 @@ class Ball(gym.Env):
         return np.array([self.place, self.velocity]), -abs(self.place - self.goal), False, False, {}
 
 
-small = dict(policy_hidden=(64, 64), encoder_hidden=(64, 64), rl_batch=64, lr=1e-3, kl_coef=0.001, eval_every=400)
+small = dict(
+    policy_hidden=(64, 64),
+    encoder_hidden=(64, 64),
+    rl_batch=64,
+    lr=1e-3,
+    kl_coef=0.001,
+    eval_every=400,
+)
 smac = dict(q_hidden=(64, 64), offline_steps=400, online_iterations=2, updates_per_iteration=200)
 smac |= dict(prior_steps=60, posterior_steps=60)
 presets = {"smac_offline_online": small | smac, "meta_bc": small | dict(offline_steps=1000)}
@@ -54,5 +61,7 @@ if __name__ == "__main__":
                 force = 3 * (target - place) - 2 * velocity + 0.3 * torch.randn(1, generator=rng)
                 episodes.step(force.clamp(-1, 1)[None])
             data.append((number, episodes.paths()[0]))
-    buffers.save_dataset("ball.npz", "Ball", train_tasks, test_tasks, data, encoder=[], command="python ball.py")
+    buffers.save_dataset(
+        "ball.npz", "Ball", train_tasks, test_tasks, data, encoder=[], command="python ball.py"
+    )
     print(f"ball.npz: mean return {np.mean([path['rewards'].sum() for _, path in data]):.1f}")

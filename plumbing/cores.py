@@ -33,17 +33,23 @@ def on_cores(function, env_list, *arguments, **flags):
     may_fork = sys.platform == "linux" and not multiprocessing.current_process().daemon
     if workers == 1 or not may_fork or getattr(env_list[0].unwrapped, "one_process", False):
         return function(env_list, *arguments, **flags)
-    device = next((p.device for x in arguments if isinstance(x, nn.Module) for p in x.parameters()), "cpu")
+    device = next(
+        (p.device for x in arguments if isinstance(x, nn.Module) for p in x.parameters()), "cpu"
+    )
     arguments = [change(x, on_cpu) for x in arguments]  # before the fork: after it there is no GPU
     (rng,) = (x for x in arguments if isinstance(x, torch.Generator))
     seeds = torch.randint(2**31 - 1, (workers,), generator=rng).tolist()
     fork, processes = multiprocessing.get_context("fork"), []
-    pipes = [fork.Pipe(duplex=False) for _ in seeds]  # (what the parent reads, what the process writes)
+    pipes = [
+        fork.Pipe(duplex=False) for _ in seeds
+    ]  # (what the parent reads, what the process writes)
     try:
         for k, seed in enumerate(seeds):
             part = slice(*(len(env_list) * end // workers for end in (k, k + 1)))
             job = function, env_list, arguments, flags
-            processes.append(fork.Process(target=work, args=(k, pipes, os.getpid(), seed, part, *job)))
+            processes.append(
+                fork.Process(target=work, args=(k, pipes, os.getpid(), seed, part, *job))
+            )
             processes[-1].start()
         for _, writer in pipes:
             writer.close()
@@ -68,9 +74,17 @@ def on_cores(function, env_list, *arguments, **flags):
 
 def work(k, pipes, parent, seed, part, function, env_list, arguments, flags):
     """In process number k: play a part of the episodes."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # it is the run that stops, and then kills this
-        signal.signal(number, lambda *_: None)  # not SIG_IGN, which programs that an environment starts would inherit
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: not to outlive a run that is killed
+    for number in (
+        signal.SIGINT,
+        signal.SIGTERM,
+        signal.SIGHUP,
+    ):  # it is the run that stops, and then kills this
+        signal.signal(
+            number, lambda *_: None
+        )  # not SIG_IGN, which programs that an environment starts would inherit
+    ctypes.CDLL(None).prctl(
+        1, signal.SIGKILL
+    )  # PR_SET_PDEATHSIG: not to outlive a run that is killed
     if os.getppid() != parent:
         return
     for i, (reader, writer) in enumerate(pipes):
@@ -80,7 +94,11 @@ def work(k, pipes, parent, seed, part, function, env_list, arguments, flags):
     torch.set_num_threads(1)
     gc.freeze()  # what the run has is not looked at: pages stay shared, and tensors on a GPU alone
     rng = torch.Generator().manual_seed(seed)
-    for seeded in (random.seed, np.random.seed, torch.default_generator.manual_seed):  # if an environment draws there
+    for seeded in (
+        random.seed,
+        np.random.seed,
+        torch.default_generator.manual_seed,
+    ):  # if an environment draws there
         seeded(seed)
 
     def share(x):
@@ -92,7 +110,9 @@ def work(k, pipes, parent, seed, part, function, env_list, arguments, flags):
         result = error
     except Exception:
         result = RuntimeError(f"in a process that played episodes\n{traceback.format_exc()}")
-    pipes[k][1].send_bytes(pickle.dumps(result))  # not `send`: PyTorch would make files of the tensors
+    pipes[k][1].send_bytes(
+        pickle.dumps(result)
+    )  # not `send`: PyTorch would make files of the tensors
 
 
 def change(x, by):
@@ -100,11 +120,17 @@ def change(x, by):
 
 
 def on_cpu(x):
-    return copy.deepcopy(x).cpu() if isinstance(x, nn.Module) else x.cpu() if torch.is_tensor(x) else x
+    return (
+        copy.deepcopy(x).cpu() if isinstance(x, nn.Module) else x.cpu() if torch.is_tensor(x) else x
+    )
 
 
 def joined(results, device):
     """What the processes returned, as one."""
     if isinstance(results[0], tuple):
         return tuple(joined(parts, device) for parts in zip(*results))
-    return torch.cat(results).to(device) if torch.is_tensor(results[0]) else [path for part in results for path in part]
+    return (
+        torch.cat(results).to(device)
+        if torch.is_tensor(results[0])
+        else [path for part in results for path in part]
+    )

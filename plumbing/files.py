@@ -23,7 +23,9 @@ import torch
 import envs
 from envs import InputError
 
-MAX_UNPACKED = 1 << 26  # bytes that all compressed arrays of a file may have together; what is stored plain is no more
+MAX_UNPACKED = (
+    1 << 26
+)  # bytes that all compressed arrays of a file may have together; what is stored plain is no more
 MAX_TABLE = 1 << 18  # bytes of the table of contents
 MAX_CSV = 1 << 22  # characters of an eval.csv
 HEADER = re.compile(  # of an array as numpy.savez writes it: type, whether it lies by columns, shape
@@ -52,10 +54,15 @@ def read_npz(path, accept) -> dict:
                 name = member.filename.removesuffix(".npy")
                 with archive.open(member) as stream:
                     head = stream.read(10)
-                    header = HEADER.fullmatch(head + stream.read(int.from_bytes(head[8:], "little")))
+                    header = HEADER.fullmatch(
+                        head + stream.read(int.from_bytes(head[8:], "little"))
+                    )
                     if not header:
                         raise ValueError(f"{name} is no plain array")
-                    dtype, shape = np.dtype(header[1].decode()), tuple(map(int, re.findall(rb"\d+", header[3])))
+                    dtype, shape = (
+                        np.dtype(header[1].decode()),
+                        tuple(map(int, re.findall(rb"\d+", header[3]))),
+                    )
                     if stream.tell() + math.prod(shape) * dtype.itemsize != member.file_size:
                         raise ValueError(f"{name} has another size than it says")
                     if accept(name, dtype, shape):
@@ -70,7 +77,11 @@ def read_npz(path, accept) -> dict:
     except InputError:
         raise
     except Exception as error:  # whatever a damaged or hostile file makes zipfile and numpy raise
-        reason = error if isinstance(error, (ValueError, OSError, zipfile.BadZipFile)) else type(error).__name__
+        reason = (
+            error
+            if isinstance(error, (ValueError, OSError, zipfile.BadZipFile))
+            else type(error).__name__
+        )
         raise InputError(f"{path} can not be read: {reason}") from None
     return arrays
 
@@ -82,8 +93,13 @@ def open_zip(file):
     end = file.read().rjust(98, b"\0")
     size, alone = end[-10:-6], True
     if end[-42:-38] == b"PK\6\7":  # a file of more than 4 GB: another record, just before
-        size, alone = end[-58:-50], end[-98:-94] + end[-34:-26] == b"PK\6\6" + (length - 98).to_bytes(8, "little")
-    alone = alone and end[-22:-18] == b"PK\5\6" and end[-2:] == b"\0\0"  # no comment, which could hold a second one
+        size, alone = (
+            end[-58:-50],
+            end[-98:-94] + end[-34:-26] == b"PK\6\6" + (length - 98).to_bytes(8, "little"),
+        )
+    alone = (
+        alone and end[-22:-18] == b"PK\5\6" and end[-2:] == b"\0\0"
+    )  # no comment, which could hold a second one
     if not alone or int.from_bytes(size, "little") > MAX_TABLE:
         raise ValueError("it is no .npz file, or damaged")
     archive = zipfile.ZipFile(file)
@@ -91,8 +107,14 @@ def open_zip(file):
     if {member.compress_type for member in members} - {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}:
         raise ValueError("it is compressed in a way that numpy does not use")
     names = {member.filename.removesuffix(".npy") for member in members}
-    unpacked = sum(member.file_size for member in members if member.compress_type == zipfile.ZIP_DEFLATED)
-    if len(names) < len(members) or sum(m.compress_size for m in members) > length or unpacked > MAX_UNPACKED:
+    unpacked = sum(
+        member.file_size for member in members if member.compress_type == zipfile.ZIP_DEFLATED
+    )
+    if (
+        len(names) < len(members)
+        or sum(m.compress_size for m in members) > length
+        or unpacked > MAX_UNPACKED
+    ):
         raise ValueError("its arrays are too large, overlap, or two have one name")
     return archive
 
@@ -105,7 +127,9 @@ def write_file(path, write) -> None:
         with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as file:
             write(file)
             file.flush()
-            os.fsync(file.fileno())  # or a power failure could leave an empty file under the new name
+            os.fsync(
+                file.fileno()
+            )  # or a power failure could leave an empty file under the new name
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -116,29 +140,49 @@ def write_file(path, write) -> None:
 
 
 FORMAT_VERSION, MAX_TASKS, MAX_PATHS, MAX_LENGTH, MAX_TEXT = 1, 10_000, 50_000, 1_200, 10_000
-PATH_FIELDS = {"obs": np.float32, "actions": np.float32, "rewards": np.float32, "terminals": np.bool_}
+PATH_FIELDS = {
+    "obs": np.float32,
+    "actions": np.float32,
+    "rewards": np.float32,
+    "terminals": np.bool_,
+}
 
 
 def dataset_rules(spec):
     """{array of a dataset: its type, shape, and how long it may be where the shape is open (None)}."""
-    rules = dict.fromkeys(("env_id", "command"), ("U", (), MAX_TEXT)) | {"format_version": ("i8", (), 0)}
-    rules |= {name: ("f8", (None, spec.task_dim), MAX_TASKS) for name in ("train_tasks", "test_tasks")}
+    rules = dict.fromkeys(("env_id", "command"), ("U", (), MAX_TEXT)) | {
+        "format_version": ("i8", (), 0)
+    }
+    rules |= {
+        name: ("f8", (None, spec.task_dim), MAX_TASKS) for name in ("train_tasks", "test_tasks")
+    }
     for part in ("rl", "encoder"):
         rules |= {f"{part}_{name}": ("i4", (None,), MAX_PATHS) for name in ("tasks", "lengths")}
         rules[f"{part}_obs"] = "f4", (None, spec.obs_dim), math.inf
         rules[f"{part}_actions"] = "f4", (None, spec.action_dim), math.inf
-        rules |= {f"{part}_rewards": ("f4", (None,), math.inf), f"{part}_terminals": ("b1", (None,), math.inf)}
+        rules |= {
+            f"{part}_rewards": ("f4", (None,), math.inf),
+            f"{part}_terminals": ("b1", (None,), math.inf),
+        }
     return rules
 
 
 def check_array(what, dtype, shape, kind, wanted, longest=math.inf) -> bool:
     """Raise an InputError unless an array has this kind and shape (None: any length up to `longest`). Returns True."""
     fits = dtype.kind == kind if kind == "U" else dtype.str[1:] == kind
-    if not fits or len(shape) != len(wanted) or any(n != w for n, w in zip(shape, wanted) if w is not None):
-        expected = f"{'text' if kind == 'U' else np.dtype(kind)} {wanted}".replace("None", "any number")
+    if (
+        not fits
+        or len(shape) != len(wanted)
+        or any(n != w for n, w in zip(shape, wanted) if w is not None)
+    ):
+        expected = f"{'text' if kind == 'U' else np.dtype(kind)} {wanted}".replace(
+            "None", "any number"
+        )
         raise InputError(f"{what} is {dtype} {shape}, expected {expected}")
     if kind == "U" and dtype.itemsize > 4 * longest or None in wanted and shape[0] > longest:
-        raise InputError(f"{what} has {max(shape, default=dtype.itemsize // 4)} entries, expected at most {longest}")
+        raise InputError(
+            f"{what} has {max(shape, default=dtype.itemsize // 4)} entries, expected at most {longest}"
+        )
     return True
 
 
@@ -149,7 +193,9 @@ def check_dataset(path, env_id, data) -> None:
         if name not in data:
             raise InputError(f"{path}: {name} is missing")
         if not isinstance(data[name], str):
-            check_array(f"{path}: {name}", data[name].dtype, data[name].shape, kind, wanted, longest)
+            check_array(
+                f"{path}: {name}", data[name].dtype, data[name].shape, kind, wanted, longest
+            )
             if np.size(data[name]) and not np.isfinite(data[name]).all():
                 raise InputError(f"{path}: {name} is NaN or infinite, expected finite numbers")
     for name, wanted in (("format_version", FORMAT_VERSION), ("env_id", envs.short_name(env_id))):
@@ -159,7 +205,9 @@ def check_dataset(path, env_id, data) -> None:
     for name in ("train_tasks", "test_tasks"):
         tasks, (low, high) = data[name], spec.task_range
         if not len(tasks) or tasks.min() < low or tasks.max() > high:
-            raise InputError(f"{path}: {name} must hold a task at least, and numbers in {[low, high]}")
+            raise InputError(
+                f"{path}: {name} must hold a task at least, and numbers in {[low, high]}"
+            )
         try:
             for task in tasks:
                 env.unwrapped.set_task(task)
@@ -167,29 +215,52 @@ def check_dataset(path, env_id, data) -> None:
             raise InputError(f"{path}: {name}: {error}") from None
     env.close()
     for part in ("rl", "encoder"):
-        tasks, lengths, num_tasks = data[f"{part}_tasks"], data[f"{part}_lengths"], len(data["train_tasks"])
+        tasks, lengths, num_tasks = (
+            data[f"{part}_tasks"],
+            data[f"{part}_lengths"],
+            len(data["train_tasks"]),
+        )
         if lengths.size != tasks.size:
-            raise InputError(f"{path}: {part}_tasks has {tasks.size} entries, {part}_lengths has {lengths.size}")
-        most = max(MAX_LENGTH, spec.horizon)  # no slice of a PEARL run is longer, even if its episodes look like one
-        for name, numbers, low, high in (("lengths", lengths, 1, most), ("tasks", tasks, 0, num_tasks - 1)):
+            raise InputError(
+                f"{path}: {part}_tasks has {tasks.size} entries, {part}_lengths has {lengths.size}"
+            )
+        most = max(
+            MAX_LENGTH, spec.horizon
+        )  # no slice of a PEARL run is longer, even if its episodes look like one
+        for name, numbers, low, high in (
+            ("lengths", lengths, 1, most),
+            ("tasks", tasks, 0, num_tasks - 1),
+        ):
             if numbers.size and (numbers.min() < low or numbers.max() > high):
                 raise InputError(f"{path}: {part}_{name} must lie within {low}..{high}")
         total = int(lengths.sum(dtype=np.int64))
         for name in PATH_FIELDS:
             rows, found = total + lengths.size * (name == "obs"), len(data[f"{part}_{name}"])
             if found != rows:
-                raise InputError(f"{path}: {part}_{name} has {found} rows, expected {rows} by {part}_lengths")
+                raise InputError(
+                    f"{path}: {part}_{name} has {found} rows, expected {rows} by {part}_lengths"
+                )
         if np.abs(data[f"{part}_actions"]).max(initial=0) > 1:
             raise InputError(f"{path}: {part}_actions must lie in [-1, 1]")
         missing = np.setdiff1d(np.arange(num_tasks), tasks)
         if missing.size and (part == "rl" or lengths.size):
-            raise InputError(f"{path}: {part} has no transition of task {missing[0]}, and every one needs some")
+            raise InputError(
+                f"{path}: {part} has no transition of task {missing[0]}, and every one needs some"
+            )
 
 
 # ----- Results and checkpoints of a run
 
 
-CSV_COLUMNS = ["gradient_step", "env_steps", "split", "context", "task", "return", "exploration_return"]
+CSV_COLUMNS = [
+    "gradient_step",
+    "env_steps",
+    "split",
+    "context",
+    "task",
+    "return",
+    "exploration_return",
+]
 NUMBER = r"-?\d+(\.\d+)?(e[-+]\d+)?"
 ROW = rf"\d{{1,16}},\d{{1,16}},(test|train),(online|offline),\d{{1,16}},{NUMBER},{NUMBER}\r\n"
 CSV = rf"{','.join(CSV_COLUMNS)}\r\n({ROW})*"  # an eval.csv

@@ -21,12 +21,23 @@ from plumbing.files import MAX_TEXT, read_npz
 
 MAY_BE_ZERO = "seed task_seed offline_steps online_iterations lambda_pearl kl_coef posterior_steps policy_reg alpha"
 AT_LEAST = {"rl_batch": 2, "context_batch": 2}  # a mean and a deviation are taken over them
-AT_MOST = {"gamma": 1, "tau": 1, "tasks_per_iteration": 32, "seed": 2**32, "task_seed": 2**32 - 1}  # and see `bounds`
+AT_MOST = {
+    "gamma": 1,
+    "tau": 1,
+    "tasks_per_iteration": 32,
+    "seed": 2**32,
+    "task_seed": 2**32 - 1,
+}  # and see `bounds`
 PRODUCTS = {  # for memory: a gradient step of the largest takes about 1 GB
     "meta_batch rl_batch": 2**15, "meta_batch context_batch": 2**15, "meta_batch rl_batch latent_dim": 2**24,
     "vae_tasks vae_trajectories": 2**7, "vae_tasks vae_trajectories elbo_terms elbo_terms": 2**20,
 }  # fmt: skip
-PATHS = ("dataset", "save_dataset", "run_dir", "resume")  # of the command line alone, never from a file
+PATHS = (
+    "dataset",
+    "save_dataset",
+    "run_dir",
+    "resume",
+)  # of the command line alone, never from a file
 FREE = (*PATHS, "device", "online_iterations", "compile", "cuda_graph")
 
 
@@ -34,7 +45,9 @@ def bounds(name):
     """The least and the most that the numbers of a flag may be."""
     most = 2048 if name.endswith("_hidden") else 10_000 if name.endswith("_batch") else 2**53
     most = 1000 if name.endswith("_dim") else most
-    return AT_LEAST.get(name, 0 if name in MAY_BE_ZERO.split() else math.ulp(0)), AT_MOST.get(name, most)
+    return AT_LEAST.get(name, 0 if name in MAY_BE_ZERO.split() else math.ulp(0)), AT_MOST.get(
+        name, most
+    )
 
 
 def check_flags(args, before=None) -> None:
@@ -47,17 +60,27 @@ def check_flags(args, before=None) -> None:
         if value == "":  # as from a variable of the shell that is not set
             raise InputError(f"{flag} is empty")
         if before and name not in FREE and value != getattr(before, name):
-            raise InputError(f"{flag} is {getattr(before, name)} in the run to resume and can not become {value}")
+            raise InputError(
+                f"{flag} is {getattr(before, name)} in the run to resume and can not become {value}"
+            )
         numbers = value if isinstance(value, tuple) else (value,)
-        if any(not low <= n <= high for n in numbers if type(n) in (int, float)) or not 0 < len(numbers) <= 10:
+        if (
+            any(not low <= n <= high for n in numbers if type(n) in (int, float))
+            or not 0 < len(numbers) <= 10
+        ):
             least = "above 0" if low == math.ulp(0) else f"at least {low}"
             raise InputError(f"{flag} is {value}, it must be {least} and at most {high}")
         most = 2**18 if "value_hidden" in values else 2**22  # MACAW has weights for each task
         if name.endswith("_hidden") and sum(a * b for a, b in itertools.pairwise(value)) > most:
             raise InputError(f"{flag} is {value}, which makes more than {most} weights")
     for names, most in PRODUCTS.items():
-        if all(name in values for name in names.split()) and math.prod(values[name] for name in names.split()) > most:
-            raise InputError(f"{' x '.join(names.split())} must be at most {most} (PRODUCTS in plumbing/flags.py)")
+        if (
+            all(name in values for name in names.split())
+            and math.prod(values[name] for name in names.split()) > most
+        ):
+            raise InputError(
+                f"{' x '.join(names.split())} must be at most {most} (PRODUCTS in plumbing/flags.py)"
+            )
     if values.get("save_dataset"):
         file = Path(os.path.expanduser(args.save_dataset)).absolute()
         try:
@@ -65,7 +88,9 @@ def check_flags(args, before=None) -> None:
                 raise IsADirectoryError
             tempfile.TemporaryFile(dir=file.parent).close()
         except OSError:
-            raise InputError(f"--save-dataset {file} is no file in a folder that can be written to") from None
+            raise InputError(
+                f"--save-dataset {file} is no file in a folder that can be written to"
+            ) from None
     if args.compile and not shutil.which("g++"):
         raise InputError("--compile needs a C++ compiler, and there is no g++ here")
 
@@ -84,7 +109,11 @@ def is_a(value, kind) -> bool:
 def preset(args_class, presets, env_id, variant=""):
     """The flags of an environment: defaults, the row of --preset, that of the environment, that of both together."""
     name, script = envs.short_name(env_id), Path(sys.modules[args_class.__module__].__file__).stem
-    row = presets.get(variant, {}) | presets.get(name, {}) | envs.lookup(env_id).presets.get(script, {})
+    row = (
+        presets.get(variant, {})
+        | presets.get(name, {})
+        | envs.lookup(env_id).presets.get(script, {})
+    )
     row |= presets.get(f"{name} {variant}", {})
     unknown = sorted(set(row) - set(vars(args_class())))
     if unknown:
@@ -95,11 +124,21 @@ def preset(args_class, presets, env_id, variant=""):
 
 def read_flags(args_class, presets, path):
     """The flags in a checkpoint or an agent file; one that it does not have takes its default. Raises InputError."""
-    text = read_npz(path, lambda name, dtype, _: name == "flags" and dtype.itemsize < 4 * MAX_TEXT).get("flags", "")
+    text = read_npz(
+        path, lambda name, dtype, _: name == "flags" and dtype.itemsize < 4 * MAX_TEXT
+    ).get("flags", "")
     try:
-        flags = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(text).items() if k not in PATHS}
+        flags = {
+            k: tuple(v) if isinstance(v, list) else v
+            for k, v in json.loads(text).items()
+            if k not in PATHS
+        }
         module = ":" in flags["env_id"]  # a file must not run code, and importing a module does
-        known = args_class() if module else preset(args_class, presets, flags["env_id"], flags.get("preset", ""))
+        known = (
+            args_class()
+            if module
+            else preset(args_class, presets, flags["env_id"], flags.get("preset", ""))
+        )
         args = dataclasses.replace(known, **flags)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise InputError(f"{path} does not fit this script: {error}") from None
@@ -113,8 +152,13 @@ def command_line(args, script, presets) -> str:
     words = ["python", Path(script).name, "--env-id", args.env_id]
     for name, value in vars(args).items():
         if value != default[name] and name != "resume":
-            said = () if isinstance(value, bool) else value if isinstance(value, tuple) else (value,)
-            words += [f"--{'no-' if value is False else ''}{name.replace('_', '-')}", *map(str, said)]
+            said = (
+                () if isinstance(value, bool) else value if isinstance(value, tuple) else (value,)
+            )
+            words += [
+                f"--{'no-' if value is False else ''}{name.replace('_', '-')}",
+                *map(str, said),
+            ]
     return shlex.join(words)
 
 
@@ -132,9 +176,13 @@ def defaults(args_class, presets, known):
     InputError, also if the run's environment is of a module that --env-id does not name: a file must not run code."""
     if not known.resume:
         return preset(args_class, presets, known.env_id, known.preset), None
-    before = read_flags(args_class, presets, Path(os.path.expanduser(known.resume), "checkpoint.npz"))
+    before = read_flags(
+        args_class, presets, Path(os.path.expanduser(known.resume), "checkpoint.npz")
+    )
     if ":" in before.env_id and known.env_id != before.env_id:
-        raise InputError(f"the run's environment is of a module: give --env-id {before.env_id} as well")
+        raise InputError(
+            f"the run's environment is of a module: give --env-id {before.env_id} as well"
+        )
     envs.lookup(before.env_id)
     return before, before
 
@@ -146,7 +194,10 @@ def launch(main, args_class, presets):
     except (InputError, OSError) as error:
         sys.exit(say(f"error: {InputError(error)}", "stderr") or 2)
     except KeyboardInterrupt:
-        sys.exit(say("stopped at once; a run goes on from its last checkpoint, if it has one", "stderr") or 130)
+        sys.exit(
+            say("stopped at once; a run goes on from its last checkpoint, if it has one", "stderr")
+            or 130
+        )
     finally:
         try:
             print(end="", flush=True)

@@ -23,19 +23,25 @@ def choose_device(args) -> torch.device:
     try:
         return torch.ones(1, device="cuda").add(1).device
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {args.device}: the GPU can not be used ({error}); --device cpu works") from None
+        raise InputError(
+            f"--device {args.device}: the GPU can not be used ({error}); --device cpu works"
+        ) from None
 
 
 def versions(device=None) -> dict:
     """What a result may depend on beside its flags; the GPU's name where `device` is one."""
     found = {"python": platform.python_version(), "cpu": platform.processor() or platform.machine()}
     with contextlib.suppress(OSError, IndexError):
-        found["cpu"] = re.findall(r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[0]
+        found["cpu"] = re.findall(
+            r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE
+        )[0]
     for name in ("torch", "numpy", "gymnasium", "mujoco", "pybullet"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     found["cpu_capability"] = torch.backends.cpu.get_cpu_capability()
-    return found | ({"gpu": torch.cuda.get_device_name(device)} if device and device.type == "cuda" else {})
+    return found | (
+        {"gpu": torch.cuda.get_device_name(device)} if device and device.type == "cuda" else {}
+    )
 
 
 def commit():
@@ -91,7 +97,9 @@ def record(function):
     def call(*arguments, **flags):
         key = tuple(flags.items())
         calls[key] = calls.get(key, 0) + 1
-        if calls[key] <= 3:  # as it is, on a stream of its own, so that libraries allocate what they need
+        if (
+            calls[key] <= 3
+        ):  # as it is, on a stream of its own, so that libraries allocate what they need
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 result = function(*arguments, **flags)
@@ -106,7 +114,9 @@ def record(function):
                 with torch.cuda.graph(graph):  # records, computes nothing
                     records[key] = graph, function(*arguments, **flags)
             except RuntimeError as error:
-                raise InputError(f"no CUDA graph can be made ({error}): --no-cuda-graph goes without") from None
+                raise InputError(
+                    f"no CUDA graph can be made ({error}): --no-cuda-graph goes without"
+                ) from None
         records[key][0].replay()
         return records[key][1]
 

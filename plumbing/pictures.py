@@ -20,22 +20,33 @@ COLOURS = {  # in every picture of a run, as in the paper's Figures 2, 6 and 8
 def draw_paths(axes, ground: dict) -> None:
     """Draw {label: paths (., L+1, 2) in metres} on matplotlib axes, from above."""
     for label in (label for label in COLOURS if label in ground):
-        line = np.pad(ground[label], ((0, 0), (0, 1), (0, 0)), constant_values=np.nan).reshape(-1, 2)  # one for all
+        line = np.pad(ground[label], ((0, 0), (0, 1), (0, 0)), constant_values=np.nan).reshape(
+            -1, 2
+        )  # one for all
         axes.plot(*line.T, color=COLOURS[label], linewidth=0.6, label=label)
     axes.set(aspect="equal", xlabel="x (m)", ylabel="y (m)")
-    for line in axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1)).get_lines():  # beside the paths
+    for line in axes.legend(
+        fontsize=8, loc="upper left", bbox_to_anchor=(1, 1)
+    ).get_lines():  # beside the paths
         line.set_linewidth(2)
 
 
 def draw_kls(axes, arrays: dict) -> None:
     """Figure 2: how far the posterior is from the prior on the training tasks, {kl_train_{context}_context: (E,)}."""
-    kls = {f"{context} context": arrays.get(f"kl_train_{context}_context") for context in ("offline", "online")}
+    kls = {
+        f"{context} context": arrays.get(f"kl_train_{context}_context")
+        for context in ("offline", "online")
+    }
     kls = {context: kl for context, kl in kls.items() if kl is not None}
     axes.set_visible(bool(kls))  # MACAW has no posterior
-    bins = np.linspace(0, max([1e-6, *(kl.max() for kl in kls.values())]), 25)  # rounding may take a KL below 0
+    bins = np.linspace(
+        0, max([1e-6, *(kl.max() for kl in kls.values())]), 25
+    )  # rounding may take a KL below 0
     for context, kl in kls.items():
         label = f"{context}, mean {kl.mean():.1f}"
-        axes.hist(kl, bins=bins, histtype="step", color=COLOURS[context], linewidth=1.5, label=label)
+        axes.hist(
+            kl, bins=bins, histtype="step", color=COLOURS[context], linewidth=1.5, label=label
+        )
     axes.set(xlabel="KL of the posterior to the prior", ylabel="meta-episodes on training tasks")
     axes.margins(y=0.3)  # above the bars is room for the legend
     if kls:
@@ -48,17 +59,27 @@ def read_csv(path) -> dict:
     with open(path, newline="") as file:
         for row in csv.DictReader(file):
             steps = cells.setdefault((row["split"], row["context"]), {})
-            steps.setdefault((int(row["gradient_step"]), int(row["env_steps"])), []).append(float(row["return"]))
-    return {group: {at: float(np.mean(values)) for at, values in steps.items()} for group, steps in cells.items()}
+            steps.setdefault((int(row["gradient_step"]), int(row["env_steps"])), []).append(
+                float(row["return"])
+            )
+    return {
+        group: {at: float(np.mean(values)) for at, values in steps.items()}
+        for group, steps in cells.items()
+    }
 
 
 def table(path) -> str:
     """Every evaluation of an eval.csv, mean over tasks."""
     groups = read_csv(path)
     lines = ["", "Post-adaptation return, mean over tasks"]
-    lines += [f"{'gradient step':>14}{'transitions':>13}" + "".join(f"{f'{s}, {c} context':>24}" for s, c in groups)]
+    lines += [
+        f"{'gradient step':>14}{'transitions':>13}"
+        + "".join(f"{f'{s}, {c} context':>24}" for s, c in groups)
+    ]
     for at in dict.fromkeys(at for steps in groups.values() for at in steps):
-        values = "".join(f"{steps[at]:>24.1f}" if at in steps else " " * 24 for steps in groups.values())
+        values = "".join(
+            f"{steps[at]:>24.1f}" if at in steps else " " * 24 for steps in groups.values()
+        )
         lines.append(f"{at[0]:>14}{at[1]:>13}{values}")
     return "\n".join(lines)
 
@@ -71,7 +92,11 @@ def read_figures(folder, last=math.inf) -> dict:
         wanted = len(shape) == 1 if name.startswith("kl_") else len(shape) == 3 and shape[2] == 2
         return wanted and dtype == np.float32 and 0 < math.prod(shape) <= 1 << 21
 
-    found = [file for file in Path(folder).glob("figures_*.npz") if re.fullmatch(r"figures_\d{1,16}", file.stem)]
+    found = [
+        file
+        for file in Path(folder).glob("figures_*.npz")
+        if re.fullmatch(r"figures_\d{1,16}", file.stem)
+    ]
     files = {int(file.stem.split("_")[1]): file for file in found}
     steps = sorted(step for step in files if step <= last)[-10:]
     figures = {step: read_npz(files[step], accept) for step in steps}
@@ -93,7 +118,9 @@ def draw_summary(folder) -> Figure:
     axes = figure.add_subplot(grid[:, 0])
     for (split, context), steps in groups.items():
         points = np.array([[step, value] for (step, _), value in steps.items()])
-        style = dict(color=COLOURS[f"{context} context"], linestyle="-" if split == "test" else "--")
+        style = dict(
+            color=COLOURS[f"{context} context"], linestyle="-" if split == "test" else "--"
+        )
         axes.plot(*points.T, **style, label=f"{split} tasks, {context} context")
     offline = [step for steps in groups.values() for step, transitions in steps if not transitions]
     if offline and max(offline) < last:

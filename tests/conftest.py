@@ -20,7 +20,10 @@ import sawyer
 torch.set_num_threads(1)
 
 # A shell that starts the tests in the background lets them ignore Ctrl-C, and nohup the end of the terminal: not here.
-for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+for number, handler in (
+    (signal.SIGINT, signal.default_int_handler),
+    (signal.SIGHUP, signal.SIG_DFL),
+):
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, handler)
 
@@ -35,8 +38,15 @@ def leave_no_trace():
     """After every test, so after every run: signals, the hook of threads and precision are what they were."""
 
     def found():
-        handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
-        return handlers, threading.excepthook, torch.get_float32_matmul_precision(), torch.get_num_threads()
+        handlers = [
+            signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        ]
+        return (
+            handlers,
+            threading.excepthook,
+            torch.get_float32_matmul_precision(),
+            torch.get_num_threads(),
+        )
 
     before = found()
     yield
@@ -78,7 +88,9 @@ def set_sizes(monkeypatch, env_id, **sizes):
 def drawers():
     """Sawyer's environments of an evaluation, the behaviour being an open bottom drawer: for a policy that hardly moves
     it stays closed in the test task, and open in the training task."""
-    scene = dict.fromkeys(sawyer.TASK_COLUMNS, 0) | dict(side=1, bottom_drawer=1, button=1, object=-1)
+    scene = dict.fromkeys(sawyer.TASK_COLUMNS, 0) | dict(
+        side=1, bottom_drawer=1, button=1, object=-1
+    )
     scene["behaviour"] = sawyer.BEHAVIOURS.index("open_bottom_drawer")
     eval_envs = {}
     for split, task in (("test", scene), ("train", scene | {"bottom_open": 1})):

@@ -17,11 +17,26 @@ from plumbing.flags import parse_args
 
 SIGNS = np.array([5, 2, 7, 4, 3, 11, 6, 9]) / 16  # of the tasks; the first are training tasks
 TRAIN, TEST = SIGNS[:5], SIGNS[5:]
-HORIZON, FALL = 3, 2  # a task with an odd number ends with a fall after two steps, the others at the time limit
-COLUMNS = SIGN, TIME, ORIGIN, EPISODE, ACTION = range(5)  # of an observation; the last is the action that led to it
+HORIZON, FALL = (
+    3,
+    2,
+)  # a task with an odd number ends with a fall after two steps, the others at the time limit
+COLUMNS = SIGN, TIME, ORIGIN, EPISODE, ACTION = range(
+    5
+)  # of an observation; the last is the action that led to it
 ENCODER_DATA, RL_DATA, COLLECTED, EVALUATION = -1, 0, 1, 2  # what ORIGIN says
-OFFLINE, ITERATIONS, UPDATES, TASKS = 4, 3, 3, 5  # gradient steps, iterations, gradient steps and tasks of each
-PRIOR_STEPS, POSTERIOR_STEPS, EVAL_EVERY, EPISODES = 4, 5, 5, 4  # the last: of each task in the RL part of the dataset
+OFFLINE, ITERATIONS, UPDATES, TASKS = (
+    4,
+    3,
+    3,
+    5,
+)  # gradient steps, iterations, gradient steps and tasks of each
+PRIOR_STEPS, POSTERIOR_STEPS, EVAL_EVERY, EPISODES = (
+    4,
+    5,
+    5,
+    4,
+)  # the last: of each task in the RL part of the dataset
 VAE_STEPS = 6
 
 
@@ -54,7 +69,13 @@ class Signed(gym.Env):
 
     def step(self, action):
         self.time += 1
-        return self.observe(float(action[0])), self.pay(self), falls(self.sign) and self.time == FALL, False, {}
+        return (
+            self.observe(float(action[0])),
+            self.pay(self),
+            falls(self.sign) and self.time == FALL,
+            False,
+            {},
+        )
 
 
 def falls(sign):
@@ -69,17 +90,37 @@ def length(sign):
 def episode(sign, origin, number):
     """A trajectory of the dataset."""
     steps = length(sign)
-    obs, actions = np.zeros((steps + 1, len(COLUMNS)), np.float32), np.linspace(-0.9, 0.9, steps, dtype=np.float32)
-    obs[:, SIGN], obs[:, TIME], obs[:, ORIGIN], obs[:, EPISODE] = sign, range(steps + 1), origin, number
+    obs, actions = (
+        np.zeros((steps + 1, len(COLUMNS)), np.float32),
+        np.linspace(-0.9, 0.9, steps, dtype=np.float32),
+    )
+    obs[:, SIGN], obs[:, TIME], obs[:, ORIGIN], obs[:, EPISODE] = (
+        sign,
+        range(steps + 1),
+        origin,
+        number,
+    )
     obs[1:, ACTION] = actions
-    rewards, terminals = sign * np.arange(1, steps + 1), np.arange(1, steps + 1) == FALL * falls(sign)
-    return {"obs": obs, "actions": actions[:, None], "rewards": rewards.astype(np.float32), "terminals": terminals}
+    rewards, terminals = (
+        sign * np.arange(1, steps + 1),
+        np.arange(1, steps + 1) == FALL * falls(sign),
+    )
+    return {
+        "obs": obs,
+        "actions": actions[:, None],
+        "rewards": rewards.astype(np.float32),
+        "terminals": terminals,
+    }
 
 
 def save_data(file):
     """The dataset: of each training task four episodes for the RL buffer, and two others for the encoder buffer."""
     parts = [
-        [(task, episode(sign, origin, number)) for task, sign in enumerate(TRAIN) for number in range(count)]
+        [
+            (task, episode(sign, origin, number))
+            for task, sign in enumerate(TRAIN)
+            for number in range(count)
+        ]
         for origin, count in ((RL_DATA, EPISODES), (ENCODER_DATA, 2))
     ]
     buffers.save_dataset(file, "Signed", TRAIN[:, None], TEST[:, None], *parts, "python test")
@@ -116,8 +157,14 @@ RUNS = {  # name: (script, flags); no learning rate is a default
     "smac, one buffer": (smac, f"{SMAC} --encoder-buffer all"),
     "smac, true rewards": (smac, f"{SMAC} --oracle-rewards"),
     "smac, on test tasks": (smac, f"{SMAC} --explore-tasks test --encoder-buffer frozen"),
-    "smac, on test tasks with true rewards": (smac, f"{SMAC} --explore-tasks test --oracle-rewards"),
-    "pearl": (pearl, f"{NETWORKS} --encoder-hidden 8 {BATCHES} {COLLECT} --initial-steps 4 --lr 0.0123"),
+    "smac, on test tasks with true rewards": (
+        smac,
+        f"{SMAC} --explore-tasks test --oracle-rewards",
+    ),
+    "pearl": (
+        pearl,
+        f"{NETWORKS} --encoder-hidden 8 {BATCHES} {COLLECT} --initial-steps 4 --lr 0.0123",
+    ),
     "meta_bc": (
         meta_bc,
         f"--policy-hidden 8 --encoder-hidden 8 --decoder-hidden 8 --latent-dim 2 {BATCHES} --offline-steps 9 "
@@ -138,20 +185,29 @@ RUNS = {  # name: (script, flags); no learning rate is a default
 
 def arguments(name, folder, data, *flags):
     """The command line of a run in `folder`."""
-    words = [*f"--env-id Signed --device cpu --eval-every {EVAL_EVERY} {RUNS[name][1]} --run-dir {folder}".split()]
+    words = [
+        *f"--env-id Signed --device cpu --eval-every {EVAL_EVERY} {RUNS[name][1]} --run-dir {folder}".split()
+    ]
     return [*words, *flags, *([] if name == "pearl" else ["--dataset", str(data)])]
 
 
 def start(name, folder, data, *flags):
     """Make a run; returns the trained agent."""
     script = RUNS[name][0]
-    return script.main(parse_args(script.Args, script.PRESETS, arguments(name, folder, data, *flags)))
+    return script.main(
+        parse_args(script.Args, script.PRESETS, arguments(name, folder, data, *flags))
+    )
 
 
 def resume(name, folder, data, *flags):
     """Continue a run, to its end; returns the trained agent."""
     script = RUNS[name][0]
-    words = ["--resume", str(run_of(name, folder)), *flags, *([] if name == "pearl" else ["--dataset", str(data)])]
+    words = [
+        "--resume",
+        str(run_of(name, folder)),
+        *flags,
+        *([] if name == "pearl" else ["--dataset", str(data)]),
+    ]
     return script.main(parse_args(script.Args, script.PRESETS, words))
 
 

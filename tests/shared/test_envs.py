@@ -29,7 +29,13 @@ ANT_FIRST_DEGREES = [94.32888300560941, 57.12622997560762, 100.12554701796951]
 def snapshot(env):
     m, d = env.model, env.data
     com = (m.body_mass[:, None] * d.xipos).sum(0) / m.body_mass.sum()
-    return dict(qpos=d.qpos.copy(), qvel=d.qvel.copy(), torso=d.xpos[1].copy(), com=com, cfrc=d.cfrc_ext.copy())
+    return dict(
+        qpos=d.qpos.copy(),
+        qvel=d.qvel.copy(),
+        torso=d.xpos[1].copy(),
+        com=com,
+        cfrc=d.cfrc_ext.copy(),
+    )
 
 
 def cheetah(env, task, action, old, new):
@@ -41,14 +47,27 @@ def ant(env, task, action, old, new):
     vx, vy = (new["torso"] - old["torso"])[:2] / 0.05
     cost = 0.5 * (action**2).sum() + 5e-4 * (np.clip(new["cfrc"], -1, 1) ** 2).sum()
     done = not 0.2 <= new["qpos"][2] <= 1.0
-    return np.concatenate([new["qpos"][2:], new["qvel"]]), vx * np.cos(task[0]) + vy * np.sin(task[0]) + 1 - cost, done
+    return (
+        np.concatenate([new["qpos"][2:], new["qvel"]]),
+        vx * np.cos(task[0]) + vy * np.sin(task[0]) + 1 - cost,
+        done,
+    )
 
 
 def humanoid(env, task, action, old, new):
     vx, vy = (new["com"] - old["com"])[:2] / 0.015
-    reward = 1.25 * (vx * np.cos(task[0]) + vy * np.sin(task[0])) - 0.1 * ((0.4 * action) ** 2).sum() + 5
+    reward = (
+        1.25 * (vx * np.cos(task[0]) + vy * np.sin(task[0])) - 0.1 * ((0.4 * action) ** 2).sum() + 5
+    )
     d = env.data
-    parts = [new["qpos"][2:], new["qvel"], d.cinert.flatten(), d.cvel.flatten(), d.qfrc_actuator, [0.0] * 84]
+    parts = [
+        new["qpos"][2:],
+        new["qvel"],
+        d.cinert.flatten(),
+        d.cvel.flatten(),
+        d.qfrc_actuator,
+        [0.0] * 84,
+    ]
     return np.concatenate(parts), reward, not 1.0 < new["qpos"][2] < 2.0
 
 
@@ -85,10 +104,14 @@ def test_reward_observation_termination(env_id):
             task = tasks[ends % 20]
             inner.set_task(task)
             env.reset(seed=step)
-        action = rng.uniform(-1.5, 1.5, env.action_space.shape).astype(np.float32)  # beyond the bounds: must be clipped
+        action = rng.uniform(-1.5, 1.5, env.action_space.shape).astype(
+            np.float32
+        )  # beyond the bounds: must be clipped
         old = snapshot(inner)
         obs, reward, terminated, truncated, _ = env.step(action)
-        expected = formula(inner, task, np.clip(action.astype(np.float64), -1, 1), old, snapshot(inner))
+        expected = formula(
+            inner, task, np.clip(action.astype(np.float64), -1, 1), old, snapshot(inner)
+        )
         np.testing.assert_array_equal(obs, expected[0].astype(np.float32))
         assert obs.dtype == np.float32 and obs.shape == (envs.SPECS[env_id].obs_dim,)
         assert reward == pytest.approx(expected[1], abs=1e-9)
@@ -117,8 +140,14 @@ def test_point():
 @pytest.mark.parametrize("env_id", ALL)
 def test_sizes_and_horizon(env_id):
     env, spec = envs.make(env_id), envs.SPECS[env_id]
-    assert env.observation_space.shape == (spec.obs_dim,) and env.observation_space.dtype == np.float32
-    assert env.action_space == env.unwrapped.action_space == gym.spaces.Box(-1, 1, (spec.action_dim,), np.float32)
+    assert (
+        env.observation_space.shape == (spec.obs_dim,) and env.observation_space.dtype == np.float32
+    )
+    assert (
+        env.action_space
+        == env.unwrapped.action_space
+        == gym.spaces.Box(-1, 1, (spec.action_dim,), np.float32)
+    )
     assert env.spec.max_episode_steps == spec.horizon
     assert env.unwrapped.task.shape == (spec.task_dim,)
     obs, _ = env.reset(seed=0)
@@ -146,11 +175,18 @@ def test_humanoid_rescales_and_clips_actions():
 
 
 def test_task_lists_are_the_released_ones():
-    cheetah_tasks, ant_tasks = envs.sample_tasks("CheetahVelocity", 130), envs.sample_tasks("AntDirection", 120)
+    cheetah_tasks, ant_tasks = (
+        envs.sample_tasks("CheetahVelocity", 130),
+        envs.sample_tasks("AntDirection", 120),
+    )
     np.testing.assert_allclose(cheetah_tasks[:3, 0], CHEETAH_FIRST, rtol=1e-9)
     np.testing.assert_allclose(np.rad2deg(ant_tasks[:3, 0]), ANT_FIRST_DEGREES, rtol=1e-9)
-    np.testing.assert_array_equal(cheetah_tasks, np.random.RandomState(1337).uniform(0, 3, 130)[:, None])
-    np.testing.assert_allclose(np.rad2deg(ant_tasks[:, 0]), np.random.RandomState(1337).uniform(0, 360, 120))
+    np.testing.assert_array_equal(
+        cheetah_tasks, np.random.RandomState(1337).uniform(0, 3, 130)[:, None]
+    )
+    np.testing.assert_allclose(
+        np.rad2deg(ant_tasks[:, 0]), np.random.RandomState(1337).uniform(0, 360, 120)
+    )
 
 
 @pytest.mark.parametrize("env_id", ALL)
@@ -191,21 +227,37 @@ def arrays(model):
 def test_set_task_scales_the_nominal_model(env_id):
     env, fresh = envs.make(env_id).unwrapped, envs.make(env_id).unwrapped
     xml = {"HopperParam": "hopper.xml", "WalkerParam": "walker2d.xml"}[env_id]
-    stock = mujoco.MjModel.from_xml_path(str(Path(gym.__file__).parent / "envs" / "mujoco" / "assets" / xml))
+    stock = mujoco.MjModel.from_xml_path(
+        str(Path(gym.__file__).parent / "envs" / "mujoco" / "assets" / xml)
+    )
     tasks = envs.sample_tasks(env_id, 30)
     env.reset(seed=0)
-    state = env.data.qpos.copy(), env.data.qvel.copy(), env.data.qacc.copy(), env.data.xpos.copy(), env.data.time
+    state = (
+        env.data.qpos.copy(),
+        env.data.qvel.copy(),
+        env.data.qacc.copy(),
+        env.data.xpos.copy(),
+        env.data.time,
+    )
     for task in [*tasks, tasks[-1]]:  # many, and the last one twice: nothing compounds
         env.set_task(task)
-    for before, after in zip(state, (env.data.qpos, env.data.qvel, env.data.qacc, env.data.xpos, env.data.time)):
+    for before, after in zip(
+        state, (env.data.qpos, env.data.qvel, env.data.qacc, env.data.xpos, env.data.time)
+    ):
         np.testing.assert_array_equal(before, after)
     b, v, g = stock.nbody, stock.nv, stock.ngeom
     mass, inertia, damping, friction = np.split(tasks[-1], [b, 4 * b, 4 * b + v])
     np.testing.assert_array_equal(env.model.body_mass, stock.body_mass * mass)
-    np.testing.assert_array_equal(env.model.body_inertia, stock.body_inertia * inertia.reshape(b, 3))
+    np.testing.assert_array_equal(
+        env.model.body_inertia, stock.body_inertia * inertia.reshape(b, 3)
+    )
     np.testing.assert_array_equal(env.model.dof_damping, stock.dof_damping * damping)
-    np.testing.assert_array_equal(env.model.geom_friction, stock.geom_friction * friction.reshape(g, 3))
-    assert env.model.body_subtreemass[1] == pytest.approx(env.model.body_mass.sum())  # derived constants follow
+    np.testing.assert_array_equal(
+        env.model.geom_friction, stock.geom_friction * friction.reshape(g, 3)
+    )
+    assert env.model.body_subtreemass[1] == pytest.approx(
+        env.model.body_mass.sum()
+    )  # derived constants follow
     assert (env.model.body_invweight0[1:] != fresh.model.body_invweight0[1:]).all()
     assert (env.model.dof_invweight0 != fresh.model.dof_invweight0).all()
     fresh.set_task(tasks[-1])
@@ -214,7 +266,9 @@ def test_set_task_scales_the_nominal_model(env_id):
     nominal, expected = arrays(env.model), arrays(stock)
     for name in expected:
         np.testing.assert_array_equal(after_many[name], after_one[name], err_msg=name)
-        np.testing.assert_allclose(nominal[name], expected[name], rtol=1e-12, atol=1e-14, err_msg=name)
+        np.testing.assert_allclose(
+            nominal[name], expected[name], rtol=1e-12, atol=1e-14, err_msg=name
+        )
 
 
 def test_a_task_is_copied():
@@ -261,7 +315,9 @@ def test_deterministic(env_id):
                 traces[i].append(np.append(obs, reward))
                 stopped[i] = terminated or truncated
     np.testing.assert_array_equal(np.concatenate(traces[0]), first)
-    np.testing.assert_array_equal(np.concatenate(traces[1]), rollout(envs.make(env_id), tasks[2], seed=3))
+    np.testing.assert_array_equal(
+        np.concatenate(traces[1]), rollout(envs.make(env_id), tasks[2], seed=3)
+    )
 
 
 # ----- Gymnasium
@@ -279,7 +335,9 @@ def test_gymnasium_interface(env_id):
 def test_quiet_and_leaves_no_file(tmp_path):
     code = "import envs\nfor i in envs.SPECS:\n    e = envs.make(i); e.reset(seed=0); e.step(e.action_space.sample())"
     path = {**os.environ, "PYTHONPATH": str(Path(envs.__file__).parent)}
-    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=path, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=path, capture_output=True, text=True
+    )
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
     assert list(tmp_path.iterdir()) == []
 
@@ -294,7 +352,9 @@ def test_cheetah_is_the_stock_model(tmp_path, monkeypatch):
     assert wide.vis.global_.offwidth == 1024
 
 
-GROUND = [env_id for env_id, spec in envs.SPECS.items() if hasattr(spec.env_class, "ground_velocity")]
+GROUND = [
+    env_id for env_id, spec in envs.SPECS.items() if hasattr(spec.env_class, "ground_velocity")
+]
 
 
 def test_the_direction_families_are_the_ones_whose_paths_can_be_drawn():
@@ -318,7 +378,9 @@ def test_paths_over_ground(env_id):
         places.append(np.array(place))
     ground = envs.ground_paths(env_id, paths)
     assert ground.shape == (3, max(len(place) for place in places) + 1, 2)
-    longer = {"obs": np.resize(paths[0]["obs"], (1000, len(paths[0]["obs"][0])))}  # data may have longer episodes
+    longer = {
+        "obs": np.resize(paths[0]["obs"], (1000, len(paths[0]["obs"][0])))
+    }  # data may have longer episodes
     assert envs.ground_paths(env_id, [longer]).shape == (1, envs.SPECS[env_id].horizon + 1, 2)
     for line, place in zip(ground, places):
         assert np.isfinite(line[: len(place) + 1]).all() and np.isnan(line[len(place) + 1 :]).all()
@@ -338,7 +400,9 @@ def test_the_trot_goes_where_it_shall(heading):
         obs, _, terminated, _, _ = env.step(np.clip(action, -1, 1))
         assert not terminated
     moved = env.unwrapped.data.qpos[:2]
-    assert moved @ way > 4 and abs(moved[0] * way[1] - moved[1] * way[0]) < 1.5  # metres in 5 s: ahead, and aside
+    assert (
+        moved @ way > 4 and abs(moved[0] * way[1] - moved[1] * way[0]) < 1.5
+    )  # metres in 5 s: ahead, and aside
 
 
 # ----- Evaluation: its tasks, and episodes side by side
@@ -348,21 +412,34 @@ def test_an_evaluation_has_every_test_task_and_evenly_spaced_training_tasks():
     """Training tasks by their first number: of twelve in order, the second, fifth, eighth and eleventh, the middles."""
     angles = np.array([5, 3, 8, 1, 11, 2, 9, 12, 4, 10, 7, 6]) / 10.0
     train, test = angles[:, None], np.array([[0.3], [0.1]])
-    pairs = envs.make_evaluation("PointDirection", train, test, num_train=4, num_test=100, repeats=2)
-    assert list(pairs) == ["test", "train"]  # "train" comes last: `evaluate` uses what is left of the loop
+    pairs = envs.make_evaluation(
+        "PointDirection", train, test, num_train=4, num_test=100, repeats=2
+    )
+    assert list(pairs) == [
+        "test",
+        "train",
+    ]  # "train" comes last: `evaluate` uses what is left of the loop
     expected = {"test": [0.3, 0.3, 0.1, 0.1], "train": [0.2, 0.2, 0.5, 0.5, 0.8, 0.8, 1.1, 1.1]}
     for split, rows in (("test", test), ("train", train)):
         numbers, env_list = pairs[split]
         assert sorted(env.unwrapped.task[0] for env in env_list) == sorted(expected[split])
-        assert [env.unwrapped.task[0] for env in env_list] == [rows[number, 0] for number in numbers]
+        assert [env.unwrapped.task[0] for env in env_list] == [
+            rows[number, 0] for number in numbers
+        ]
         assert numbers == sorted(numbers) and numbers[::2] == numbers[1::2]
-        assert len({id(env.unwrapped) for env in env_list}) == len(env_list)  # each has a simulation of its own
+        assert len({id(env.unwrapped) for env in env_list}) == len(
+            env_list
+        )  # each has a simulation of its own
     numbers, env_list = envs.make_evaluation("PointDirection", train, test, 10, 1, 3)["test"]
     assert len(set(numbers)) == 1 and len(env_list) == 3
-    many = np.linspace(0, 1, 10_000)[:, None]  # as in no dataset of the family: as many of them as its row says
+    many = np.linspace(0, 1, 10_000)[
+        :, None
+    ]  # as in no dataset of the family: as many of them as its row says
     numbers, env_list = envs.make_evaluation("PointDirection", train, many, repeats=1)["test"]
     assert len(env_list) == 20 and numbers[0] < 500 and numbers[-1] >= 9500
-    numbers, _ = envs.make_evaluation("PointDirection", test, test, num_train=10, repeats=1)["train"]
+    numbers, _ = envs.make_evaluation("PointDirection", test, test, num_train=10, repeats=1)[
+        "train"
+    ]
     assert numbers in ([0, 1], [1, 0])  # no more than there are
 
 
@@ -384,7 +461,13 @@ class Countdown(gym.Env):
         self.t += 1
         over = self.t == self.length
         reward = 10.0 * self.length + self.t
-        return np.array([self.length, action[0]]), reward, over and self.falls, over and not self.falls, {}
+        return (
+            np.array([self.length, action[0]]),
+            reward,
+            over and self.falls,
+            over and not self.falls,
+            {},
+        )
 
 
 def test_episodes_run_side_by_side_until_each_has_ended():
@@ -394,9 +477,13 @@ def test_episodes_run_side_by_side_until_each_has_ended():
         lives.append(list(episodes.live))
         assert episodes.obs()[:, 0].tolist() == [[3, 1, 2][i] for i in episodes.live]
         episodes.step(torch.tensor([[0.1 * len(lives) + i] for i in episodes.live]))
-        assert episodes.last("rewards", lives[-1]).tolist() == [[10 * [3, 1, 2][i] + len(lives)] for i in lives[-1]]
+        assert episodes.last("rewards", lives[-1]).tolist() == [
+            [10 * [3, 1, 2][i] + len(lives)] for i in lives[-1]
+        ]
     assert lives == [[0, 1, 2], [0, 2], [0]]
-    for number, (path, length, terminals) in enumerate(zip(episodes.paths(), (3, 1, 2), ([0, 0, 1], [0], [0, 1]))):
+    for number, (path, length, terminals) in enumerate(
+        zip(episodes.paths(), (3, 1, 2), ([0, 0, 1], [0], [0, 1]))
+    ):
         actions = np.array([0.1 * (t + 1) + number for t in range(length)])
         np.testing.assert_allclose(path["actions"], actions[:, None], rtol=1e-6)
         np.testing.assert_allclose(path["obs"], [[length, a] for a in [0, *actions]], rtol=1e-6)
@@ -404,7 +491,10 @@ def test_episodes_run_side_by_side_until_each_has_ended():
         assert path["terminals"].tolist() == terminals
         assert {value.dtype for value in path.values()} == {np.dtype(np.float32)}
     seeds = [env.seeds[0] for env in env_list]
-    assert len(set(seeds)) == 3 and seeds == torch.randint(2**31 - 1, (3,), generator=torch.manual_seed(0)).tolist()
+    assert (
+        len(set(seeds)) == 3
+        and seeds == torch.randint(2**31 - 1, (3,), generator=torch.manual_seed(0)).tolist()
+    )
 
 
 def test_rewards_may_be_dropped_unread():
@@ -413,7 +503,9 @@ def test_rewards_may_be_dropped_unread():
             obs, _, *rest = super().step(action)
             return obs, float("nan"), *rest
 
-    episodes = envs.Episodes([Unreadable(2, True)], torch.Generator().manual_seed(0), read_rewards=False)
+    episodes = envs.Episodes(
+        [Unreadable(2, True)], torch.Generator().manual_seed(0), read_rewards=False
+    )
     while episodes.live:
         episodes.step(torch.zeros(len(episodes.live), 1))
     (path,) = episodes.paths()
@@ -425,7 +517,9 @@ def test_rewards_may_be_dropped_unread():
 
 def test_unknown_environment():
     for call in (lambda: envs.make("HoperParam"), lambda: envs.sample_tasks("HoperParam", 3)):
-        with pytest.raises(envs.InputError, match="no environment HoperParam, the nearest are HopperParam,"):
+        with pytest.raises(
+            envs.InputError, match="no environment HoperParam, the nearest are HopperParam,"
+        ):
             call()
 
 
@@ -464,4 +558,8 @@ def test_what_an_environment_changes_in_place_stays_as_it_was_seen():
     while episodes.live:
         episodes.step(torch.ones(1, 1))
     (path,) = episodes.paths()
-    assert path["obs"][:, 0].tolist() == [0, 1, 2, 3] and path["actions"][:, 0].tolist() == [1, 1, 1]
+    assert path["obs"][:, 0].tolist() == [0, 1, 2, 3] and path["actions"][:, 0].tolist() == [
+        1,
+        1,
+        1,
+    ]

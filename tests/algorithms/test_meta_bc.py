@@ -25,18 +25,34 @@ def setting():
     with torch.no_grad():
         for parameter in agent.parameters():
             parameter += 0.3 * torch.randn_like(parameter)
-    batch = {"obs": torch.randn(T, B, OBS), "actions": torch.rand(T, B, ACTION), "rewards": torch.randn(T, B, 1)}
+    batch = {
+        "obs": torch.randn(T, B, OBS),
+        "actions": torch.rand(T, B, ACTION),
+        "rewards": torch.randn(T, B, 1),
+    }
     batch |= {"next_obs": torch.randn(T, B, OBS), "terminals": torch.zeros(T, B, 1)}
-    return agent, batch | {"context": torch.randn(T, 5, OBS + ACTION + 1), "noise_z": torch.randn(T, 3)}, args
+    return (
+        agent,
+        batch | {"context": torch.randn(T, 5, OBS + ACTION + 1), "noise_z": torch.randn(T, 3)},
+        args,
+    )
 
 
 def test_cloning_loss_is_the_negative_log_density_of_the_data():
     agent, batch, _ = setting()
-    obs, actions, z = batch["obs"].flatten(0, 1), batch["actions"].flatten(0, 1), torch.randn(T * B, 3)
+    obs, actions, z = (
+        batch["obs"].flatten(0, 1),
+        batch["actions"].flatten(0, 1),
+        torch.randn(T * B, 3),
+    )
     with torch.no_grad():
         mean, log_std = (part.double().numpy() for part in agent.policy(obs, z))
     a = actions.double().numpy()
-    gaussian = -0.5 * ((np.arctanh(a) - mean) / np.exp(log_std)) ** 2 - log_std - 0.5 * math.log(2 * math.pi)
+    gaussian = (
+        -0.5 * ((np.arctanh(a) - mean) / np.exp(log_std)) ** 2
+        - log_std
+        - 0.5 * math.log(2 * math.pi)
+    )
     expected = -(gaussian - np.log(1 - a**2)).sum(-1).mean()
     loss = meta_bc.cloning_loss(agent, {"obs": obs, "actions": actions}, z)
     assert loss.item() == pytest.approx(expected, rel=1e-4)
@@ -52,7 +68,9 @@ def test_the_policy_learns_from_actions_and_the_encoder_from_rewards_alone():
         with torch.no_grad():
             agent.decoder.net[0].weight[:, OBS : OBS + ACTION] = 0
         meta_bc.update(agent, optimizer, batch | changed, args)
-        gradients[name] = {key: parameter.grad.clone() for key, parameter in agent.named_parameters()}
+        gradients[name] = {
+            key: parameter.grad.clone() for key, parameter in agent.named_parameters()
+        }
     for key, value in gradients["as is"].items():
         same = torch.allclose(value, gradients["other actions"][key], atol=1e-7)
         if key.startswith("encoder.") or key.startswith("policy.net.0.weight"):
@@ -64,11 +82,22 @@ def test_the_encoder_follows_the_reward_loss_and_the_weighted_kl():
     expected = copy.deepcopy(agent)
     mu, sigma = expected.encoder(batch["context"])
     z = (mu + sigma * batch["noise_z"]).repeat_interleave(batch["obs"].shape[1], 0)
-    data = {name: value.flatten(0, 1) for name, value in batch.items() if name in ("obs", "actions", "rewards")}
+    data = {
+        name: value.flatten(0, 1)
+        for name, value in batch.items()
+        if name in ("obs", "actions", "rewards")
+    }
     error = expected.decoder(data["obs"], data["actions"], z) - data["rewards"].flatten()
-    kl = sum(0.5 * (m**2 + s**2 - 1) - s.log() for m, s in zip(mu.flatten(), sigma.flatten())) / T  # a mean over tasks
+    kl = (
+        sum(0.5 * (m**2 + s**2 - 1) - s.log() for m, s in zip(mu.flatten(), sigma.flatten())) / T
+    )  # a mean over tasks
     (error.square().mean() + 7.0 * kl).backward()
-    meta_bc.update(agent, torch.optim.SGD(agent.parameters(), lr=0.0), batch, dataclasses.replace(args, kl_coef=7.0))
+    meta_bc.update(
+        agent,
+        torch.optim.SGD(agent.parameters(), lr=0.0),
+        batch,
+        dataclasses.replace(args, kl_coef=7.0),
+    )
     for mine, theirs in zip(agent.encoder.parameters(), expected.encoder.parameters()):
         torch.testing.assert_close(mine.grad, theirs.grad)
 
@@ -78,5 +107,7 @@ def test_it_imitates_goal_directed_data(tmp_path, quick):
     flags = dict(rl_batch=64, offline_steps=1500, eval_every=1500, device="cpu", dataset=GOAL_DATA)
     buffers.train(meta_bc, env_id="PointDirection", run_dir=str(tmp_path), **flags)
     with open(tmp_path / "PointDirection__meta_bc__1" / "eval.csv", newline="") as file:
-        returns = [float(row["return"]) for row in csv.DictReader(file) if row["context"] == "offline"]
+        returns = [
+            float(row["return"]) for row in csv.DictReader(file) if row["context"] == "offline"
+        ]
     assert np.mean(returns) > 8

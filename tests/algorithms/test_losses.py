@@ -18,12 +18,20 @@ NETWORKS = ("encoder", "decoder", "policy", "q", "q_target")
 
 def make_agent(**flags):
     """A small agent in float64 whose parameters are all of order 1, so that no term of a loss is lost in another."""
-    sizes = dict(q_hidden=(8, 7), policy_hidden=(8,), encoder_hidden=(8,), decoder_hidden=(6,), latent_dim=LATENT)
+    sizes = dict(
+        q_hidden=(8, 7),
+        policy_hidden=(8,),
+        encoder_hidden=(8,),
+        decoder_hidden=(6,),
+        latent_dim=LATENT,
+    )
     args = smac.Args(**sizes | dict(reward_scale=5.0, gamma=0.9, awr_lambda=2.0) | flags)
     agent, generator = smac.Agent(OBS, ACTION, args).double(), torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in agent.parameters():
-            parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+            parameter.copy_(
+                0.5 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            )
     return agent, args
 
 
@@ -71,12 +79,16 @@ def np_layers(weights, biases, x):
 def np_mlp(net, *inputs):
     linear = [layer for layer in net if isinstance(layer, nn.Linear)]
     x = np.concatenate([array(x) if torch.is_tensor(x) else x for x in inputs], -1)
-    return np_layers([array(layer.weight).T for layer in linear], [array(layer.bias) for layer in linear], x)
+    return np_layers(
+        [array(layer.weight).T for layer in linear], [array(layer.bias) for layer in linear], x
+    )
 
 
 def np_all_q(critics, obs, actions, z):
     x = np.concatenate([array(obs), actions, array(z)], -1)
-    layers = [(map(array, w), map(array, b)) for w, b in zip(zip(*critics.weights), zip(*critics.biases))]
+    layers = [
+        (map(array, w), map(array, b)) for w, b in zip(zip(*critics.weights), zip(*critics.biases))
+    ]
     return [np_layers(list(weights), list(biases), x)[:, 0] for weights, biases in layers]
 
 
@@ -94,7 +106,9 @@ def np_policy(agent, obs, z, shift=0.0):
 def np_log_prob(action, mean, log_std):
     """log of N(atanh a; mean, std) / (1 - a^2), summed over the dimensions."""
     u = np.arctanh(action)
-    gaussian = np.exp(-(((u - mean) / np.exp(log_std)) ** 2) / 2) / (np.exp(log_std) * np.sqrt(2 * np.pi))
+    gaussian = np.exp(-(((u - mean) / np.exp(log_std)) ** 2) / 2) / (
+        np.exp(log_std) * np.sqrt(2 * np.pi)
+    )
     return np.log(gaussian / (1 - action**2)).sum(-1)
 
 
@@ -113,7 +127,9 @@ def test_posterior_is_the_product_of_two_gaussians():
         [[-2.0, inverse_softplus(2.0)], [2.0, inverse_softplus(2.0)]],  # twice 1/4
     ])  # fmt: skip
     mu, sigma = encoder(context)
-    torch.testing.assert_close(mu, torch.tensor([[(1 * 1 + 4 * 3) / 5], [0.0]]), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        mu, torch.tensor([[(1 * 1 + 4 * 3) / 5], [0.0]]), atol=1e-6, rtol=1e-5
+    )
     torch.testing.assert_close(sigma, torch.tensor([[1 / math.sqrt(5)], [math.sqrt(2)]]))
 
 
@@ -134,7 +150,9 @@ def test_posterior_of_one_transition_is_its_factor():
     out = np_mlp(agent.encoder.net, context)[:, 0]
     mu, sigma = agent.encoder(context)
     np.testing.assert_allclose(array(mu), out[:, :LATENT])
-    np.testing.assert_allclose(array(sigma), np.log1p(np.exp(out[:, LATENT:])))  # softplus = standard deviation
+    np.testing.assert_allclose(
+        array(sigma), np.log1p(np.exp(out[:, LATENT:]))
+    )  # softplus = standard deviation
 
 
 def test_posterior_is_finite_where_the_deviation_underflows():
@@ -146,13 +164,22 @@ def test_posterior_is_finite_where_the_deviation_underflows():
 
 @pytest.mark.parametrize("next_obs, dim", [(False, 6), (True, 9)])
 def test_context_is_s_a_r_and_on_request_next_s(next_obs, dim):
-    data = {"obs": torch.full((2, 3), 1.0), "actions": torch.full((2, 2), 2.0), "rewards": torch.full((2, 1), 3.0)}
-    context = smac.make_context(data | {"next_obs": torch.full((2, 3), 4.0)}, smac.Args(next_obs_in_context=next_obs))
+    data = {
+        "obs": torch.full((2, 3), 1.0),
+        "actions": torch.full((2, 2), 2.0),
+        "rewards": torch.full((2, 1), 3.0),
+    }
+    context = smac.make_context(
+        data | {"next_obs": torch.full((2, 3), 4.0)}, smac.Args(next_obs_in_context=next_obs)
+    )
     assert context.tolist() == [[1, 1, 1, 2, 2, 3, 4, 4, 4][:dim]] * 2
 
 
 def test_kl_to_prior_by_hand_and_by_integration():
-    mu, sigma = torch.tensor([[1.0, 0.0], [0.0, 0.0]]).double(), torch.tensor([[2.0, 0.5], [1.0, 1.0]]).double()
+    mu, sigma = (
+        torch.tensor([[1.0, 0.0], [0.0, 0.0]]).double(),
+        torch.tensor([[2.0, 0.5], [1.0, 1.0]]).double(),
+    )
     by_hand = 0.5 * (1 + 4 - 2 * math.log(2) - 1) + 0.5 * (0.25 + 2 * math.log(2) - 1)
     np.testing.assert_allclose(array(smac.kl_to_prior(mu, sigma)), [by_hand, 0])
     x, total = np.linspace(-30, 30, 200_001), 0.0
@@ -171,9 +198,13 @@ def test_action_density_integrates_to_one(mean, log_std):
 
 
 def test_action_density_is_that_of_the_squashed_gaussian():
-    u, mean, log_std = torch.randn(3, 50, ACTION, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    u, mean, log_std = torch.randn(
+        3, 50, ACTION, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
     expected = np_log_prob(np.tanh(array(u)), array(mean), array(log_std))
-    np.testing.assert_allclose(array(smac.tanh_gaussian_log_prob(u, mean, log_std)), expected, rtol=1e-9)
+    np.testing.assert_allclose(
+        array(smac.tanh_gaussian_log_prob(u, mean, log_std)), expected, rtol=1e-9
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -185,7 +216,9 @@ def test_action_density_is_right_where_tanh_saturates(u, dtype):
     log_prob = smac.tanh_gaussian_log_prob(u, torch.ones_like(u), torch.full_like(u, math.log(2)))
     assert log_prob.item() == pytest.approx(expected, rel=1e-5)
     log_prob.backward()
-    assert u.grad.item() == pytest.approx(-(u.item() - 1) / 4 + 2 * math.tanh(u.item()), rel=1e-5, abs=1e-6)
+    assert u.grad.item() == pytest.approx(
+        -(u.item() - 1) / 4 + 2 * math.tanh(u.item()), rel=1e-5, abs=1e-6
+    )
 
 
 # ----- All critics in one
@@ -202,7 +235,12 @@ def test_two_q_functions_equal_separate_networks_in_values_and_gradients():
                 layer.bias.normal_()
                 bias[k].copy_(layer.bias[None])
         separate.append(nn.Sequential(linear[0], nn.ReLU(), linear[1], nn.ReLU(), linear[2]))
-    obs, actions, z, factor = torch.randn(N, OBS), torch.randn(N, ACTION), torch.randn(N, LATENT), torch.randn(2, N)
+    obs, actions, z, factor = (
+        torch.randn(N, OBS),
+        torch.randn(N, ACTION),
+        torch.randn(N, LATENT),
+        torch.randn(2, N),
+    )
     ours, theirs = (actions.clone().requires_grad_() for _ in range(2))
     q = twin(obs, ours, z)
     expected = torch.stack([net(torch.cat([obs, theirs, z], -1))[:, 0] for net in separate])
@@ -211,7 +249,9 @@ def test_two_q_functions_equal_separate_networks_in_values_and_gradients():
     (expected * factor).sum().backward()
     torch.testing.assert_close(ours.grad, theirs.grad)
     for k, net in enumerate(separate):
-        for layer, weight, bias in zip([m for m in net if isinstance(m, nn.Linear)], twin.weights, twin.biases):
+        for layer, weight, bias in zip(
+            [m for m in net if isinstance(m, nn.Linear)], twin.weights, twin.biases
+        ):
             torch.testing.assert_close(weight.grad[k].T, layer.weight.grad)
             torch.testing.assert_close(bias.grad[k, 0], layer.bias.grad)
 
@@ -235,7 +275,11 @@ def test_initial_values_are_those_of_the_authors_code():
     agent = smac.Agent(OBS, ACTION, smac.Args())
     for w, bound in zip(agent.q.weights, [300**-0.5] * 3 + [3e-3]):
         assert 0.9 * bound < w.abs().max() <= bound and not torch.equal(w[0], w[1])
-    for net, last in ((agent.policy.net, 1e-3), (agent.encoder.net, 3e-3), (agent.decoder.net, 3e-3)):
+    for net, last in (
+        (agent.policy.net, 1e-3),
+        (agent.encoder.net, 3e-3),
+        (agent.decoder.net, 3e-3),
+    ):
         *hidden, output = [layer for layer in net if isinstance(layer, nn.Linear)]
         for layer, bound in [(h, h.out_features**-0.5) for h in hidden] + [(output, last)]:
             assert 0.9 * bound < layer.weight.abs().max() <= bound and (layer.bias == 0).all()
@@ -316,15 +360,24 @@ def np_actor(agent, batch, z, shift=0.0, weights=None):
 def test_actor_weights_by_hand():
     """Advantages 0 and lambda * ln 3: weights 1 : 3, scaled to mean 1."""
     lam = 7.0
-    batch = {"obs": torch.zeros(2, 1), "actions": torch.tensor([[0.5], [-0.2]]), "noise_a": torch.zeros(2, 1)}
+    batch = {
+        "obs": torch.zeros(2, 1),
+        "actions": torch.tensor([[0.5], [-0.2]]),
+        "noise_a": torch.zeros(2, 1),
+    }
     agent = SimpleNamespace(
         policy=lambda obs, z: (torch.zeros(2, 1), torch.zeros(2, 1)),
         q=lambda obs, actions, z, frozen: torch.tensor([[4.0, 1.0], [2.0, 9.0]]),  # V = (2, 1)
     )
     q = torch.tensor([[2.0, 50.0], [3.0, 1 + lam * math.log(3)]])  # Q = (2, 1 + lambda ln 3)
-    loss, weights = smac.actor_loss(agent, batch, torch.zeros(2, 1), q, smac.Args(awr_lambda=lam), 0.0)
+    loss, weights = smac.actor_loss(
+        agent, batch, torch.zeros(2, 1), q, smac.Args(awr_lambda=lam), 0.0
+    )
     torch.testing.assert_close(weights, torch.tensor([0.5, 1.5]))
-    log_probs = [-(math.atanh(a) ** 2) / 2 - math.log(2 * math.pi) / 2 - math.log(1 - a * a) for a in (0.5, -0.2)]
+    log_probs = [
+        -(math.atanh(a) ** 2) / 2 - math.log(2 * math.pi) / 2 - math.log(1 - a * a)
+        for a in (0.5, -0.2)
+    ]
     assert loss.item() == pytest.approx(-(0.5 * log_probs[0] + 1.5 * log_probs[1]) / 2, rel=1e-5)
 
 
@@ -332,7 +385,9 @@ def test_actor_weights_as_in_the_text():
     """Advantages lambda * ln 3, -lambda * ln 2 and lambda * 1000: weights 3, 1/2, and 20 in place of infinity."""
     lam, zeros = 0.3, torch.zeros(3, 1)
     batch = {"obs": zeros, "actions": zeros, "noise_a": zeros}
-    agent = SimpleNamespace(policy=lambda obs, z: (zeros, zeros), q=lambda obs, actions, z, frozen: torch.zeros(2, 3))
+    agent = SimpleNamespace(
+        policy=lambda obs, z: (zeros, zeros), q=lambda obs, actions, z, frozen: torch.zeros(2, 3)
+    )
     q = torch.tensor([[math.log(3), -math.log(2), 1000.0]]).expand(2, 3) * lam
     args = smac.Args(awr_lambda=lam, awr_weights="exp")
     loss, weights = smac.actor_loss(agent, batch, zeros, q, args, 0.0)
@@ -361,28 +416,45 @@ def test_actor_loss_of_real_networks(lambda_pearl):
 
 
 @pytest.mark.parametrize("lambda_pearl", [0.0, 1.0])
-def test_actor_gradient_is_that_of_fixed_weights_and_goes_through_the_new_action_only_for_pearl(lambda_pearl):
+def test_actor_gradient_is_that_of_fixed_weights_and_goes_through_the_new_action_only_for_pearl(
+    lambda_pearl,
+):
     agent, batch, z, q, loss, weights = actor_setting(lambda_pearl)
     assert not weights.requires_grad
     loss.backward()
     h, fixed = 1e-5, np_actor(agent, batch, z)[2]
-    (awac_up, pearl_up, _), (awac_down, pearl_down, _) = (np_actor(agent, batch, z, s, fixed) for s in (h, -h))
+    (awac_up, pearl_up, _), (awac_down, pearl_down, _) = (
+        np_actor(agent, batch, z, s, fixed) for s in (h, -h)
+    )
     expected = (awac_up - awac_down + lambda_pearl * (pearl_up - pearl_down)) / (2 * h)
     assert abs(pearl_up - pearl_down) / (2 * h) > 1e-3
     assert agent.policy.net[-1].bias.grad[0].item() == pytest.approx(expected, rel=1e-4)
-    assert all(p.grad is None for name in NETWORKS if name != "policy" for p in getattr(agent, name).parameters())
+    assert all(
+        p.grad is None
+        for name in NETWORKS
+        if name != "policy"
+        for p in getattr(agent, name).parameters()
+    )
 
 
 @pytest.mark.parametrize("lambda_pearl", [0.0, 1.0])
 def test_actor_loss_is_finite_for_saturated_actions_in_the_data(lambda_pearl):
-    args = smac.Args(q_hidden=(8,), policy_hidden=(8,), encoder_hidden=(8,), decoder_hidden=(8,), latent_dim=LATENT)
+    args = smac.Args(
+        q_hidden=(8,),
+        policy_hidden=(8,),
+        encoder_hidden=(8,),
+        decoder_hidden=(8,),
+        latent_dim=LATENT,
+    )
     agent = smac.Agent(OBS, ACTION, args)  # float32, as in training
     batch = {name: value.float() for name, value in flatten(make_batch()).items()}
     batch["actions"] = torch.where(batch["actions"] > 0, 1.0, -1.0)
     z = random_z().float()
     q = agent.q(batch["obs"], batch["actions"], z)
     with torch.no_grad():
-        agent.policy.net[-1].weight.zero_()  # mean 0, standard deviation 1: log pi is that of u = atanh(1 - 1e-6)
+        agent.policy.net[
+            -1
+        ].weight.zero_()  # mean 0, standard deviation 1: log pi is that of u = atanh(1 - 1e-6)
     loss, _ = smac.actor_loss(agent, batch, z, q, args, lambda_pearl)
     loss.backward()
     assert all(p.grad.isfinite().all() for p in agent.policy.parameters())
@@ -403,16 +475,24 @@ def test_reward_loss_is_mean_squared_error_on_unscaled_rewards():
 
 
 def test_kl_is_a_sum_over_z_for_each_task():
-    mu, sigma = torch.tensor([[3.0, 3.0], [1.0, 0.0]]).double(), torch.tensor([[2.0, 1.0]] * 2).double()
+    mu, sigma = (
+        torch.tensor([[3.0, 3.0], [1.0, 0.0]]).double(),
+        torch.tensor([[2.0, 1.0]] * 2).double(),
+    )
     variance_terms = 0.5 * (4 - math.log(4) - 1)
-    np.testing.assert_allclose(smac.kl_to_prior(mu, sigma), [9 + variance_terms, 0.5 + variance_terms])
+    np.testing.assert_allclose(
+        smac.kl_to_prior(mu, sigma), [9 + variance_terms, 0.5 + variance_terms]
+    )
 
 
 def test_generated_rewards_are_the_decoders_with_one_z_for_the_trajectory():
     agent, args = make_agent()
     batch, context = flatten(make_batch()), make_batch()["context"][:1]
     names, columns = ("obs", "actions", "rewards"), context.split([OBS, ACTION, 1], dim=-1)
-    path = {"obs": torch.cat([batch["obs"], torch.zeros(1, OBS)]).numpy(), "actions": batch["actions"].numpy()}
+    path = {
+        "obs": torch.cat([batch["obs"], torch.zeros(1, OBS)]).numpy(),
+        "actions": batch["actions"].numpy(),
+    }
     rng = torch.Generator().manual_seed(3)
     generated = smac.generate_rewards(agent, path, dict(zip(names, columns)), args, rng)
     noise_z = torch.randn(1, LATENT, generator=rng.manual_seed(3))
@@ -430,7 +510,12 @@ def test_generated_rewards_are_the_decoders_with_one_z_for_the_trajectory():
 
 @pytest.mark.parametrize(
     "loss, trained",
-    [("critic", ["q"]), ("actor", ["policy"]), ("actor + PEARL", ["policy"]), ("reward", ["encoder", "decoder"])],
+    [
+        ("critic", ["q"]),
+        ("actor", ["policy"]),
+        ("actor + PEARL", ["policy"]),
+        ("reward", ["encoder", "decoder"]),
+    ],
 )
 def test_each_loss_alone_reaches_only_its_networks(loss, trained):
     agent, args = make_agent()
@@ -441,9 +526,15 @@ def test_each_loss_alone_reaches_only_its_networks(loss, trained):
     if loss == "reward":
         value = smac.reward_loss(agent, batch, z)
     if loss.startswith("actor"):
-        value, _ = smac.actor_loss(agent, batch, z.detach(), q, args, 1.0 if "PEARL" in loss else 0.0)
+        value, _ = smac.actor_loss(
+            agent, batch, z.detach(), q, args, 1.0 if "PEARL" in loss else 0.0
+        )
     value.backward()
-    reached = [n for n in NETWORKS if any(p.grad is not None and p.grad.any() for p in getattr(agent, n).parameters())]
+    reached = [
+        n
+        for n in NETWORKS
+        if any(p.grad is not None and p.grad.any() for p in getattr(agent, n).parameters())
+    ]
     assert sorted(reached) == sorted(trained)
 
 
@@ -465,7 +556,9 @@ Q, R = "critic", "reward"
         (ONLINE, {"encoder_loss": "reward_then_q"}, {Q}, False, 1.0, 0.4),
     ],
 )
-def test_update_takes_one_step_down_the_right_gradients(online, flags, to_encoder, decoder_trains, awac, pearl):
+def test_update_takes_one_step_down_the_right_gradients(
+    online, flags, to_encoder, decoder_trains, awac, pearl
+):
     """With plain gradient descent every parameter must move by -lr times the gradient of the losses it belongs to."""
     agent, args = make_agent(lambda_pearl=0.4, kl_coef=0.25, tau=0.1, **flags)
     flat = flatten(make_batch())
@@ -482,18 +575,32 @@ def test_update_takes_one_step_down_the_right_gradients(online, flags, to_encode
     l_actor = awac * l_awac + pearl * (smac.tanh_gaussian_log_prob(u, mean, log_std) - q_new).mean()
     l_encoder = sum(losses[name] for name in to_encoder) + 0.25 * kl
     gradients = {}
-    for name, loss in (("q", losses[Q]), ("policy", l_actor), ("encoder", l_encoder), ("decoder", losses[R])):
+    for name, loss in (
+        ("q", losses[Q]),
+        ("policy", l_actor),
+        ("encoder", l_encoder),
+        ("decoder", losses[R]),
+    ):
         parameters = list(getattr(agent, name).parameters())
         gradients[name] = torch.autograd.grad(loss, parameters, retain_graph=True)
-    before = {name: [p.detach().clone() for p in getattr(agent, name).parameters()] for name in NETWORKS}
+    before = {
+        name: [p.detach().clone() for p in getattr(agent, name).parameters()] for name in NETWORKS
+    }
     optimizer = torch.optim.SGD([p for p in agent.parameters() if p.requires_grad], lr=0.01)
     info = smac.update(agent, optimizer, make_batch(), args, online)
     for name in ("q", "policy", "encoder", "decoder"):
         frozen = name == "encoder" and not to_encoder or name == "decoder" and not decoder_trains
-        for parameter, old, gradient in zip(getattr(agent, name).parameters(), before[name], gradients[name]):
+        for parameter, old, gradient in zip(
+            getattr(agent, name).parameters(), before[name], gradients[name]
+        ):
             torch.testing.assert_close(parameter.detach(), old if frozen else old - 0.01 * gradient)
             assert torch.equal(parameter, old) == frozen
-    expected = {"losses/critic": losses[Q], "losses/actor": l_actor, "losses/reward": losses[R], "losses/kl": kl}
+    expected = {
+        "losses/critic": losses[Q],
+        "losses/actor": l_actor,
+        "losses/reward": losses[R],
+        "losses/kl": kl,
+    }
     expected |= {"train/q_mean": q.mean(), "train/q_max": q.max()}
     expected["train/actor_weight_ess"] = weights.sum() ** 2 / weights.square().sum() / N
     assert info.keys() == expected.keys()
@@ -505,7 +612,11 @@ def test_target_network_moves_by_tau_towards_the_updated_critic():
     agent, args = make_agent(tau=0.1)
     old = [p.clone() for p in agent.q_target.parameters()]
     q_before = [p.detach().clone() for p in agent.q.parameters()]
-    smac.update(agent, torch.optim.Adam(agent.q.parameters(), lr=0.1), make_batch(), args, online=False)
-    for target, before, q, q_old in zip(agent.q_target.parameters(), old, agent.q.parameters(), q_before):
+    smac.update(
+        agent, torch.optim.Adam(agent.q.parameters(), lr=0.1), make_batch(), args, online=False
+    )
+    for target, before, q, q_old in zip(
+        agent.q_target.parameters(), old, agent.q.parameters(), q_before
+    ):
         np.testing.assert_allclose(array(target), 0.9 * array(before) + 0.1 * array(q))
         assert not torch.equal(q, q_old) and not target.requires_grad

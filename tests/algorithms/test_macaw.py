@@ -28,7 +28,9 @@ SMALL = "--env-id PointDirection --policy-hidden 16 --value-hidden 16 --rl-batch
 @pytest.fixture
 def small(quick, monkeypatch):
     """Two test tasks, three training tasks, one meta-episode each."""
-    monkeypatch.setattr(envs, "make_evaluation", functools.partial(envs.make_evaluation, num_test=2, repeats=1))
+    monkeypatch.setattr(
+        envs, "make_evaluation", functools.partial(envs.make_evaluation, num_test=2, repeats=1)
+    )
 
 
 @pytest.fixture
@@ -39,7 +41,11 @@ def tiny(monkeypatch):
 
     def make(weight_transform=True):
         torch.manual_seed(0)
-        sizes = {"policy_hidden": (6, 6), "value_hidden": (6,), "weight_transform": weight_transform}
+        sizes = {
+            "policy_hidden": (6, 6),
+            "value_hidden": (6,),
+            "weight_transform": weight_transform,
+        }
         agent = macaw.Agent(OBS, ACTION, macaw.Args(inner_lr=0.05, adv_coef=0.3, **sizes)).double()
         with torch.no_grad():
             for name, parameter in agent.named_parameters():
@@ -48,7 +54,11 @@ def tiny(monkeypatch):
         return agent, draw(), draw()
 
     def draw():
-        batch = {"obs": torch.randn(T, B, OBS), "actions": torch.rand(T, B, ACTION), "returns": torch.randn(T, B, 1)}
+        batch = {
+            "obs": torch.randn(T, B, OBS),
+            "actions": torch.rand(T, B, ACTION),
+            "returns": torch.randn(T, B, 1),
+        }
         return {name: value.double() for name, value in batch.items()}
 
     return make
@@ -72,11 +82,16 @@ def test_weight_transform_is_its_definition():
     """A matrix and a bias, linear in the latent, and then the layer that they make."""
     torch.manual_seed(0)
     layer, x = macaw.WeightTransform(3, 2, 1e-3), torch.randn(1, B, 3)
-    z, w, b = (value.detach().numpy() for value in (layer.latent, layer.generate.weight, layer.generate.bias))
+    z, w, b = (
+        value.detach().numpy()
+        for value in (layer.latent, layer.generate.weight, layer.generate.bias)
+    )
     assert z.shape == (100,) and w.shape == (3 * 2 + 2, 100)
     theta = w @ z + b
     expected = x[0].numpy() @ theta[:6].reshape(3, 2) + theta[6:]
-    np.testing.assert_allclose(macaw.linear(x, layer()[None])[0].detach().numpy(), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        macaw.linear(x, layer()[None])[0].detach().numpy(), expected, rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("weight_transform", [True, False])
@@ -96,12 +111,19 @@ def test_inner_steps_are_gradient_steps_on_every_parameter(tiny, weight_transfor
         return macaw.unadapted(layers, 1)
 
     def check(task):
-        by_hand, data = copy.deepcopy(agent), {name: x[task : task + 1] for name, x in batch.items()}
+        by_hand, data = (
+            copy.deepcopy(agent),
+            {name: x[task : task + 1] for name, x in batch.items()},
+        )
         new_value = descend(by_hand.value, lambda value: macaw.value_loss(value, data))
         adv = data["returns"] - macaw.mlp_of(new_value, data["obs"]).detach()
-        new_policy = descend(by_hand.policy, lambda policy: macaw.inner_policy_loss(policy, data, adv, coef))
+        new_policy = descend(
+            by_hand.policy, lambda policy: macaw.inner_policy_loss(policy, data, adv, coef)
+        )
         before = [*macaw.unadapted(agent.value, 1), *macaw.unadapted(agent.policy, 1)]
-        for old, new, ours in zip(before, [*new_value, *new_policy], [*value, *policy], strict=True):
+        for old, new, ours in zip(
+            before, [*new_value, *new_policy], [*value, *policy], strict=True
+        ):
             torch.testing.assert_close(ours[task : task + 1], new)
             assert not torch.allclose(old, new)
 
@@ -116,7 +138,9 @@ def test_outer_gradient_against_finite_differences(tiny, weight_transform):
     sum(macaw.outer_losses(agent, inner, outer)).backward()
     for name, parameter in agent.named_parameters():
         if name.startswith(("policy.3", "policy.4")) and name.endswith("raw_lr"):
-            assert parameter.grad is None  # of the advantage head only what comes before the inner step matters
+            assert (
+                parameter.grad is None
+            )  # of the advantage head only what comes before the inner step matters
             continue
         which, flat, epsilon = 0 if name.startswith("value") else 1, parameter.data.view(-1), 1e-6
         for i in {0, len(flat) // 2, len(flat) - 1}:
@@ -126,7 +150,9 @@ def test_outer_gradient_against_finite_differences(tiny, weight_transform):
                 ends.append(macaw.outer_losses(agent, inner, outer)[which].item())
             flat[i] += epsilon
             expected = (ends[0] - ends[1]) / (2 * epsilon)
-            assert parameter.grad.view(-1)[i].item() == pytest.approx(expected, rel=1e-4, abs=1e-7), (name, i)
+            assert parameter.grad.view(-1)[i].item() == pytest.approx(
+                expected, rel=1e-4, abs=1e-7
+            ), (name, i)
     assert agent.raw_adv_coef.grad.abs() > 0 and agent.policy[0].raw_lr.grad.abs().min() > 0
 
 
@@ -139,7 +165,10 @@ def test_a_gradient_step_adapts_to_the_inner_batch_and_is_judged_on_the_outer_on
     sum(losses).backward()
     optimizer = torch.optim.SGD(stepped.parameters(), lr=0.1)
     info = macaw.update(stepped, optimizer, {"inner": inner, "outer": outer}, args)
-    assert info["losses/value"].item() == losses[0].item() and info["losses/actor"].item() == losses[1].item()
+    assert (
+        info["losses/value"].item() == losses[0].item()
+        and info["losses/actor"].item() == losses[1].item()
+    )
     for (name, new), old in zip(stepped.named_parameters(), expected.parameters()):
         moved = 0 if old.grad is None else 0.1 * old.grad
         torch.testing.assert_close(new.detach(), old.detach() - moved, msg=name)
@@ -149,7 +178,9 @@ def test_a_gradient_step_adapts_to_the_inner_batch_and_is_judged_on_the_outer_on
 def test_outer_losses_by_hand(tiny, weight_transform):
     """The networks after adaptation to `inner`, written out in NumPy, on `outer`, which has other transitions."""
     agent, inner, outer = tiny(weight_transform)
-    policy, value = ([theta.detach().numpy() for theta in part] for part in macaw.inner_steps(agent, inner))
+    policy, value = (
+        [theta.detach().numpy() for theta in part] for part in macaw.inner_steps(agent, inner)
+    )
     obs, actions, returns = (outer[name].numpy() for name in ("obs", "actions", "returns"))
 
     def network(thetas, task, x):
@@ -165,7 +196,9 @@ def test_outer_losses_by_hand(tiny, weight_transform):
         errors.append((adv**2).mean())
         weight = np.minimum(np.exp((adv - adv.mean()) / adv.std(ddof=1)), 20)
         mean = np.tanh(network(policy[:3], task, obs[task]))  # without the advantage head
-        log_density = -0.5 * ((actions[task] - mean) / 0.2) ** 2 - math.log(0.2 * math.sqrt(2 * math.pi))
+        log_density = -0.5 * ((actions[task] - mean) / 0.2) ** 2 - math.log(
+            0.2 * math.sqrt(2 * math.pi)
+        )
         actor.append(-(weight * log_density.sum(-1)).mean())
     losses = [loss.item() for loss in macaw.outer_losses(agent, inner, outer)]
     assert losses == pytest.approx([np.mean(errors), np.mean(actor)], rel=1e-4)
@@ -184,12 +217,18 @@ def test_actor_loss_by_hand():
             weight = np.minimum(np.exp((a - a.mean()) / a.std(ddof=1)), limit)
             error = (actions[task] - mean[task]).double().numpy()
             density = np.exp(-0.5 * (error / 0.2) ** 2) / (0.2 * np.sqrt(2 * np.pi))
-            assert loss[task].item() == pytest.approx(-(weight * np.log(density + 1e-300).sum(-1)).mean(), rel=1e-3)
+            assert loss[task].item() == pytest.approx(
+                -(weight * np.log(density + 1e-300).sum(-1)).mean(), rel=1e-3
+            )
 
 
 def test_returns_are_discounted_within_each_trajectory():
     paths = [
-        {"obs": np.arange(3 * OBS).reshape(3, OBS), "actions": np.zeros((2, ACTION)), "rewards": np.array([1.0, 2.0])},
+        {
+            "obs": np.arange(3 * OBS).reshape(3, OBS),
+            "actions": np.zeros((2, ACTION)),
+            "rewards": np.array([1.0, 2.0]),
+        },
         {"obs": np.zeros((2, OBS)), "actions": np.ones((1, ACTION)), "rewards": np.array([5.0])},
     ]
     columns = macaw.transitions(paths, macaw.Args(gamma=0.5), "cpu")
@@ -211,20 +250,31 @@ def test_the_batch_holds_the_returns_of_its_own_transitions(tmp_path, small, mon
     with np.load(DATA) as data:  # without the reader of buffers.py
         lengths, tasks, rewards = (data[f"rl_{name}"] for name in ("lengths", "tasks", "rewards"))
         last = np.cumsum(lengths + 1) - 1
-        pairs = np.concatenate([np.delete(data["rl_obs"], last, axis=0), data["rl_actions"]], axis=1)
+        pairs = np.concatenate(
+            [np.delete(data["rl_obs"], last, axis=0), data["rl_actions"]], axis=1
+        )
     for task, length, end in zip(tasks.tolist(), lengths.tolist(), lengths.cumsum().tolist()):
-        for t in range(end - length, end):  # no observation and action of this dataset is there twice
+        for t in range(
+            end - length, end
+        ):  # no observation and action of this dataset is there twice
             total = sum(0.99**k * reward for k, reward in enumerate(rewards[t:end].tolist()))
             expected[pairs[t].tobytes()] = task, total
     assert len(expected) == buffer.used == 50 * 6 * 50
-    batch, found = sample_batch(buffer, macaw.Args(meta_batch=50), torch.Generator().manual_seed(0)), {}
+    batch, found = (
+        sample_batch(buffer, macaw.Args(meta_batch=50), torch.Generator().manual_seed(0)),
+        {},
+    )
     for name, part in batch.items():
         rows = torch.cat([part["obs"], part["actions"]], dim=-1).numpy()  # (50, B, o + a)
-        numbers, returns = np.moveaxis([[expected[row.tobytes()] for row in of_task] for of_task in rows], -1, 0)
+        numbers, returns = np.moveaxis(
+            [[expected[row.tobytes()] for row in of_task] for of_task in rows], -1, 0
+        )
         np.testing.assert_allclose(part["returns"][..., 0], returns, rtol=1e-4, atol=1e-4)
         assert (numbers == numbers[:, :1]).all()
         found[name] = numbers[:, 0].tolist()
-    assert found["inner"] == found["outer"] and sorted(found["inner"]) == list(range(50))  # the same tasks, each once
+    assert found["inner"] == found["outer"] and sorted(found["inner"]) == list(
+        range(50)
+    )  # the same tasks, each once
 
 
 def test_the_third_episode_is_of_the_policy_adapted_to_the_first_two(monkeypatch):
@@ -238,7 +288,9 @@ def test_the_third_episode_is_of_the_policy_adapted_to_the_first_two(monkeypatch
         return played[-1][-1]
 
     monkeypatch.setattr(macaw, "play", record)
-    _, env_list = envs.make_evaluation("PointDirection", np.array([[0.0]]), np.array([[1.0], [2.0]]), repeats=1)["test"]
+    _, env_list = envs.make_evaluation(
+        "PointDirection", np.array([[0.0]]), np.array([[1.0], [2.0]]), repeats=1
+    )["test"]
     final, exploration = macaw.meta_episode(env_list, agent, args, torch.Generator().manual_seed(0))
     (first, _, one), (second, _, two), (third, _, three) = played
     assert [how for _, how, _ in played] == [False, False, True] and final == three
@@ -246,19 +298,34 @@ def test_the_third_episode_is_of_the_policy_adapted_to_the_first_two(monkeypatch
         assert exploration[i] == (one[i], two[i])
         batch = macaw.transitions([one[i], two[i]], args, "cpu")
         adapted, _ = macaw.inner_steps(agent, {name: x[None] for name, x in batch.items()})
-        for before, again, after, expected, layer in zip(first, second, third, adapted, agent.policy):
+        for before, again, after, expected, layer in zip(
+            first, second, third, adapted, agent.policy
+        ):
             assert torch.equal(before[i], layer()) and torch.equal(again[i], layer())
             torch.testing.assert_close(after[i], expected[0])
     assert sum((before - after).abs().sum() for before, after in zip(first, third)) > 0.01
 
 
-def test_an_evaluation_plays_each_split_in_its_own_environments_and_adapts_to_that_tasks_data(monkeypatch):
+def test_an_evaluation_plays_each_split_in_its_own_environments_and_adapts_to_that_tasks_data(
+    monkeypatch,
+):
     """Every transition of task i has the observation i: what is adapted to shows whose data it is."""
-    args = macaw.Args(env_id="PointDirection", policy_hidden=(8,), value_hidden=(8,), context_batch=7)
+    args = macaw.Args(
+        env_id="PointDirection", policy_hidden=(8,), value_hidden=(8,), context_batch=7
+    )
     torch.manual_seed(0)
-    agent, buffer, asked, acted = macaw.Agent(OBS, ACTION, args), buffers.ReplayBuffer(5, OBS, ACTION, 50), [], []
+    agent, buffer, asked, acted = (
+        macaw.Agent(OBS, ACTION, args),
+        buffers.ReplayBuffer(5, OBS, ACTION, 50),
+        [],
+        [],
+    )
     for task in range(5):
-        path = {"obs": np.full((11, OBS), task), "actions": np.zeros((10, ACTION)), "rewards": np.zeros(10)}
+        path = {
+            "obs": np.full((11, OBS), task),
+            "actions": np.zeros((10, ACTION)),
+            "rewards": np.zeros(10),
+        }
         buffer.add(task, path | {"terminals": np.zeros(10)})
     buffer.mark_offline()
     buffer.fields["returns"] = torch.zeros(50, 1)
@@ -277,16 +344,24 @@ def test_an_evaluation_plays_each_split_in_its_own_environments_and_adapts_to_th
     monkeypatch.setattr(macaw, "inner_steps", record_steps)
     monkeypatch.setattr(macaw, "play", record_play)
     results, scalars, paths = macaw.evaluate(agent, buffer, eval_envs, args)
-    assert list(results) == [("test", "online"), ("train", "online"), ("train", "offline")] and scalars == {}
+    assert (
+        list(results) == [("test", "online"), ("train", "online"), ("train", "offline")]
+        and scalars == {}
+    )
     numbers = results["train", "offline"][0]
     assert results["test", "online"][0] == [0, 0, 1, 1] and numbers == results["train", "online"][0]
     angles = [[env.unwrapped.task[0] for env in env_list] for env_list in acted]
-    assert angles[:3] == 3 * [[3.0, 3.0, 2.0, 2.0]] and angles[3:] == 4 * [[number / 10.0 for number in numbers]]
+    assert angles[:3] == 3 * [[3.0, 3.0, 2.0, 2.0]] and angles[3:] == 4 * [
+        [number / 10.0 for number in numbers]
+    ]
     assert len(numbers) == 6 and len(set(numbers)) == 3
     assert asked[-1]["obs"].shape == (6, 7, OBS)
     assert asked[-1]["obs"][:, :, 0].tolist() == [7 * [float(number)] for number in numbers]
     assert sorted({path["obs"][0, 0] for path in paths}) == sorted(set(numbers))
-    assert results["train", "offline"][2] is results["train", "online"][2] and results["train", "offline"][3] is None
+    assert (
+        results["train", "offline"][2] is results["train", "online"][2]
+        and results["train", "offline"][3] is None
+    )
 
 
 def test_success_is_the_behaviour_achieved_in_the_last_step(drawers, tmp_path):
@@ -300,12 +375,18 @@ def test_success_is_the_behaviour_achieved_in_the_last_step(drawers, tmp_path):
     buffer.fields |= macaw.transitions([path], args, "cpu")
     torch.manual_seed(0)
     agent = macaw.Agent(13, 4, args)
-    with buffers.Run(args, macaw.__file__, agent=agent, optimizer=torch.optim.Adam(agent.parameters())) as run:
+    with buffers.Run(
+        args, macaw.__file__, agent=agent, optimizer=torch.optim.Adam(agent.parameters())
+    ) as run:
         for _ in run.steps(1, "offline"):
             run.write(*macaw.evaluate(agent, buffer, drawers, args))
     events = EventAccumulator(str(run.folder))
     events.Reload()
-    found = {tag: events.Scalars(tag)[0].value for tag in events.Tags()["scalars"] if tag.endswith("success")}
+    found = {
+        tag: events.Scalars(tag)[0].value
+        for tag in events.Tags()["scalars"]
+        if tag.endswith("success")
+    }
     assert found == {
         "charts/test/online_context_success": 0, "charts/train/online_context_success": 1,
         "charts/train/offline_context_success": 1,
@@ -315,10 +396,16 @@ def test_success_is_the_behaviour_achieved_in_the_last_step(drawers, tmp_path):
 def test_preset_stands_for_flags_that_others_override():
     given = ["--env-id", "HopperParam", "--preset", "matched", "--policy-lr", "0.01"]
     args = parse(given)
-    assert (args.preset, args.policy_hidden, args.weight_transform) == ("matched", (300, 300, 300), False)
+    assert (args.preset, args.policy_hidden, args.weight_transform) == (
+        "matched",
+        (300, 300, 300),
+        False,
+    )
     assert (args.policy_lr, args.value_lr, args.meta_batch) == (0.01, 3e-4, 4)
     assert parse(given[:2]).weight_transform and parse(given[:2]).meta_batch == 5
-    point = parse(["--env-id", "PointDirection", "--preset", "matched"])  # SMAC's sizes on that environment
+    point = parse(
+        ["--env-id", "PointDirection", "--preset", "matched"]
+    )  # SMAC's sizes on that environment
     assert (point.policy_hidden, point.rl_batch, point.policy_lr) == ((128, 128), 128, 1e-3)
     assert (point.meta_batch, point.weight_transform, point.offline_steps) == (4, False, 3_000)
 
@@ -339,9 +426,13 @@ def test_a_run_evaluates_and_resumes_bit_for_bit(tmp_path, small, monkeypatch):
         start(tmp_path / "part", *flags)
     part = tmp_path / "part" / whole.name
     resumed = macaw.main(parse(["--resume", str(part)]))
-    assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in agent.state_dict().items())
+    assert all(
+        torch.equal(value, resumed.state_dict()[name]) for name, value in agent.state_dict().items()
+    )
     assert (whole / "eval.csv").read_bytes() == (part / "eval.csv").read_bytes()
-    assert len(read(whole)) == 2 * (2 + 3 + 3)  # two evaluations: 2 test tasks, 3 training tasks with either context
+    assert len(read(whole)) == 2 * (
+        2 + 3 + 3
+    )  # two evaluations: 2 test tasks, 3 training tasks with either context
     saved = json.loads((part / "args.json").read_text())
     assert (saved["preset"], saved["meta_batch"], saved["policy_hidden"]) == ("matched", 4, [16])
 
@@ -349,7 +440,9 @@ def test_a_run_evaluates_and_resumes_bit_for_bit(tmp_path, small, monkeypatch):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A short run: its agent, flags and folder."""
-    flags = "--policy-hidden 32 32 --value-hidden 32 32 --policy-lr 1e-3 --value-lr 1e-3 --rl-batch 128"
+    flags = (
+        "--policy-hidden 32 32 --value-hidden 32 32 --policy-lr 1e-3 --value-lr 1e-3 --rl-batch 128"
+    )
     flags = [*flags.split(), *"--context-batch 128 --offline-steps 100".split()]
     run, agent = start(tmp_path_factory.mktemp("trained"), *flags)
     return agent, parse([*SMALL, *flags]), run
@@ -370,7 +463,9 @@ def test_adaptation_raises_the_return_on_unseen_tasks_if_the_data_explore(traine
         env = envs.make("PointDirection")
         env.unwrapped.set_task(task)
         paths = [path for _, path in dataset["rl"][i::50]]  # 6, of different training tasks
-        paths = [path | {"rewards": path["obs"][1:, 2:] @ env.unwrapped.direction} for path in paths]
+        paths = [
+            path | {"rewards": path["obs"][1:, 2:] @ env.unwrapped.direction} for path in paths
+        ]
         batch = {name: x[None] for name, x in macaw.transitions(paths, args, "cpu").items()}
         policy, _ = macaw.inner_steps(agent, batch)
         (path,) = macaw.play([env], policy, torch.Generator().manual_seed(0), deterministic=True)

@@ -25,7 +25,7 @@ import smac_offline_online as smac
 from benchmark import plot
 from plumbing.flags import parse_args
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 OURS = {file.stem for file in ROOT.glob("*.py")}
 FILES = sorted((*ROOT.glob("*.py"), *ROOT.glob("plumbing/*.py")))
 TREES = {file.relative_to(ROOT).as_posix(): ast.parse(file.read_text()) for file in FILES}
@@ -42,7 +42,9 @@ SHARED = {
     "plumbing/flags.py": 200, "plumbing/machine.py": 120, "plumbing/pictures.py": 130, "README.md": 200,
 }  # fmt: skip
 MAY_DIFFER = {"Args", "Agent", "update", "main", "evaluate", "sample_batch", "rollout"}
-READ_BY_RUN = "eval_every run_dir resume device cuda_graph preset".split()  # by `Run` and `parse_args`, for all scripts
+READ_BY_RUN = (
+    "eval_every run_dir resume device cuda_graph preset".split()
+)  # by `Run` and `parse_args`, for all scripts
 
 
 def source(name):
@@ -98,25 +100,39 @@ def test_a_script_is_short_and_its_main_is_one_flat_function(script, most):
     lines = len(source(script).splitlines())
     assert lines <= most, f"{script} shall be read at a sitting: {lines} lines, at most {most}"
     assert main.end_lineno - main.lineno + 1 <= 60
-    inside = [node for node in ast.walk(main) if isinstance(node, (ast.FunctionDef, ast.Lambda, ast.ClassDef))]
-    assert inside == [main] and not any(isinstance(node, (ast.Global, ast.Nonlocal)) for node in ast.walk(main))
+    inside = [
+        node
+        for node in ast.walk(main)
+        if isinstance(node, (ast.FunctionDef, ast.Lambda, ast.ClassDef))
+    ]
+    assert inside == [main] and not any(
+        isinstance(node, (ast.Global, ast.Nonlocal)) for node in ast.walk(main)
+    )
 
 
 def test_what_scripts_share_is_small():
     assert SHARED.keys() == TREES.keys() - set(SCRIPTS) | {"README.md"}
-    assert {name: most for name, most in SHARED.items() if len(source(name).splitlines()) > most} == {}
+    assert {
+        name: most for name, most in SHARED.items() if len(source(name).splitlines()) > most
+    } == {}
 
 
 @pytest.mark.parametrize("one, other", list(itertools.combinations(SCRIPTS, 2)))
 def test_copies_of_a_function_are_identical(one, other):
     ours, theirs = definitions(one), definitions(other)
-    differ = sorted(name for name in (ours.keys() & theirs.keys()) - MAY_DIFFER if ours[name] != theirs[name])
-    assert not differ, f"{differ} of {one} and {other} are no copies: make them so, rename one, or add it to MAY_DIFFER"
+    differ = sorted(
+        name for name in (ours.keys() & theirs.keys()) - MAY_DIFFER if ours[name] != theirs[name]
+    )
+    assert not differ, (
+        f"{differ} of {one} and {other} are no copies: make them so, rename one, or add it to MAY_DIFFER"
+    )
 
 
 def test_smac_pearl_and_meta_bc_have_the_same_networks_and_meta_episode():
     ours = definitions("smac_offline_online.py")
-    shared = "mlp Encoder Policy make_context tanh_gaussian_log_prob kl_to_prior prior adapt".split()
+    shared = (
+        "mlp Encoder Policy make_context tanh_gaussian_log_prob kl_to_prior prior adapt".split()
+    )
     for script, names in {
         "pearl_online_oracle.py": [*shared, "QFunctions"],
         "meta_bc.py": [*shared, "Decoder", "reward_loss", "rollout", "evaluate"],
@@ -131,7 +147,9 @@ def test_every_flag_is_read_and_has_a_help_text(script):
     read = {
         node.attr
         for node in ast.walk(TREES[script])
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "args"
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "args"
     }
     assert sorted(set(texts) - read) == sorted(set(READ_BY_RUN))
     assert sorted(read - set(texts)) == []  # nor a reader without a flag
@@ -161,7 +179,9 @@ def test_the_same_flag_has_the_same_type_in_every_script():
     for script in SCRIPTS:
         for node in tree_of(script, "Args").body:
             types[node.target.id].add(ast.unparse(node.annotation))
-    assert {flag: kinds for flag, kinds in types.items() if len(kinds) > 1 and flag != "preset"} == {}
+    assert {
+        flag: kinds for flag, kinds in types.items() if len(kinds) > 1 and flag != "preset"
+    } == {}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -180,7 +200,9 @@ def test_of_ours_a_script_imports_only_envs_and_buffers(script):
 @pytest.mark.parametrize("name", [name for name in TREES if name not in SCRIPTS])
 def test_shared_files_import_no_script(name):
     text = source(name)
-    assert not [s for s in SCRIPTS if re.search(rf"^\s*(import|from) {s[:-3]}\b", text, re.MULTILINE)]
+    assert not [
+        s for s in SCRIPTS if re.search(rf"^\s*(import|from) {s[:-3]}\b", text, re.MULTILINE)
+    ]
 
 
 @pytest.mark.parametrize("name", TREES)
@@ -210,10 +232,14 @@ def test_departures_from_the_paper_say_what_the_code_does(name):
 def test_paper_md_lists_every_departure():
     named = [file for _, files in departures() for file in files]
     for name in sorted(TREES):
-        assert named.count(name) == sum(comment.count("PAPER:") for comment in comments(source(name))), name
+        assert named.count(name) == sum(
+            comment.count("PAPER:") for comment in comments(source(name))
+        ), name
     numbers = [number for number, _ in departures()]
     assert numbers == list(range(1, len(numbers) + 1))
-    assert set(named) <= set(TREES) and f", of {len(numbers)} in [PAPER.md](PAPER.md)" in flowing(source("README.md"))
+    assert set(named) <= set(TREES) and f", of {len(numbers)} in [PAPER.md](PAPER.md)" in flowing(
+        source("README.md")
+    )
     for row in re.findall(r"\b[Rr]ows? (\d+)", source("PAPER.md")):
         assert int(row) in numbers
 
@@ -225,7 +251,14 @@ def flowing(text):
 
 def test_paper_md_and_readme_name_flags_that_exist():
     known = {flag for module in MODULES.values() for flag in vars(module.Args())}
-    known |= {"help", "video", "out", "parallel", "check", "logdir"}  # of benchmark/, ruff and TensorBoard
+    known |= {
+        "help",
+        "video",
+        "out",
+        "parallel",
+        "check",
+        "logdir",
+    }  # of benchmark/, ruff and TensorBoard
     for file in ("PAPER.md", "README.md", "datasets/README.md"):
         flags = set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)", source(file)))
         named = {flag.removeprefix("no-").replace("-", "_") for flag in flags}
@@ -234,15 +267,23 @@ def test_paper_md_and_readme_name_flags_that_exist():
 
 def test_the_readme_names_functions_that_exist():
     table = source("README.md").split("## The paper in the file")[1].split("\n## ")[0]
-    named = {word for row in re.findall(r"\| ([^|]*) \|$", table, re.M) for word in re.findall(r"`(\w+)`", row)}
-    defined = set(re.findall(r"^ *(?:def|class) (\w+)|^(\w+) = ", source("smac_offline_online.py"), re.M))
+    named = {
+        word
+        for row in re.findall(r"\| ([^|]*) \|$", table, re.M)
+        for word in re.findall(r"`(\w+)`", row)
+    }
+    defined = set(
+        re.findall(r"^ *(?:def|class) (\w+)|^(\w+) = ", source("smac_offline_online.py"), re.M)
+    )
     assert len(named) > 8 and named <= {name for pair in defined for name in pair}
 
 
 def test_the_readmes_links_lead_somewhere():
     for file in ("README.md", "PAPER.md", "datasets/README.md", "benchmark/results/README.md"):
         for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", source(file)):
-            assert target.startswith("https://") or (ROOT / file).parent.joinpath(target).exists(), (file, target)
+            assert (
+                target.startswith("https://") or (ROOT / file).parent.joinpath(target).exists()
+            ), (file, target)
 
 
 TABLES = [
@@ -259,10 +300,14 @@ def test_every_table_has_its_place():
 
 
 @pytest.mark.parametrize("file, name, text", TABLES, ids=[name for _, name, _ in TABLES])
-def test_tables_in_the_texts_are_those_of_the_results(file, name, text, tmp_path, monkeypatch, capsys):
+def test_tables_in_the_texts_are_those_of_the_results(
+    file, name, text, tmp_path, monkeypatch, capsys
+):
     results = tmp_path / "benchmark" / "results"
     shutil.copytree(
-        plot.RESULTS, results, ignore=shutil.ignore_patterns("table.md", "glance.md", "larger.md", "*.png", "speed")
+        plot.RESULTS,
+        results,
+        ignore=shutil.ignore_patterns("table.md", "glance.md", "larger.md", "*.png", "speed"),
     )
     (tmp_path / "datasets").symlink_to(ROOT / "datasets")
     monkeypatch.setattr(plot, "RESULTS", results)
@@ -291,12 +336,18 @@ def test_claims_at_a_glance_are_those_of_the_results():
         for label, step in (("smac", 3_000), ("smac", 12_600), ("smac_oracle_rewards", 12_600))
     )
     assert int(share) == round(100 * (after - before) / (oracle - before))
-    (claimed,) = re.findall(r"At equal gradient steps the smaller batch has (\d+), three oracle seeds (\d+)", text)
-    for value, label in zip(claimed, ("smac", "pearl")):  # each the mean of three evaluations, the last at 100,000
+    (claimed,) = re.findall(
+        r"At equal gradient steps the smaller batch has (\d+), three oracle seeds (\d+)", text
+    )
+    for value, label in zip(
+        claimed, ("smac", "pearl")
+    ):  # each the mean of three evaluations, the last at 100,000
         curves = [returns("hopper_small", label, seed) for seed in (1, 2, 3)]
         steps = [sorted(step for step in curve if step <= 100_000)[-3:] for curve in curves]
         assert all(last[-1] == 100_000 for last in steps)
-        assert int(value) == round(np.mean([[c[step] for step in last] for c, last in zip(curves, steps)]))
+        assert int(value) == round(
+            np.mean([[c[step] for step in last] for c, last in zip(curves, steps)])
+        )
 
 
 def at(name, label, step, *seeds):
@@ -310,15 +361,24 @@ def cheetah_error(num_fastest):
         fastest = set(data["test_tasks"][:, 0].argsort()[-num_fastest:].tolist())
     errors = []
     for seed in (1, 2):
-        with open(ROOT / "benchmark" / "results" / "cheetah_small" / f"smac__{seed}.csv", newline="") as file:
-            rows = [row for row in csv.DictReader(file) if row["gradient_step"] == "150000" and row["split"] == "test"]
+        with open(
+            ROOT / "benchmark" / "results" / "cheetah_small" / f"smac__{seed}.csv", newline=""
+        ) as file:
+            rows = [
+                row
+                for row in csv.DictReader(file)
+                if row["gradient_step"] == "150000" and row["split"] == "test"
+            ]
         errors += [-float(row["return"]) / 200 for row in rows if int(row["task"]) in fastest]
     assert len(errors) == 2 * num_fastest
     return np.mean(errors)
 
 
 def success(label, step, column="test/online"):
-    with open(ROOT / "benchmark" / "results" / "sawyer_small" / "diagnostics" / f"{label}__1.csv", newline="") as file:
+    with open(
+        ROOT / "benchmark" / "results" / "sawyer_small" / "diagnostics" / f"{label}__1.csv",
+        newline="",
+    ) as file:
         row = [row for row in csv.DictReader(file) if step in (None, int(row["gradient_step"]))][-1]
     return float(row[f"charts/{column}_context_success"])
 
@@ -343,11 +403,15 @@ def sawyer_short(label):
 
 def scenes():
     """Success on Sawyer's test tasks with 200 scenes: offline, mean of the last three evaluations, end; three runs."""
-    folder, rows = ROOT / "benchmark" / "results" / "short" / "SawyerManipulation200" / "diagnostics", []
+    folder, rows = (
+        ROOT / "benchmark" / "results" / "short" / "SawyerManipulation200" / "diagnostics",
+        [],
+    )
     for run in ("smac__1", "smac__2", "smac__3"):
         with open(folder / f"{run}.csv", newline="") as file:
             curve = {
-                int(r["gradient_step"]): float(r["charts/test/online_context_success"]) for r in csv.DictReader(file)
+                int(r["gradient_step"]): float(r["charts/test/online_context_success"])
+                for r in csv.DictReader(file)
             }
         rows.append([curve[15_000], np.mean([*curve.values()][-3:]), curve[35_000]])
     return rows
@@ -373,7 +437,9 @@ def new(label):
     """New transitions of hopper_small, mean over three seeds."""
     last = []
     for seed in (1, 2, 3):
-        with open(ROOT / "benchmark" / "results" / "hopper_small" / f"{label}__{seed}.csv", newline="") as file:
+        with open(
+            ROOT / "benchmark" / "results" / "hopper_small" / f"{label}__{seed}.csv", newline=""
+        ) as file:
             last.append(max(int(row["env_steps"]) for row in csv.DictReader(file)))
     return np.mean(last)
 
@@ -473,7 +539,9 @@ def test_sawyers_table_of_successes_is_that_of_the_results():
     assert len(rows) == 6
     for label, moment, *cells in rows:
         step = None if moment == "at the end" else 50_000
-        for cell, column in zip(cells, ("test/online", "train/online", "train/offline"), strict=True):
+        for cell, column in zip(
+            cells, ("test/online", "train/online", "train/offline"), strict=True
+        ):
             assert abs(float(cell) - success(label, step, column)) <= 0.005 + 1e-6
 
 
@@ -482,25 +550,46 @@ def test_sawyers_table_of_200_scenes_is_that_of_the_results():
     rows = re.findall(r"^\| (\w+), seed (\d) \| (.*) \|$", text, re.M)
     assert len(rows) == 6
     for label, seed, cells in rows:
-        file = ROOT / "benchmark/results/short/SawyerManipulation200/diagnostics" / f"{label}__{seed}.csv"
+        file = (
+            ROOT
+            / "benchmark/results/short/SawyerManipulation200/diagnostics"
+            / f"{label}__{seed}.csv"
+        )
         with open(file, newline="") as lines:
             found = [*csv.DictReader(lines)]
-        for cell, column in zip(cells.split(" | "), ("test/online", "train/online", "train/offline"), strict=True):
-            curve = {int(row["gradient_step"]): float(row[f"charts/{column}_context_success"]) for row in found}
-            for said, value in zip(cell.split(" → "), (curve[15_000], np.mean([*curve.values()][-3:])), strict=True):
+        for cell, column in zip(
+            cells.split(" | "), ("test/online", "train/online", "train/offline"), strict=True
+        ):
+            curve = {
+                int(row["gradient_step"]): float(row[f"charts/{column}_context_success"])
+                for row in found
+            }
+            for said, value in zip(
+                cell.split(" → "), (curve[15_000], np.mean([*curve.values()][-3:])), strict=True
+            ):
                 assert abs(float(said) - value) <= 0.0005 + 1e-6
 
 
 def test_figure_9s_table_is_that_of_the_results():
     text = source(FULL).split("\n| the second phase explores |")[1].split("\n\n")[0]
-    rows = re.findall(r"^\| test tasks, true rewards \| (.*) \|$|^\| t\w+ tasks \| (.*) \|$", text, re.M)
+    rows = re.findall(
+        r"^\| test tasks, true rewards \| (.*) \|$|^\| t\w+ tasks \| (.*) \|$", text, re.M
+    )
     labels = ("smac", "smac_test_tasks", "smac_test_tasks_oracle_rewards")
     for label, cells in zip(labels, ("".join(row).split(" | ") for row in rows), strict=True):
         for seed, said in ((1, cells[:2]), (2, cells[2:])):
-            file = ROOT / "benchmark/results/short/SawyerManipulation8/diagnostics" / f"{label}__{seed}.csv"
+            file = (
+                ROOT
+                / "benchmark/results/short/SawyerManipulation8/diagnostics"
+                / f"{label}__{seed}.csv"
+            )
             with open(file, newline="") as lines:
                 found = [(int(row["gradient_step"]), row) for row in csv.DictReader(lines)]
-            curve = [float(row["charts/test/online_context_success"]) for step, row in found if step >= 15_000]
+            curve = [
+                float(row["charts/test/online_context_success"])
+                for step, row in found
+                if step >= 15_000
+            ]
             for word, value in zip(said, (curve[0], np.mean(curve[1:])), strict=True):
                 assert abs(float(word) - value) <= 0.005 + 1e-6
 
@@ -511,15 +600,30 @@ def test_what_is_said_of_the_gpu_is_in_its_table():
     recorded = {(row[0].strip("| "), row[1]): row[2] for row in rows}
     words = r"SMAC makes (\d+) \(offline\) and (\d+) \(self-supervised\).*?; meta-BC (\S+), PEARL (\d+), "
     said = re.findall(words + r"MACAW (\d+), BOReL (\d+) \(VAE\) and (\d+) \(SAC\)", text)
-    names = [("smac_offline_online", "offline"), ("smac_offline_online", "self-supervised"), ("meta_bc", "offline")]
-    names += [("pearl_online_oracle", "online"), ("macaw", "offline"), ("borel", "VAE"), ("borel", "SAC")]
+    names = [
+        ("smac_offline_online", "offline"),
+        ("smac_offline_online", "self-supervised"),
+        ("meta_bc", "offline"),
+    ]
+    names += [
+        ("pearl_online_oracle", "online"),
+        ("macaw", "offline"),
+        ("borel", "VAE"),
+        ("borel", "SAC"),
+    ]
     assert [number.replace(",", "") for number in said[0]] == [recorded[name] for name in names]
 
 
 def cells(file):
     """Rows of the tables of a file, without their heads."""
-    rows = [line.strip("| ").split(" | ") for line in source(file).splitlines() if line.startswith("| ")]
-    return [row for i, row in enumerate(rows) if row[0] != "---" and "---" not in rows[min(i + 1, len(rows) - 1)][0]]
+    rows = [
+        line.strip("| ").split(" | ") for line in source(file).splitlines() if line.startswith("| ")
+    ]
+    return [
+        row
+        for i, row in enumerate(rows)
+        if row[0] != "---" and "---" not in rows[min(i + 1, len(rows) - 1)][0]
+    ]
 
 
 def test_what_is_said_of_evaluations_on_two_cores_is_in_its_table():
@@ -529,11 +633,19 @@ def test_what_is_said_of_evaluations_on_two_cores_is_in_its_table():
     names = "Ant", "Cheetah", "Humanoid", "Sawyer", "Walker", "Hopper"
     words = ", ".join(rf"(\S+) on {name}" for name in names[1:-1]) + r", (\S+) and (\S+) on Hopper"
     (said,) = re.findall(r"are (\S+) times as fast as in one process on Ant, " + words, text)
-    found = [ratio for name in names for env_id in ratios if env_id.startswith(name) for ratio in ratios[env_id]]
+    found = [
+        ratio
+        for name in names
+        for env_id in ratios
+        if env_id.startswith(name)
+        for ratio in ratios[env_id]
+    ]
     assert [*said] == found
     assert f"not faster ({' and '.join(ratios['PointDirection'])})" in text
     least, most = min(map(float, found)), max(map(float, found))
-    assert f"two are {least:.1f} to {most:.1f} times as fast on the robots" in flowing(source("README.md"))
+    assert f"two are {least:.1f} to {most:.1f} times as fast on the robots" in flowing(
+        source("README.md")
+    )
 
 
 def test_what_is_said_of_a_plain_step_is_in_its_table():
@@ -554,7 +666,9 @@ def test_what_is_said_of_a_plain_step_is_in_its_table():
         (11, 1, "offline", r"compiled step is (\S+) to (\S+) times as fast as the plain one"),
     ):
         (said,), found = re.findall(words, text), ratios(column, place, value)
-        assert [*map(float, said)] == (found if value == "the paper's" else [min(found), max(found)])
+        assert [*map(float, said)] == (
+            found if value == "the paper's" else [min(found), max(found)]
+        )
     (percent,) = re.findall(r"what is taken is at most (\d+) % slower than the other", text)
     assert int(percent) == round(100 * max(float(row[10]) for row in rows) - 100)
 
@@ -563,13 +677,23 @@ def test_what_is_said_of_a_plain_step_is_in_its_table():
 
 
 @pytest.mark.parametrize("script, may_be_empty", [(smac, True), (pearl, False), (meta_bc, False)])
-def test_a_batch_has_the_transitions_of_one_buffer_and_the_context_of_the_other(script, may_be_empty):
+def test_a_batch_has_the_transitions_of_one_buffer_and_the_context_of_the_other(
+    script, may_be_empty
+):
     buffer, tasks = buffers.ReplayBuffer(4, 1, 1, 100), (0, 1, 3) if may_be_empty else (0, 1, 2, 3)
     for task in tasks:
         for sign, where in ((1, {"encoder": False}), (-1, {"rl": False})):
             path = {"obs": torch.full((6, 1), sign * (task + 1.0)), "actions": torch.zeros(5, 1)}
-            buffer.add(task, path | {"rewards": torch.full((5,), 9.0), "terminals": torch.zeros(5)}, **where)
-    args, seen, asked = script.Args(rl_batch=3, context_batch=2, meta_batch=4, latent_dim=2), set(), set()
+            buffer.add(
+                task,
+                path | {"rewards": torch.full((5,), 9.0), "terminals": torch.zeros(5)},
+                **where,
+            )
+    args, seen, asked = (
+        script.Args(rl_batch=3, context_batch=2, meta_batch=4, latent_dim=2),
+        set(),
+        set(),
+    )
 
     def ask(tasks, *rest, sample=buffer.sample):
         asked.update(tasks.tolist())  # an empty task would give another one's transitions
@@ -580,8 +704,13 @@ def test_a_batch_has_the_transitions_of_one_buffer_and_the_context_of_the_other(
         batch = script.sample_batch(buffer, args, torch.Generator().manual_seed(seed))
         drawn = batch["obs"][:, 0, 0]  # (T,), task number + 1
         assert batch["obs"].shape == (4, 3, 1) and (batch["obs"] == drawn[:, None, None]).all()
-        assert batch["context"].shape == (4, 2, 3) and (batch["context"][..., 0] == -drawn[:, None]).all()
-        assert (batch["context"][..., 1] == 0).all() and (batch["context"][..., 2] == 9).all()  # (s, a, r)
+        assert (
+            batch["context"].shape == (4, 2, 3)
+            and (batch["context"][..., 0] == -drawn[:, None]).all()
+        )
+        assert (batch["context"][..., 1] == 0).all() and (
+            batch["context"][..., 2] == 9
+        ).all()  # (s, a, r)
         seen |= {int(number) - 1 for number in drawn}
     assert seen == asked == set(tasks)
 
@@ -599,20 +728,33 @@ def test_the_flags_are_those_of_the_papers_tables():
     }  # fmt: skip
     for env_id, (horizon, beta, scale, train, test, transitions, lambda_pearl) in columns.items():
         args, spec = parse(smac, "--env-id", env_id), envs.SPECS[env_id]
-        assert (args.rl_batch, args.context_batch, args.meta_batch, args.latent_dim) == (256, 64, 4, 5)
+        assert (args.rl_batch, args.context_batch, args.meta_batch, args.latent_dim) == (
+            256,
+            64,
+            4,
+            5,
+        )
         assert args.q_hidden == args.policy_hidden == (300,) * 3
         assert args.decoder_hidden == (64,) * 2 and args.encoder_hidden == (200,) * 3
         assert (args.gamma, args.tau, args.lr, args.offline_steps) == (0.99, 0.005, 3e-4, 50_000)
         assert args.updates_per_iteration == 4 * (args.prior_steps + args.posterior_steps)
         assert args.tasks_per_iteration == (1 if env_id == "SawyerManipulation" else 5)
         assert (spec.horizon, spec.num_train_tasks, spec.num_test_tasks) == (horizon, train, test)
-        assert (args.awr_lambda, args.reward_scale, args.lambda_pearl) == (beta, scale, lambda_pearl)
+        assert (args.awr_lambda, args.reward_scale, args.lambda_pearl) == (
+            beta,
+            scale,
+            lambda_pearl,
+        )
         if env_id != "SawyerManipulation":  # a script of its own makes its data
             slices = pearl.DATASET_SLICES.get(env_id, pearl.DEFAULT_SLICES)
             written = sum(piece[1] for piece in slices if piece)
             # PAPER.md, row 9: of Ant the paper's 400 encoder transitions are not apart
-            assert written == {"AntDirection": 1200, "HumanoidDirection": 400}.get(env_id, transitions)
-            assert parse(pearl, "--env-id", env_id).initial_steps >= written  # so that every task has as many
+            assert written == {"AntDirection": 1200, "HumanoidDirection": 400}.get(
+                env_id, transitions
+            )
+            assert (
+                parse(pearl, "--env-id", env_id).initial_steps >= written
+            )  # so that every task has as many
         for script in (pearl, meta_bc):
             other = parse(script, "--env-id", env_id)
             shared = "rl_batch context_batch meta_batch latent_dim policy_hidden encoder_hidden lr gamma tau"
@@ -639,15 +781,23 @@ def test_a_dataset_holds_what_its_command_makes_and_its_readme_says(file):
         slices = pearl.DATASET_SLICES.get(env_id, pearl.DEFAULT_SLICES)
         made = {part: piece[1] if piece else 0 for part, piece in zip(held, slices)}
     else:  # episodes a task and steps an episode, the scripts' own constants
-        sizes = {"make_point_direction.py": (6, 50), "make_sawyer.py": (50, 75), "make_ant.py": (6, 200)}
+        sizes = {
+            "make_point_direction.py": (6, 50),
+            "make_sawyer.py": (50, 75),
+            "make_ant.py": (6, 200),
+        }
         episodes, steps = sizes[Path(command[1]).name]
-        num_train = int(command[3]) if len(command) > 3 else num_train  # then there are fewer episodes a task
+        num_train = (
+            int(command[3]) if len(command) > 3 else num_train
+        )  # then there are fewer episodes a task
         made = {"rl": episodes * spec.num_train_tasks // num_train * steps, "encoder": 0}
     for part, number in made.items():
         assert (held[part] == number).all(), part
     assert tasks == {"train": num_train, "test": spec.num_test_tasks}
 
-    (row,) = re.findall(rf"^\| {file.name} \| (.*) \| (.*) \| `(.*)` \|$", source("datasets/README.md"), re.M)
+    (row,) = re.findall(
+        rf"^\| {file.name} \| (.*) \| (.*) \| `(.*)` \|$", source("datasets/README.md"), re.M
+    )
     assert row[0] == f"{tasks['train']} + {tasks['test']}"
     total = {part: f"{made[part] * tasks['train']:,}" for part in made}
     assert row[1] == total["rl"] + f", encoder {total['encoder']}" * (made["encoder"] > 0)

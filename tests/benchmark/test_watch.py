@@ -32,8 +32,20 @@ from plumbing.pictures import draw_summary, read_figures
 SCRIPTS = [smac, pearl, meta_bc, macaw, borel]
 TINY = dict(policy_hidden=(8,), rl_batch=4, meta_batch=2, eval_every=1_000)
 FLAGS = {
-    smac: dict(offline_steps=2, online_iterations=1, updates_per_iteration=2, prior_steps=50, posterior_steps=50),
-    pearl: dict(online_iterations=1, updates_per_iteration=2, initial_steps=50, prior_steps=50, posterior_steps=50),
+    smac: dict(
+        offline_steps=2,
+        online_iterations=1,
+        updates_per_iteration=2,
+        prior_steps=50,
+        posterior_steps=50,
+    ),
+    pearl: dict(
+        online_iterations=1,
+        updates_per_iteration=2,
+        initial_steps=50,
+        prior_steps=50,
+        posterior_steps=50,
+    ),
     meta_bc: dict(offline_steps=2),
     macaw: dict(offline_steps=2, value_hidden=(8,)),
     borel: dict(vae_steps=1, offline_steps=2, vae_tasks=2, elbo_terms=2),
@@ -49,7 +61,9 @@ def data(tmp_path_factory):
     rl = [entry for entry in whole["rl"] if entry[0] < 2]
     file = tmp_path_factory.mktemp("data") / "small.npz"
     test_tasks = np.deg2rad([[270.0], [90.0], [180.0]])
-    buffers.save_dataset(file, "PointDirection", whole["train_tasks"][:2], test_tasks, rl, [], "by hand")
+    buffers.save_dataset(
+        file, "PointDirection", whole["train_tasks"][:2], test_tasks, rl, [], "by hand"
+    )
     return file
 
 
@@ -101,7 +115,9 @@ def test_a_run_is_played_as_in_its_own_last_evaluation(script, runs, data):
     rows = [row for row in rows if row["gradient_step"] == str(STEPS[script])]
     assert numbers == [int(row["task"]) for row in rows] and len(rows) == 3
     for name, column in (("after adaptation", "return"), ("exploration", "exploration_return")):
-        assert returns[name].mean(1) == pytest.approx([float(row[column]) for row in rows], abs=1e-4)
+        assert returns[name].mean(1) == pytest.approx(
+            [float(row[column]) for row in rows], abs=1e-4
+        )
     assert ("the prior" in returns) == (script in (smac, pearl, meta_bc))
 
 
@@ -110,20 +126,28 @@ def test_what_own_context_gives_beyond_that_of_another_task_by_hand(runs, data, 
 
     def encoder(self, context):
         obs, actions, rewards = context.split([4, 2, 1], dim=-1)
-        direction = torch.linalg.lstsq(0.8 * obs[..., 2:] + 0.2 * actions, rewards).solution.squeeze(-1)  # (T, 2)
+        direction = torch.linalg.lstsq(
+            0.8 * obs[..., 2:] + 0.2 * actions, rewards
+        ).solution.squeeze(-1)  # (T, 2)
         mu = torch.cat([direction, torch.zeros(len(context), 3)], dim=-1)
         return mu, torch.full_like(mu, 1e-6)
 
     monkeypatch.setattr(smac.Encoder, "forward", encoder)
-    monkeypatch.setattr(smac.Policy, "forward", lambda self, obs, z: (10 * z[:, :2], torch.full((len(z), 2), -20.0)))
+    monkeypatch.setattr(
+        smac.Policy, "forward", lambda self, obs, z: (10 * z[:, :2], torch.full((len(z), 2), -20.0))
+    )
     script, args, tasks, loaded = watch.load(runs[smac], dataset=data)
     numbers, returns = watch.measure(script, loaded[4], args, tasks, 3, 2, sampled=True)
     # Velocity after t of 50 steps: (1 - .8^t) a, in all 50 - .8 (1 - .8^50) / .2 = 46.0. The other task is the one
     # above: 180 for 270, 270 for 90, 90 for 180
-    assert numbers == [0, 1, 2] and all(values.shape == (3, 2) for name, values in returns.items() if name[0] != "e")
+    assert numbers == [0, 1, 2] and all(
+        values.shape == (3, 2) for name, values in returns.items() if name[0] != "e"
+    )
     assert returns["after adaptation"] == pytest.approx(np.full((3, 2), 46.0), abs=0.01)
     assert returns["sampled actions"] == pytest.approx(np.full((3, 2), 46.0), abs=0.01)
-    assert returns["another task's context"] == pytest.approx(np.array([[0.0] * 2, [-46.0] * 2, [0.0] * 2]), abs=0.01)
+    assert returns["another task's context"] == pytest.approx(
+        np.array([[0.0] * 2, [-46.0] * 2, [0.0] * 2]), abs=0.01
+    )
     assert abs(returns["the prior"]).max() < 30  # z drawn at every step leads nowhere for long
 
 
@@ -137,7 +161,9 @@ def test_a_single_task_has_no_other(runs, data):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_an_agent_file_has_what_acting_needs_after_the_offline_phase_and_at_the_end(script, runs, data, tmp_path):
+def test_an_agent_file_has_what_acting_needs_after_the_offline_phase_and_at_the_end(
+    script, runs, data, tmp_path
+):
     file = agents.main(agents.Args(runs[script], tmp_path / "agent.npz", dataset=data))
     steps = [2, 4] if script is smac else [STEPS[script]] if script is not borel else [3]
     kept = {"policy", "value", "raw_adv_coef"} if script is macaw else {"policy", "encoder"}
@@ -146,24 +172,40 @@ def test_an_agent_file_has_what_acting_needs_after_the_offline_phase_and_at_the_
     assert {name.split("/")[1].split(".")[0] for name in arrays if "/" in name} == kept
     assert {int(name.split("/")[0]) for name in arrays if "/" in name} == set(steps)
     assert list(json.loads(str(arrays["returns"]))) == [str(step) for step in steps]
-    assert json.loads(json.loads(str(arrays["returns"]))[str(steps[-1])])[0].startswith("test (online context) ")
+    assert json.loads(json.loads(str(arrays["returns"]))[str(steps[-1])])[0].startswith(
+        "test (online context) "
+    )
     found, args, tasks, loaded = watch.load(file)
     assert found is script and list(loaded) == steps and args.policy_hidden == (8,)
     for step, agent in loaded.items():
         with np.load(runs[script] / f"agent_{step}.npz") as whole:
-            state = {name: value for name, value in agent.state_dict().items() if name.split(".")[0] in kept}
-            assert state and all(np.array_equal(value.numpy(), whole[name]) for name, value in state.items())
+            state = {
+                name: value
+                for name, value in agent.state_dict().items()
+                if name.split(".")[0] in kept
+            }
+            assert state and all(
+                np.array_equal(value.numpy(), whole[name]) for name, value in state.items()
+            )
     _, _, run_tasks, of_run = watch.load(runs[script], dataset=data)
     assert np.array_equal(tasks, run_tasks)
-    pair = [watch.measure(script, agent, args, tasks, 2, 1)[1] for agent in (loaded[steps[-1]], of_run[steps[-1]])]
-    assert pair[0].keys() == pair[1].keys() and all(np.array_equal(pair[0][name], pair[1][name]) for name in pair[0])
+    pair = [
+        watch.measure(script, agent, args, tasks, 2, 1)[1]
+        for agent in (loaded[steps[-1]], of_run[steps[-1]])
+    ]
+    assert pair[0].keys() == pair[1].keys() and all(
+        np.array_equal(pair[0][name], pair[1][name]) for name in pair[0]
+    )
 
 
 def test_tables_and_lines(agent_file, runs, data, tmp_path, capsys):
     watch.main(watch.Args(agent_file, episodes=2, out=tmp_path / "table.md"))
     out = capsys.readouterr().out.splitlines()
     for first, step in ((0, 2), (6, 4)):
-        assert out[first] == f"PointDirection, smac_offline_online.py, seed 1, after {step} gradient steps"
+        assert (
+            out[first]
+            == f"PointDirection, smac_offline_online.py, seed 1, after {step} gradient steps"
+        )
         assert re.split("   +", out[first + 1].strip()) == [
             "exploration", "after adaptation", "another task's context", "the prior", "sampled actions",
         ]  # fmt: skip
@@ -176,15 +218,24 @@ def test_tables_and_lines(agent_file, runs, data, tmp_path, capsys):
     assert capsys.readouterr().out.splitlines() == out[6:]
     note, _, head, rule, *lines = (tmp_path / "table.md").read_text().splitlines()
     assert note.startswith("2 meta-episodes on each test task;") and len(lines) == 3
-    assert head == "| run | gradient step | own context | another task's | prior | own context, sampled actions |"
+    assert (
+        head
+        == "| run | gradient step | own context | another task's | prior | own context, sampled actions |"
+    )
     assert rule == "| --- | --- | --- | --- | --- | --- |"
     label = "/".join(runs[smac].parts[-3:])
-    assert lines[2].startswith(f"| {label} | 4 | ") and lines[2].split("|")[3:] == lines[1].split("|")[3:]
+    assert (
+        lines[2].startswith(f"| {label} | 4 | ")
+        and lines[2].split("|")[3:] == lines[1].split("|")[3:]
+    )
 
 
 def test_a_line_of_the_table_by_hand(tmp_path):
     file = tmp_path / "table.md"
-    returns = {"exploration": np.zeros((2, 2)), "after adaptation": np.array([[1.0, 3.0], [5.0, 9.0]])}
+    returns = {
+        "exploration": np.zeros((2, 2)),
+        "after adaptation": np.array([[1.0, 3.0], [5.0, 9.0]]),
+    }
     watch.write_row(file, "a/b/c", 7, returns)
     # Over episodes the variances are 2 and 8; the mean of all four has variance 5 / 4
     assert file.read_text().splitlines()[-1] == "| a/b/c | 7 | 4.5 ± 1.1 |  |  |  |"
@@ -207,21 +258,45 @@ BROKEN = {
     "of no run": (dict(script=np.array("nothing")), "is no agent file"),
     "without a script": (dict(script=None), "is no agent file"),
     "numbers for words": (dict(script=np.zeros(2)), r"script is float64 \(2,\), expected text"),
-    "a long word": (dict(script=np.array(20_000 * "a")), "script has 20000 entries, expected at most 10000"),
+    "a long word": (
+        dict(script=np.array(20_000 * "a")),
+        "script has 20000 entries, expected at most 10000",
+    ),
     "no flags": (dict(flags=None), "does not fit this script"),
     "strange flags": (dict(flags=np.array("[1]")), "does not fit this script"),
-    "a flag out of bounds": (dict(flags='"latent_dim": 5', by='"latent_dim": 50000'), "--latent-dim is 50000"),
-    "other sizes": (dict(flags='"latent_dim": 5', by='"latent_dim": 6'), "float32 .*, expected float32 .*"),
+    "a flag out of bounds": (
+        dict(flags='"latent_dim": 5', by='"latent_dim": 50000'),
+        "--latent-dim is 50000",
+    ),
+    "other sizes": (
+        dict(flags='"latent_dim": 5', by='"latent_dim": 6'),
+        "float32 .*, expected float32 .*",
+    ),
     "another robot": (dict(flags="PointDirection", by="HopperParam"), "expected float.. .*"),
-    "no such robot": (dict(flags="PointDirection", by="Nothing"), "there is no environment Nothing"),
-    "NaN": ({"4/policy.net.0.bias": np.full(8, np.nan, np.float32)}, "4/policy.net.0.bias is missing, NaN or infinite"),
-    "a part of it": ({"2/encoder.net.0.bias": None}, "2/encoder.net.0.bias is missing, NaN or infinite"),
+    "no such robot": (
+        dict(flags="PointDirection", by="Nothing"),
+        "there is no environment Nothing",
+    ),
+    "NaN": (
+        {"4/policy.net.0.bias": np.full(8, np.nan, np.float32)},
+        "4/policy.net.0.bias is missing, NaN or infinite",
+    ),
+    "a part of it": (
+        {"2/encoder.net.0.bias": None},
+        "2/encoder.net.0.bias is missing, NaN or infinite",
+    ),
     "doubles": ({"4/policy.net.0.bias": np.zeros(8)}, "4/policy.net.0.bias is float64"),
     "no tasks": (dict(test_tasks=None), "test_tasks: expected at least one"),
     "empty tasks": (dict(test_tasks=np.zeros((0, 1))), "test_tasks: expected at least one"),
     "tasks of another": (dict(test_tasks=np.ones((2, 41))), r"test_tasks is float64 \(2, 41\)"),
-    "NaN tasks": (dict(test_tasks=np.full((2, 1), np.nan)), "test_tasks: expected at least one, and numbers in"),
-    "huge tasks": (dict(test_tasks=np.full((2, 1), 1e9)), "test_tasks: expected at least one, and numbers in"),
+    "NaN tasks": (
+        dict(test_tasks=np.full((2, 1), np.nan)),
+        "test_tasks: expected at least one, and numbers in",
+    ),
+    "huge tasks": (
+        dict(test_tasks=np.full((2, 1), 1e9)),
+        "test_tasks: expected at least one, and numbers in",
+    ),
 }
 
 
@@ -250,16 +325,22 @@ def test_what_is_no_agent_at_all(agent_file, runs, data, tmp_path, capsys):
         with pytest.raises(SystemExit) as stop:
             watch.launch(watch.main, watch.Args(path))
         assert stop.value.code == 2 and words in capsys.readouterr().err
-    with pytest.raises(buffers.InputError, match="are others than in this dataset: name theirs with --dataset"):
+    with pytest.raises(
+        buffers.InputError, match="are others than in this dataset: name theirs with --dataset"
+    ):
         watch.load(runs[smac])
     with pytest.raises(buffers.InputError, match="none of its phases has ended"):
         agents.main(agents.Args(tmp_path))
     for flags in (dict(tasks=0), dict(episodes=0), dict(every=0), dict(out=tmp_path / "table.md")):
-        with pytest.raises(buffers.InputError, match="must be at least 1, and with --out --episodes at least 2"):
+        with pytest.raises(
+            buffers.InputError, match="must be at least 1, and with --out --episodes at least 2"
+        ):
             watch.main(watch.Args(agent_file, **flags))
 
 
-def test_a_file_imports_no_module_unless_the_command_line_names_it(agent_file, tmp_path, monkeypatch):
+def test_a_file_imports_no_module_unless_the_command_line_names_it(
+    agent_file, tmp_path, monkeypatch
+):
     (tmp_path / "my_tasks.py").write_text(
         "import envs\n"
         "class Mine(envs.PointDirection): pass\n"
@@ -268,7 +349,9 @@ def test_a_file_imports_no_module_unless_the_command_line_names_it(agent_file, t
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(envs, "SPECS", dict(envs.SPECS))
     with np.load(agent_file) as old:
-        change(agent_file, flags=np.array(str(old["flags"]).replace("PointDirection", "my_tasks:Mine")))
+        change(
+            agent_file, flags=np.array(str(old["flags"]).replace("PointDirection", "my_tasks:Mine"))
+        )
     with pytest.raises(buffers.InputError, match="give --env-id my_tasks:Mine as well"):
         watch.load(agent_file)
     assert "my_tasks" not in sys.modules
@@ -289,24 +372,34 @@ def test_masks_of_an_encoder_are_kept_and_watched(data, tmp_path, monkeypatch):
 
     monkeypatch.setattr(smac, "Encoder", Masked)
     monkeypatch.setattr(buffers, "draw_summary", lambda folder: Figure())
-    run, flags = tmp_path / "PointDirection__smac_offline_online__1", TINY | FLAGS[smac] | dict(dataset=str(data))
+    run, flags = (
+        tmp_path / "PointDirection__smac_offline_online__1",
+        TINY | FLAGS[smac] | dict(dataset=str(data)),
+    )
     buffers.train(smac, env_id="PointDirection", run_dir=str(tmp_path), **flags)
     buffers.train(smac, resume=str(run), dataset=str(data), online_iterations=2)
     (agent,) = watch.load(run, dataset=data)[3].values()
-    assert agent.encoder.padding.tolist() == [True, False] and torch.isneginf(agent.encoder.causal).all()
+    assert (
+        agent.encoder.padding.tolist() == [True, False]
+        and torch.isneginf(agent.encoder.causal).all()
+    )
 
 
 # ===== The agents in the repository
 
 
-@pytest.mark.parametrize("file", sorted((watch.ROOT / "agents").glob("*.npz")), ids=lambda file: file.stem)
+@pytest.mark.parametrize(
+    "file", sorted((watch.ROOT / "agents").glob("*.npz")), ids=lambda file: file.stem
+)
 def test_an_agent_in_the_repository_plays(file):
     """On two test tasks; where the return grew by half in its own run, it does here."""
     script, args, tasks, loaded = watch.load(file)
     assert script is smac and args.env_id == file.stem and file.stat().st_size < 4e6
     with np.load(file, allow_pickle=False) as arrays:
         returns = json.loads(str(arrays["returns"]))
-    before, after = (float(re.match(r"test .*? (\S+)$", json.loads(returns[str(step)])[0])[1]) for step in loaded)
+    before, after = (
+        float(re.match(r"test .*? (\S+)$", json.loads(returns[str(step)])[0])[1]) for step in loaded
+    )
     played = [watch.measure(script, agent, args, tasks, 2, 1)[1] for agent in loaded.values()]
     assert all(np.isfinite(values).all() for returns in played for values in returns.values())
     first, last = (returns["after adaptation"].mean() for returns in played)
@@ -316,7 +409,9 @@ def test_an_agent_in_the_repository_plays(file):
 # ===== Films
 
 
-def test_a_film_shows_three_episodes_before_and_after_with_the_task_drawn_in(agent_file, tmp_path, capsys):
+def test_a_film_shows_three_episodes_before_and_after_with_the_task_drawn_in(
+    agent_file, tmp_path, capsys
+):
     file = tmp_path / "film.gif"
     watch.main(watch.Args(agent_file, video=file, every=25))
     assert capsys.readouterr().out.splitlines()[-1] == str(file)
@@ -326,15 +421,24 @@ def test_a_film_shows_three_episodes_before_and_after_with_the_task_drawn_in(age
     y, x = np.mgrid[90:-90:180j, -90:90:180j]
     for row, direction in enumerate(((0, -1), (0, 1), (-1, 0))):
         for column in range(2):
-            cell = frames[0, 230 * row + 50 : 230 * (row + 1), 180 * column : 180 * (column + 1)].astype(int)
+            cell = frames[
+                0, 230 * row + 50 : 230 * (row + 1), 180 * column : 180 * (column + 1)
+            ].astype(int)
             red = (cell[..., 0] > 200) & (cell[..., 1] < 60) & (cell[..., 2] < 60)
             middle = np.array([x[red].mean(), y[red].mean()])
-            assert red.sum() > 150 and middle @ direction > 40 and abs(np.cross([*middle, 0], [*direction, 0])[2]) < 4
+            assert (
+                red.sum() > 150
+                and middle @ direction > 40
+                and abs(np.cross([*middle, 0], [*direction, 0])[2]) < 4
+            )
 
 
 def test_what_ends_early_waits_in_the_film(tmp_path):
     grey = [Image.new("RGB", (20, 10), (shade, shade, shade)) for shade in (0, 80, 160, 240)]
-    short, long = [grey[:1], grey[1:2], grey[2:3]], [grey[:1], grey[1:], grey[2:3]]  # pictures of three episodes
+    short, long = (
+        [grey[:1], grey[1:2], grey[2:3]],
+        [grey[:1], grey[1:], grey[2:3]],
+    )  # pictures of three episodes
     film.save([[short], [long]], tmp_path / "film.gif")
     frames = imageio.imread(tmp_path / "film.gif")
     assert frames.shape == (5, 10, 40, 3)
@@ -349,7 +453,9 @@ def test_what_ends_early_waits_in_the_film(tmp_path):
 
 def test_a_film_that_can_not_be_written_or_drawn(agent_file, tmp_path, monkeypatch):
     for name in ("film.avi", "film", "nowhere/film.gif"):
-        with pytest.raises(buffers.InputError, match="expected a .gif or .mp4 in a folder that exists"):
+        with pytest.raises(
+            buffers.InputError, match="expected a .gif or .mp4 in a folder that exists"
+        ):
             watch.main(watch.Args(agent_file, video=tmp_path / name))
     for place in (".", "nowhere/table.md"):
         with pytest.raises(buffers.InputError, match="is no file in a folder that exists"):
@@ -368,7 +474,9 @@ def test_a_film_that_can_not_be_written_or_drawn(agent_file, tmp_path, monkeypat
         raise RuntimeError("no such library\nat all")
 
     monkeypatch.setattr(envs.PointDirection, "render", render)
-    with pytest.raises(buffers.InputError, match="can not be drawn here: no such library at all; .* EGL .* OSMesa"):
+    with pytest.raises(
+        buffers.InputError, match="can not be drawn here: no such library at all; .* EGL .* OSMesa"
+    ):
         watch.main(watch.Args(agent_file, video=tmp_path / "film.gif"))
     assert not (tmp_path / "film.gif").exists()
 
@@ -387,7 +495,9 @@ def test_the_library_that_draws(asked, installed, display, chosen, monkeypatch):
         monkeypatch.setenv("DISPLAY", ":0")
     monkeypatch.setattr(film, "MUJOCO_GL", asked)
     monkeypatch.setattr(film.sys, "platform", "linux")
-    monkeypatch.setattr(film.ctypes.util, "find_library", lambda name: name if name in installed else None)
+    monkeypatch.setattr(
+        film.ctypes.util, "find_library", lambda name: name if name in installed else None
+    )
     film.choose_library()
     assert os.environ.get("MUJOCO_GL") == chosen
 
@@ -409,7 +519,9 @@ def test_the_camera_follows_a_robot(monkeypatch):
     for picture in camera.films[0]:
         middle = np.asarray(picture, int)[110:180, 90:150]
         assert picture.size == (240, 230)
-        assert ((middle[..., 0] - middle[..., 2] > 40) & (middle[..., 1] > 60)).sum() > 50  # its skin
+        assert (
+            (middle[..., 0] - middle[..., 2] > 40) & (middle[..., 1] > 60)
+        ).sum() > 50  # its skin
     camera.close()
 
 
@@ -422,7 +534,10 @@ def test_figures_of_a_run(runs, tmp_path):
     names = "offline data", "exploration", "offline context", "online context"
     colours = (214, 39, 40), (44, 160, 44), (31, 119, 180), (255, 127, 14)
     for step, drawn in ((900, names[1:]), (1000, names)):
-        np.savez(tmp_path / f"figures_{step}.npz", **{n: path for n, path in zip(names, paths) if n in drawn})
+        np.savez(
+            tmp_path / f"figures_{step}.npz",
+            **{n: path for n, path in zip(names, paths) if n in drawn},
+        )
     figures.main(figures.Args(tmp_path, tmp_path / "figures.png"))
     image = imageio.imread(tmp_path / "figures.png")[..., :3].astype(int)
     halves = image[: len(image) // 2], image[len(image) // 2 :]
@@ -435,16 +550,33 @@ def test_figures_of_a_run(runs, tmp_path):
 
 def test_the_picture_of_a_run_by_hand(tmp_path):
     """A colour for each context in all panels; the phases apart; two rows of panels beside the returns."""
-    rows = [(10, 0, "train,offline", 4.0), (20, 0, "test,online", 1.0), (20, 0, "train,online", 3.0)]
+    rows = [
+        (10, 0, "train,offline", 4.0),
+        (20, 0, "test,online", 1.0),
+        (20, 0, "train,online", 3.0),
+    ]
     rows += [(30, 50, "test,online", 5.0), (30, 50, "test,online", 7.0)]
     lines = [f"{step},{new},{group},0,{value},0" for step, new, group, value in rows]
     (tmp_path / "eval.csv").write_text("\n".join([",".join(CSV_COLUMNS), *lines, ""]))
-    kls = {"kl_train_offline_context": np.float32([1, 3]), "kl_train_online_context": np.float32([8, 8])}
-    paths = {"offline data": np.zeros((2, 5, 2), np.float32), "online context": np.ones((2, 5, 2), np.float32)}
-    for step, ground in ((20, {}), (30, paths), (40, paths)):  # the last is of a later step than eval.csv has
+    kls = {
+        "kl_train_offline_context": np.float32([1, 3]),
+        "kl_train_online_context": np.float32([8, 8]),
+    }
+    paths = {
+        "offline data": np.zeros((2, 5, 2), np.float32),
+        "online context": np.ones((2, 5, 2), np.float32),
+    }
+    for step, ground in (
+        (20, {}),
+        (30, paths),
+        (40, paths),
+    ):  # the last is of a later step than eval.csv has
         np.savez(tmp_path / f"figures_{step}.npz", **kls, **ground)
     curves, *panels = DRAW_SUMMARY(tmp_path).axes
-    drawn = {line.get_label(): (line.get_color(), line.get_linestyle(), [*line.get_ydata()]) for line in curves.lines}
+    drawn = {
+        line.get_label(): (line.get_color(), line.get_linestyle(), [*line.get_ydata()])
+        for line in curves.lines
+    }
     assert drawn == {
         "train tasks, offline context": ("tab:blue", "--", [4]),
         "train tasks, online context": ("tab:orange", "--", [3]),
@@ -453,15 +585,28 @@ def test_the_picture_of_a_run_by_hand(tmp_path):
     (phase,) = curves.patches
     assert phase.get_label() == "self-supervised phase"
     assert [phase.get_x(), phase.get_x() + phase.get_width()] == [20, 30]
-    assert [axes.get_title() for axes in panels] == ["after 20 gradient steps"] * 2 + ["after 30 gradient steps"] * 2
+    assert [axes.get_title() for axes in panels] == ["after 20 gradient steps"] * 2 + [
+        "after 30 gradient steps"
+    ] * 2
     assert [axes.get_visible() for axes in panels] == [True, False, True, True]
     words = [text.get_text() for text in panels[2].get_legend().get_texts()]
     assert words == ["offline context, mean 2.0", "online context, mean 8.0"]
-    for axes, colours in ((panels[2], ["tab:blue", "tab:orange"]), (panels[3], ["tab:red", "tab:orange"])):
-        of = [patch.get_edgecolor() for patch in axes.patches] or [line.get_color() for line in axes.lines]
+    for axes, colours in (
+        (panels[2], ["tab:blue", "tab:orange"]),
+        (panels[3], ["tab:red", "tab:orange"]),
+    ):
+        of = [patch.get_edgecolor() for patch in axes.patches] or [
+            line.get_color() for line in axes.lines
+        ]
         in_legend = axes.get_legend().get_patches() or axes.get_legend().get_lines()
-        in_legend = [getattr(mark, "get_edgecolor", getattr(mark, "get_color", None))() for mark in in_legend]
-        assert [to_rgba(c) for c in of] == [to_rgba(c) for c in in_legend] == [to_rgba(c) for c in colours]
+        in_legend = [
+            getattr(mark, "get_edgecolor", getattr(mark, "get_color", None))() for mark in in_legend
+        ]
+        assert (
+            [to_rgba(c) for c in of]
+            == [to_rgba(c) for c in in_legend]
+            == [to_rgba(c) for c in colours]
+        )
 
 
 BAD_FIGURES = {
@@ -469,8 +614,14 @@ BAD_FIGURES = {
         {"kl_train_online_context": np.float32([np.nan])},
         "kl_train_online_context can not be drawn",
     ),
-    "KLs far below 0": ({"kl_train_online_context": np.float32([-5])}, "kl_train_online_context can not be drawn"),
-    "paths without end": ({"exploration": np.full((1, 5, 2), 1e30, np.float32)}, "exploration can not be drawn"),
+    "KLs far below 0": (
+        {"kl_train_online_context": np.float32([-5])},
+        "kl_train_online_context can not be drawn",
+    ),
+    "paths without end": (
+        {"exploration": np.full((1, 5, 2), 1e30, np.float32)},
+        "exploration can not be drawn",
+    ),
 }
 
 
@@ -495,6 +646,8 @@ def test_figures_of_other_kinds_are_not_read(tmp_path):
 
 def test_more_environments_than_fit_are_refused(tmp_path, capsys):
     """Each takes 1.5 MB in MuJoCo, and 28 in PyBullet."""
-    with pytest.raises(buffers.InputError, match="5 tasks x 1000000000 episodes are more than 1000 environments"):
+    with pytest.raises(
+        buffers.InputError, match="5 tasks x 1000000000 episodes are more than 1000 environments"
+    ):
         watch.main(watch.Args(watch.ROOT / "agents" / "HopperParam.npz", episodes=10**9))
     assert capsys.readouterr().out == ""

@@ -54,8 +54,15 @@ def setting(seed=0, **flags):
     with torch.no_grad():
         for parameter in agent.parameters():
             parameter += 0.3 * torch.randn_like(parameter)
-    batch = {"obs": torch.randn(T, B, OBS), "next_obs": torch.randn(T, B, OBS), "actions": torch.rand(T, B, ACTION)}
-    batch |= {"rewards": torch.randn(T, B, 1), "terminals": torch.tensor([0.0, 1, 0, 0, 0, 1]).reshape(T, B, 1)}
+    batch = {
+        "obs": torch.randn(T, B, OBS),
+        "next_obs": torch.randn(T, B, OBS),
+        "actions": torch.rand(T, B, ACTION),
+    }
+    batch |= {
+        "rewards": torch.randn(T, B, 1),
+        "terminals": torch.tensor([0.0, 1, 0, 0, 0, 1]).reshape(T, B, 1),
+    }
     batch |= {"context": torch.randn(T, 5, OBS + ACTION + 1), "noise_z": torch.randn(T, 3)}
     batch |= {name: torch.randn(T * B, ACTION) for name in ("noise_a", "noise_next_a")}
     return agent, batch, args
@@ -140,10 +147,14 @@ def test_the_kl_is_a_mean_over_tasks_and_enters_with_its_weight():
     agent, batch, args = setting(kl_coef=3.0)
     expected = copy.deepcopy(agent)
     mu, sigma = expected.encoder(batch["context"])
-    kls = [sum(0.5 * (m**2 + s**2 - 1) - s.log() for m, s in zip(*rows)) for rows in zip(mu, sigma)]  # of each task
+    kls = [
+        sum(0.5 * (m**2 + s**2 - 1) - s.log() for m, s in zip(*rows)) for rows in zip(mu, sigma)
+    ]  # of each task
     assert len(kls) == T and abs(kls[0] - kls[1]) > 0.1
     z = (mu + sigma * batch["noise_z"]).repeat_interleave(B, 0)
-    (pearl.soft_critic_loss(expected, flatten(batch), z, args)[0] + 3.0 * (kls[0] + kls[1]) / 2).backward()
+    (
+        pearl.soft_critic_loss(expected, flatten(batch), z, args)[0] + 3.0 * (kls[0] + kls[1]) / 2
+    ).backward()
     info = pearl.update(agent, torch.optim.SGD(agent.parameters(), lr=0.0), batch, args)
     assert info["losses/kl"].item() == pytest.approx((kls[0] + kls[1]).item() / 2, rel=1e-5)
     for mine, theirs in zip(agent.encoder.parameters(), expected.encoder.parameters(), strict=True):
@@ -167,15 +178,23 @@ def test_a_run_writes_the_dataset(tmp_path, few_tasks, monkeypatch):
     file, flags = tmp_path / "d.npz", ("--task-seed", 5, "--dataset-iteration", 2)
     whole, _ = start(tmp_path / "whole", "--save-dataset", file, *flags)
     part, _ = start(tmp_path / "part", "--online-iterations", 1, *flags)
-    pearl.main(parse(["--resume", part, "--online-iterations", 2, "--save-dataset", tmp_path / "resumed.npz"]))
+    pearl.main(
+        parse(
+            ["--resume", part, "--online-iterations", 2, "--save-dataset", tmp_path / "resumed.npz"]
+        )
+    )
     state = load(part)  # after two iterations
     assert load(whole)["step"] == 18 and state["step"] == 12
 
-    dataset, resumed = (buffers.load_dataset("PointDirection", path) for path in (file, tmp_path / "resumed.npz"))
+    dataset, resumed = (
+        buffers.load_dataset("PointDirection", path) for path in (file, tmp_path / "resumed.npz")
+    )
     for (task, one), (number, other) in zip(dataset["rl"], resumed["rl"], strict=True):
         assert task == number and all(np.array_equal(one[name], other[name]) for name in one)
     tasks = envs.sample_tasks("PointDirection", 8, seed=5)
-    assert np.array_equal(dataset["train_tasks"], tasks[:6]) and np.array_equal(dataset["test_tasks"], tasks[6:])
+    assert np.array_equal(dataset["train_tasks"], tasks[:6]) and np.array_equal(
+        dataset["test_tasks"], tasks[6:]
+    )
     assert dataset["encoder"] == [] and {task for task, _ in dataset["rl"]} == set(range(6))
     for task, path in dataset["rl"]:  # rewards are those of the task
         direction = np.array([np.cos(tasks[task, 0]), np.sin(tasks[task, 0])])
@@ -184,7 +203,9 @@ def test_a_run_writes_the_dataset(tmp_path, few_tasks, monkeypatch):
     assert sizes.min() < 25 < sizes.max()
     for task, last in enumerate(np.cumsum(sizes)):  # and the transitions are the last
         index = state["buffer/index/rl"][last - min(25, sizes[task]) : last]
-        actions = np.concatenate([path["actions"] for number, path in dataset["rl"] if number == task])
+        actions = np.concatenate(
+            [path["actions"] for number, path in dataset["rl"] if number == task]
+        )
         assert np.array_equal(actions, state["buffer/fields/actions"][index])
     command = dataset["command"]
     assert command.startswith("python pearl_online_oracle.py --env-id PointDirection ")
@@ -209,12 +230,22 @@ def test_refuses_to_write_a_dataset_of_an_iteration_that_never_comes(tmp_path, f
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_encoder_buffer_holds_the_last_exploration_and_the_rl_buffer_everything(tmp_path, few_tasks):
+def test_the_encoder_buffer_holds_the_last_exploration_and_the_rl_buffer_everything(
+    tmp_path, few_tasks
+):
     state = load(start(tmp_path)[0])
     rl, context = state["buffer/sizes/rl"], state["buffer/sizes/encoder"]
-    visits = (rl - HORIZON) / (3 * HORIZON)  # an episode at the start; a visit adds one with the prior and two more
-    assert visits.sum() == 3 * 2 and np.array_equal(visits, visits.round()) and state["env_steps"] == rl.sum()
-    twice = (visits >= 2) & (context == 2 * HORIZON)  # in one iteration, by chance: the exploration of both
+    visits = (rl - HORIZON) / (
+        3 * HORIZON
+    )  # an episode at the start; a visit adds one with the prior and two more
+    assert (
+        visits.sum() == 3 * 2
+        and np.array_equal(visits, visits.round())
+        and state["env_steps"] == rl.sum()
+    )
+    twice = (visits >= 2) & (
+        context == 2 * HORIZON
+    )  # in one iteration, by chance: the exploration of both
     assert ((context == HORIZON) | twice).all()
 
 
@@ -223,7 +254,10 @@ def test_cheetah_takes_the_first_of_one_buffer_and_the_last_of_the_other(tmp_pat
     buffer, stored = buffers.ReplayBuffer(2, spec.obs_dim, spec.action_dim, 10_000), [[], []]
     for episode in range(16):
         length = 200
-        path = {"obs": rng.normal(size=(length + 1, spec.obs_dim)), "actions": rng.uniform(-1, 1, (length, 6))}
+        path = {
+            "obs": rng.normal(size=(length + 1, spec.obs_dim)),
+            "actions": rng.uniform(-1, 1, (length, 6)),
+        }
         path |= {"rewards": rng.normal(size=length), "terminals": np.zeros(length, bool)}
         path = {name: value.astype(np.float32) for name, value in path.items()}
         buffer.add(episode % 2, path)
@@ -234,14 +268,27 @@ def test_cheetah_takes_the_first_of_one_buffer_and_the_last_of_the_other(tmp_pat
     for task in range(2):
         for part, wanted in (("rl", stored[task][:6]), ("encoder", stored[task][-2:])):
             found = [path for number, path in dataset[part] if number == task]
-            assert all(np.array_equal(a["obs"], b["obs"]) for a, b in zip(found, wanted, strict=True))
+            assert all(
+                np.array_equal(a["obs"], b["obs"]) for a, b in zip(found, wanted, strict=True)
+            )
 
 
 def test_it_learns_the_point_mass(tmp_path, quick):
     """Mean return of test and training tasks, seeds 1 to 5: 28, 23, 30, 23 and 33; at the start it is about 0."""
-    flags = dict(q_hidden=(64, 64), policy_hidden=(64,), encoder_hidden=(64,), meta_batch=8, rl_batch=16, lr=2e-3)
-    flags |= dict(context_batch=32, initial_steps=100, prior_steps=50, posterior_steps=100, device="cpu")
-    flags |= dict(online_iterations=5, updates_per_iteration=200, eval_every=1000, run_dir=str(tmp_path))
+    flags = dict(
+        q_hidden=(64, 64),
+        policy_hidden=(64,),
+        encoder_hidden=(64,),
+        meta_batch=8,
+        rl_batch=16,
+        lr=2e-3,
+    )
+    flags |= dict(
+        context_batch=32, initial_steps=100, prior_steps=50, posterior_steps=100, device="cpu"
+    )
+    flags |= dict(
+        online_iterations=5, updates_per_iteration=200, eval_every=1000, run_dir=str(tmp_path)
+    )
     buffers.train(pearl, env_id="PointDirection", **flags)
     with open(tmp_path / "PointDirection__pearl_online_oracle__1" / "eval.csv", newline="") as file:
         assert np.mean([float(row["return"]) for row in csv.DictReader(file)]) > 12

@@ -16,7 +16,20 @@ import pytest
 import signed
 import torch
 from matplotlib.figure import Figure
-from signed import ACTION, COLLECTED, ENCODER_DATA, EPISODE, EVALUATION, ORIGIN, RL_DATA, RUNS, SIGN, TEST, TIME, TRAIN
+from signed import (
+    ACTION,
+    COLLECTED,
+    ENCODER_DATA,
+    EPISODE,
+    EVALUATION,
+    ORIGIN,
+    RL_DATA,
+    RUNS,
+    SIGN,
+    TEST,
+    TIME,
+    TRAIN,
+)
 
 import borel
 import buffers
@@ -25,9 +38,14 @@ import macaw
 import pearl_online_oracle as pearl
 import smac_offline_online as smac
 
-UNKNOWN, MIXED = 9.0, -9.0  # signs of a z from the prior or a policy not adapted, and of a history of several tasks
+UNKNOWN, MIXED = (
+    9.0,
+    -9.0,
+)  # signs of a z from the prior or a policy not adapted, and of a history of several tasks
 COLLECTING = [name for name in RUNS if RUNS[name][0] in (smac, pearl)]
-SELF_SUPERVISED = [name for name in COLLECTING if name.startswith("smac") and "true rewards" not in name]
+SELF_SUPERVISED = [
+    name for name in COLLECTING if name.startswith("smac") and "true rewards" not in name
+]
 
 
 # ----- Spies
@@ -70,7 +88,10 @@ def sign_posteriors(patch, script, log):
     patch.setattr(
         script,
         "prior",
-        lambda num, args, device: (torch.full((num, args.latent_dim), UNKNOWN), torch.zeros(num, args.latent_dim)),
+        lambda num, args, device: (
+            torch.full((num, args.latent_dim), UNKNOWN),
+            torch.zeros(num, args.latent_dim),
+        ),
     )
 
 
@@ -82,9 +103,13 @@ def sign_beliefs(patch, log):
         before = memory[:, 0].detach()
         for sign in signs.T:
             real = sign != 0  # what follows the end of a trajectory is 0
-            before = torch.where(real & (before != 0) & (before != sign), MIXED, torch.where(real, sign, before))
+            before = torch.where(
+                real & (before != 0) & (before != sign), MIXED, torch.where(real, sign, before)
+            )
             read.append(before)
-        return torch.cat([result[:, :1], torch.cat([torch.stack(read, 1)[..., None], result[:, 1:, 1:]], -1)], 1)
+        return torch.cat(
+            [result[:, :1], torch.cat([torch.stack(read, 1)[..., None], result[:, 1:, 1:]], -1)], 1
+        )
 
     def believe(result, memory):
         mu, log_var = result.chunk(2, dim=-1)
@@ -99,7 +124,9 @@ def sign_beliefs(patch, log):
     def decode(self, z, steps):
         if log.place != "update":
             return  # in an evaluation it also predicts what follows the end of a trajectory
-        pairs = torch.broadcast_tensors(sign_of(steps["obs"])[:, None, :], z[:, :, :1].detach())  # (N, Z, K) each
+        pairs = torch.broadcast_tensors(
+            sign_of(steps["obs"])[:, None, :], z[:, :, :1].detach()
+        )  # (N, Z, K) each
         log.used.append((log.place, "decoder", *pairs))
 
     spy(patch, borel.RewardDecoder, "forward", before=decode)
@@ -114,7 +141,12 @@ def sign_adaptation(patch, log):
         log.histories.append((log.place, batch["obs"].clone()))
         return [[0 * theta + tag for theta in network] for network in result]
 
-    spy(patch, macaw, "unadapted", after=lambda thetas, *_: [0 * theta + UNKNOWN for theta in thetas])
+    spy(
+        patch,
+        macaw,
+        "unadapted",
+        after=lambda thetas, *_: [0 * theta + UNKNOWN for theta in thetas],
+    )
     inner_steps = macaw.inner_steps
 
     def quietly(*args):
@@ -127,7 +159,12 @@ def sign_adaptation(patch, log):
 
     def use(thetas, x):
         if x.shape[-1] == len(signed.COLUMNS):  # not the advantage head
-            see(log, "value" if thetas[-1].shape[-1] == 8 + 1 else "policy", x, thetas[0][:, :1].expand(x.shape[:2]))
+            see(
+                log,
+                "value" if thetas[-1].shape[-1] == 8 + 1 else "policy",
+                x,
+                thetas[0][:, :1].expand(x.shape[:2]),
+            )
 
     spy(patch, macaw, "mlp_of", before=use)
 
@@ -151,7 +188,12 @@ def sign_and_record(patch, script, log):
         sign_adaptation(patch, log)
     else:
         sign_beliefs(patch, log) if script is borel else sign_posteriors(patch, script, log)
-        spy(patch, script.Policy, "forward", before=lambda self, obs, z: see(log, "policy", obs, z[:, 0]))
+        spy(
+            patch,
+            script.Policy,
+            "forward",
+            before=lambda self, obs, z: see(log, "policy", obs, z[:, 0]),
+        )
         for network in ("QFunctions", "Decoder"):
             if hasattr(script, network):
                 record = functools.partial(
@@ -161,7 +203,9 @@ def sign_and_record(patch, script, log):
 
     def update(agent, optimizer, batch, args, online=None):
         rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
-        log.rates = {name: rates.get(id(p)) for name, p in agent.named_parameters() if p.requires_grad}
+        log.rates = {
+            name: rates.get(id(p)) for name, p in agent.named_parameters() if p.requires_grad
+        }
         log.batches.append((online, len(log.acted), batch))
         if len(log.batches) == log.stop_at:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -195,7 +239,9 @@ def cached(folder, name, resumed):
     lists = {name: [] for name in ("histories", "used", "acted", "labels", "batches", "drawn")}
     log = SimpleNamespace(place="collect", rates={}, stop_at=0, **lists)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(envs, "make_evaluation", functools.partial(envs.make_evaluation, num_train=3, repeats=2))
+        patch.setattr(
+            envs, "make_evaluation", functools.partial(envs.make_evaluation, num_train=3, repeats=2)
+        )
         patch.setattr(buffers, "draw_summary", lambda folder: Figure(figsize=(1, 1)))
         signed.register(patch)
         data = signed.save_data(folder / "data.npz")
@@ -235,8 +281,14 @@ def over(names):
 # ----- What to expect, by hand
 
 
-EVALUATIONS = {smac: [4, 5, 10, 13], borel: [6, 10, 13]}  # after these gradient steps; [5, 9] in the other scripts
-EVALUATED = {"test": [0, 1, 2], "train": [1, 2, 3]}  # task numbers: all, and three of five, evenly spaced by their sign
+EVALUATIONS = {
+    smac: [4, 5, 10, 13],
+    borel: [6, 10, 13],
+}  # after these gradient steps; [5, 9] in the other scripts
+EVALUATED = {
+    "test": [0, 1, 2],
+    "train": [1, 2, 3],
+}  # task numbers: all, and three of five, evenly spaced by their sign
 SPLITS = {"test": TEST, "train": TRAIN}
 ENVIRONMENTS = 3 * 2  # of each split
 PAID = {s: s * (1 + 2 + 3 * (not signed.falls(s))) for s in signed.SIGNS}  # return of an episode
@@ -257,8 +309,13 @@ def acted(flow, place):
     """All that the policy saw there, episode after episode: observations (n, o) and signs of z (n,)."""
     rows = [(obs, tag) for where, obs, tag in flow.acted if where == place]
     obs, tags = (torch.cat(column).numpy() for column in zip(*rows))
-    begun = {episode: number for number, episode in reversed(list(enumerate(map(tuple, obs[:, [SIGN, EPISODE]]))))}
-    order = np.argsort([begun[episode] for episode in map(tuple, obs[:, [SIGN, EPISODE]])], kind="stable")
+    begun = {
+        episode: number
+        for number, episode in reversed(list(enumerate(map(tuple, obs[:, [SIGN, EPISODE]]))))
+    }
+    order = np.argsort(
+        [begun[episode] for episode in map(tuple, obs[:, [SIGN, EPISODE]])], kind="stable"
+    )
     return obs[order], tags[order]
 
 
@@ -266,7 +323,9 @@ def check_transitions(data, true_rewards=True):
     """The parts of every transition (n, .) belong together."""
     obs, actions, next_obs = (np.asarray(data[name]) for name in ("obs", "actions", "next_obs"))
     rewards, terminals = (np.asarray(data[name]).reshape(-1) for name in ("rewards", "terminals"))
-    np.testing.assert_array_equal(next_obs[:, [SIGN, ORIGIN, EPISODE]], obs[:, [SIGN, ORIGIN, EPISODE]])
+    np.testing.assert_array_equal(
+        next_obs[:, [SIGN, ORIGIN, EPISODE]], obs[:, [SIGN, ORIGIN, EPISODE]]
+    )
     np.testing.assert_array_equal(next_obs[:, TIME], obs[:, TIME] + 1)
     np.testing.assert_array_equal(next_obs[:, ACTION], actions[:, 0])
     fell = [signed.falls(sign) and time == signed.FALL for sign, time in next_obs[:, [SIGN, TIME]]]
@@ -283,9 +342,15 @@ def test_evaluations_are_of_their_split_and_task(flow):
     expected, collected = [], 0
     for step in EVALUATIONS.get(flow.script, [5, 9]):
         if flow.name in COLLECTING:
-            acted_before = flow.batches[step - 1][1]  # calls of the policy before the gradient step before it
-            collected = sum(len(obs) for place, obs, _ in flow.acted[:acted_before] if place == "collect")
-        groups = [("test", "online"), ("train", "online")] + [("train", "offline")] * (flow.script is not pearl)
+            acted_before = flow.batches[step - 1][
+                1
+            ]  # calls of the policy before the gradient step before it
+            collected = sum(
+                len(obs) for place, obs, _ in flow.acted[:acted_before] if place == "collect"
+            )
+        groups = [("test", "online"), ("train", "online")] + [("train", "offline")] * (
+            flow.script is not pearl
+        )
         for split, context in groups:
             for task in EVALUATED[split]:
                 paid = PAID[SPLITS[split][task]]
@@ -306,7 +371,10 @@ def test_an_evaluation_adapts_to_each_task_by_what_was_seen_of_it(flow):
     after = {"test": 1, "train": 1 if flow.script is pearl else 2}
     if flow.script is borel:  # adapts with every step
         unknown |= (tags == 0) & begins
-        before, after = {"test": 1, "train": 1}, {"test": 3, "train": 3}  # the last on test tasks: its belief is frozen
+        before, after = (
+            {"test": 1, "train": 1},
+            {"test": 3, "train": 3},
+        )  # the last on test tasks: its belief is frozen
         assert own[~begins].all()
     assert (unknown | own).all()
     for split, signs in SPLITS.items():
@@ -320,21 +388,30 @@ def test_the_history_of_an_evaluation_is_two_episodes_of_the_task_or_its_offline
     online, offline = [], []
     for history in (h for place, h in flow.histories if place == "evaluate"):
         for row in history:
-            sign, origin, steps = one(row[:, SIGN]), one(row[:, ORIGIN]), [*range(signed.length(row[0, SIGN]))]
+            sign, origin, steps = (
+                one(row[:, SIGN]),
+                one(row[:, ORIGIN]),
+                [*range(signed.length(row[0, SIGN]))],
+            )
             if origin == EVALUATION:
                 assert row[:, TIME].tolist() == 2 * steps
             else:
                 assert origin == (RL_DATA if flow.script is macaw else ENCODER_DATA)
                 # As long as online on average: tasks 2 and 4 last 3 steps, 7 lasts 2; MACAW: --context-batch
-                assert len(row) == (4 if flow.script is macaw else round((2 * 3 + 2 * 2 + 2 * 3) / 3))
+                assert len(row) == (
+                    4 if flow.script is macaw else round((2 * 3 + 2 * 2 + 2 * 3) / 3)
+                )
             (online if origin == EVALUATION else offline).append(sign)
             if flow.script is not macaw:  # there the history also has returns, see below
                 np.testing.assert_array_equal(row[:, -1], row[:, SIGN] * (row[:, TIME] + 1))
     test, train = (
-        np.repeat(signs[EVALUATED[split]], 2).tolist() for split, signs in (("test", TEST), ("train", TRAIN))
+        np.repeat(signs[EVALUATED[split]], 2).tolist()
+        for split, signs in (("test", TEST), ("train", TRAIN))
     )
     times = len(EVALUATIONS.get(flow.script, [5, 9]))
-    assert online == (test + train) * times and offline == train * times * (flow.script is not pearl)
+    assert online == (test + train) * times and offline == train * times * (
+        flow.script is not pearl
+    )
 
 
 # ----- Batches
@@ -350,14 +427,19 @@ def parts(batch):
 @over(RUNS)
 def test_a_gradient_step_has_as_many_tasks_and_transitions_as_the_flags_say(flow):
     phases = [online for online, _, _ in flow.batches]
-    assert phases == {smac: 4 * [False] + 9 * [True], borel: 13 * [None]}.get(flow.script, 9 * [None])
+    assert phases == {smac: 4 * [False] + 9 * [True], borel: 13 * [None]}.get(
+        flow.script, 9 * [None]
+    )
     for step, (_, _, batch) in enumerate(flow.batches):
         for name, part in parts(batch).items():
             assert part["obs"].shape[:2] == (3, 4 if name == "inner" else 6)
         if flow.script is borel:
             assert ("lengths" in batch) == (step < signed.VAE_STEPS)
         if "lengths" in batch:
-            assert len(batch["lengths"]) == 2 * 3 and batch["t"].shape == batch["k"].shape == (2 * 3, 4)
+            assert len(batch["lengths"]) == 2 * 3 and batch["t"].shape == batch["k"].shape == (
+                2 * 3,
+                4,
+            )
         elif flow.script is not macaw and flow.script is not borel:
             assert batch["context"].shape == (3, 4, len(signed.COLUMNS) + 1 + 1)
 
@@ -367,22 +449,32 @@ def test_a_row_of_a_batch_is_of_one_task_and_of_the_rl_buffer(flow):
     signs, offline, online = set(), set(), set()
     for phase, _, batch in flow.batches:
         for rows in (part["obs"] for part in parts(batch).values()):
-            (online if phase or flow.script is pearl else offline).update(rows[..., ORIGIN].flatten().tolist())
+            (online if phase or flow.script is pearl else offline).update(
+                rows[..., ORIGIN].flatten().tolist()
+            )
             for row in rows:
-                if flow.name == "smac, on test tasks":  # a training task's buffer also gets what test tasks look like
+                if (
+                    flow.name == "smac, on test tasks"
+                ):  # a training task's buffer also gets what test tasks look like
                     assert set(row[row[:, ORIGIN] == COLLECTED, SIGN].tolist()) <= set(TEST)
                     row = row[row[:, ORIGIN] == RL_DATA]
                 signs |= {one(row[:, SIGN])} if len(row) else set()
     assert offline == (set() if flow.script is pearl else {RL_DATA})
     assert online == {smac: {RL_DATA, COLLECTED}, pearl: {COLLECTED}}.get(flow.script, set())
-    assert signs == set(signed.SIGNS if flow.name == "smac, on test tasks with true rewards" else TRAIN)
+    assert signs == set(
+        signed.SIGNS if flow.name == "smac, on test tasks with true rewards" else TRAIN
+    )
 
 
 @over(RUNS)
 def test_the_parts_of_a_sampled_transition_belong_together(flow):
     for _, _, batch in flow.batches:
         for part in parts(batch).values():
-            data = {name: column.flatten(0, 1).numpy() for name, column in part.items() if column.dim() == 3}
+            data = {
+                name: column.flatten(0, 1).numpy()
+                for name, column in part.items()
+                if column.dim() == 3
+            }
             data = {name: column for name, column in data.items() if name != "context"}
             if flow.script is borel:
                 columns = len(signed.COLUMNS)
@@ -390,17 +482,27 @@ def test_the_parts_of_a_sampled_transition_belong_together(flow):
                     data[name] = data[name][:, :columns]
                 # The last step of an episode leads to the first state of the next one of the meta-trajectory.
                 last = data["next_obs"][:, TIME] == 0
-                np.testing.assert_array_equal(data["next_obs"][last, EPISODE], data["obs"][last, EPISODE] + 1)
+                np.testing.assert_array_equal(
+                    data["next_obs"][last, EPISODE], data["obs"][last, EPISODE] + 1
+                )
                 assert set(data["next_obs"][last, EPISODE]) <= {1, 2}
-                ended = [time + 1 == signed.length(sign) for sign, time in data["obs"][last][:, [SIGN, TIME]]]
+                ended = [
+                    time + 1 == signed.length(sign)
+                    for sign, time in data["obs"][last][:, [SIGN, TIME]]
+                ]
                 assert all(ended)
                 data["next_obs"][last] = data["obs"][last]
                 data["next_obs"][last, TIME] += 1
                 data["next_obs"][last, ACTION] = data["actions"][last, 0]
             check_transitions(data, flow.name not in SELF_SUPERVISED)
-            if flow.script is macaw:  # the discounted sum of rewards from there to the end of the episode
+            if (
+                flow.script is macaw
+            ):  # the discounted sum of rewards from there to the end of the episode
                 expected = [
-                    sum(0.99 ** (t - time - 1) * sign * t for t in range(int(time) + 1, signed.length(sign) + 1))
+                    sum(
+                        0.99 ** (t - time - 1) * sign * t
+                        for t in range(int(time) + 1, signed.length(sign) + 1)
+                    )
                     for sign, time in data["obs"][:, [SIGN, TIME]]
                 ]
                 np.testing.assert_allclose(data["returns"][:, 0], expected, rtol=1e-6)
@@ -419,8 +521,12 @@ def test_a_meta_trajectory_is_three_episodes_of_a_task_in_order(flow):
         for obs, rewards, n in zip(steps["obs"], steps["rewards"], lengths):
             sign, first = one(obs[:n, SIGN]), int(obs[0, EPISODE])
             episodes = [0, 1, 2] if first == 0 else [3]
-            expected = [[number, time] for number in episodes for time in range(signed.length(sign))]
-            assert obs[:n][:, [EPISODE, TIME]].tolist() == expected and one(obs[:n, ORIGIN]) == RL_DATA
+            expected = [
+                [number, time] for number in episodes for time in range(signed.length(sign))
+            ]
+            assert (
+                obs[:n][:, [EPISODE, TIME]].tolist() == expected and one(obs[:n, ORIGIN]) == RL_DATA
+            )
             np.testing.assert_array_equal(rewards[:n, 0], obs[:n, SIGN] * (obs[:n, TIME] + 1))
             assert not obs[n:].any() and first in (0, 3)
             seen.add((sign, first))
@@ -437,7 +543,9 @@ def test_the_context_of_a_batch_is_of_the_same_tasks_and_of_the_encoder_buffer(f
             context[..., -1], context[..., SIGN] * (context[..., TIME] + 1)
         ) if not flow.labels else None
         origins |= set(context[..., ORIGIN].flatten().tolist())
-    assert origins == {smac: {ENCODER_DATA, COLLECTED}, pearl: {COLLECTED}}.get(flow.script, {ENCODER_DATA})
+    assert origins == {smac: {ENCODER_DATA, COLLECTED}, pearl: {COLLECTED}}.get(
+        flow.script, {ENCODER_DATA}
+    )
 
 
 NETWORKS = {
@@ -451,7 +559,9 @@ def test_in_a_gradient_step_every_network_sees_a_z_of_the_task_of_its_states(flo
     """Also MACAW's outer loss is of networks adapted to the task that its transitions are of."""
     used = [use[1:] for use in flow.used if use[0] == "update"]
     for network, signs, tags in used:
-        vague = is_own(tags, 0) if flow.script is borel else np.zeros(tags.shape, bool)  # its belief at the very start
+        vague = (
+            is_own(tags, 0) if flow.script is borel else np.zeros(tags.shape, bool)
+        )  # its belief at the very start
         assert (is_own(tags, signs) | vague).all() and not vague.all(), network
     assert {network for network, _, _ in used} == NETWORKS[flow.name]
 
@@ -461,7 +571,10 @@ def test_the_belief_of_a_hyper_state_is_vague_at_the_start_of_a_meta_trajectory_
     starts = []
     for part in (part for _, _, batch in flow.batches for part in parts(batch).values()):
         for name in ("obs", "next_obs"):
-            obs, belief = part[name][..., : len(signed.COLUMNS)], part[name][..., len(signed.COLUMNS)]
+            obs, belief = (
+                part[name][..., : len(signed.COLUMNS)],
+                part[name][..., len(signed.COLUMNS)],
+            )
             start = (obs[..., TIME] == 0) & ((obs[..., EPISODE] == 0) | (obs[..., EPISODE] == 3))
             torch.testing.assert_close(belief, torch.where(start, 0.0, obs[..., SIGN]))
             starts.append(start)
@@ -474,7 +587,10 @@ def test_the_belief_of_a_hyper_state_is_vague_at_the_start_of_a_meta_trajectory_
 @over(RUNS)
 def test_the_learning_rates_reach_the_optimizer(flow):
     """Every parameter has one; the target networks have none."""
-    own = {"macaw": {"policy": 0.0123, "value": 0.0234}, "borel": {"encoder": 0.0234, "decoder": 0.0234}}
+    own = {
+        "macaw": {"policy": 0.0123, "value": 0.0234},
+        "borel": {"encoder": 0.0234, "decoder": 0.0234},
+    }
     for name, rate in flow.rates.items():
         expected = own.get(flow.name, {}).get(name.split(".")[0], 0.0123)
         assert rate == (0.0345 if flow.script is macaw and "raw_" in name else expected), name
@@ -489,12 +605,16 @@ def rounds(flow):
     found, steps = {}, np.array([before for _, before, _ in flow.batches])
     for number, (place, obs, tag) in enumerate(flow.acted):
         if place == "collect" and (obs[:, TIME] == 0).all():
-            found.setdefault(int((steps <= number).sum()), []).append((obs[:, SIGN].tolist(), tag.numpy()))
+            found.setdefault(int((steps <= number).sum()), []).append(
+                (obs[:, SIGN].tolist(), tag.numpy())
+            )
     return found
 
 
 @over(COLLECTING)
-def test_an_iteration_visits_several_tasks_of_the_right_split_and_explores_with_the_prior_then_the_posterior(flow):
+def test_an_iteration_visits_several_tasks_of_the_right_split_and_explores_with_the_prior_then_the_posterior(
+    flow,
+):
     found, signs = rounds(flow), TEST if "test tasks" in flow.name else TRAIN
     if flow.script is pearl:  # first every training task, in order
         initial, found[0] = found[0][:2], found[0][2:]
@@ -510,18 +630,24 @@ def test_an_iteration_visits_several_tasks_of_the_right_split_and_explores_with_
         for number, (tasks, tags) in enumerate(iteration):
             if number < 2:
                 assert (tags == UNKNOWN).all()
-            elif flow.name == "smac, on test tasks":  # there is no history of a test task: it is of any training task
+            elif (
+                flow.name == "smac, on test tasks"
+            ):  # there is no history of a test task: it is of any training task
                 assert all(is_own(tag, TRAIN).any() for tag in tags)
             else:
                 assert is_own(tags, tasks).all()
     assert len({tuple(iteration[0][0]) for iteration in found.values()}) > 1
-    assert sum(len(set(iteration[0][0])) > 1 for iteration in found.values()) >= 2  # five of three tasks can be one
+    assert (
+        sum(len(set(iteration[0][0])) > 1 for iteration in found.values()) >= 2
+    )  # five of three tasks can be one
 
 
 @over(COLLECTING)
 def test_the_history_of_exploration_is_of_the_encoder_buffer(flow):
     histories = [history for place, history in flow.histories if place == "collect"]
-    origins = {origin for history in histories for origin in history[..., ORIGIN].flatten().tolist()}
+    origins = {
+        origin for history in histories for origin in history[..., ORIGIN].flatten().tolist()
+    }
     assert {history.shape[1] for history in histories} == {4}
     own = {ENCODER_DATA, COLLECTED} if flow.script is smac else {COLLECTED}
     if flow.name == "smac, on test tasks with true rewards":
@@ -532,13 +658,23 @@ def test_the_history_of_exploration_is_of_the_encoder_buffer(flow):
 @over(SELF_SUPERVISED)
 def test_a_label_comes_from_one_offline_history_of_the_task_whose_buffer_it_enters(flow):
     collected, _ = acted(flow, "collect")
-    np.testing.assert_array_equal(collected, torch.cat([obs for obs, _, _ in flow.labels]))  # all that was seen
+    np.testing.assert_array_equal(
+        collected, torch.cat([obs for obs, _, _ in flow.labels])
+    )  # all that was seen
     for obs, h, _ in flow.labels:
-        assert one(obs[:, EPISODE]) and obs[:, TIME].tolist() == [*range(len(obs))] and h.shape[:2] == (1, 4)
+        assert (
+            one(obs[:, EPISODE])
+            and obs[:, TIME].tolist() == [*range(len(obs))]
+            and h.shape[:2] == (1, 4)
+        )
         assert one(h[..., ORIGIN]) == ENCODER_DATA and one(h[..., SIGN]) in TRAIN
         assert "test tasks" in flow.name or one(h[..., SIGN]) == one(obs[:, SIGN])
         torch.testing.assert_close(h[..., -1], h[..., SIGN] * (h[..., TIME] + 1))
-    used = [(signs, tags) for place, network, signs, tags in flow.used if (place, network) == ("label", "Decoder")]
+    used = [
+        (signs, tags)
+        for place, network, signs, tags in flow.used
+        if (place, network) == ("label", "Decoder")
+    ]
     for (signs, tags), (obs, h, _) in zip(used, flow.labels, strict=True):
         np.testing.assert_array_equal(signs, obs[:, SIGN])
         assert is_own(tags, one(h[..., SIGN])).all()
@@ -547,31 +683,51 @@ def test_a_label_comes_from_one_offline_history_of_the_task_whose_buffer_it_ente
 @over(COLLECTING)
 def test_what_was_collected_is_stored_whole_under_its_task(flow):
     (collected, tags), checkpoint = acted(flow, "collect"), signed.load(flow.folder)
-    data = {name.split("/")[-1]: array for name, array in checkpoint.items() if name.startswith("buffer/fields/")}
+    data = {
+        name.split("/")[-1]: array
+        for name, array in checkpoint.items()
+        if name.startswith("buffer/fields/")
+    }
     first = int((data["obs"][:, ORIGIN] != COLLECTED).sum())
-    assert first == (0 if flow.script is pearl else sum((4 + 2) * signed.length(sign) for sign in TRAIN))
+    assert first == (
+        0 if flow.script is pearl else sum((4 + 2) * signed.length(sign) for sign in TRAIN)
+    )
     new = {name: column[first:] for name, column in data.items()}
     np.testing.assert_array_equal(new["obs"], collected)  # all of it, in time order
     assert checkpoint["env_steps"] == len(collected)
     check_transitions(new, flow.name not in SELF_SUPERVISED)
-    assert new["terminals"].any() and not new["terminals"][[not signed.falls(s) for s in new["obs"][:, SIGN]]].any()
+    assert (
+        new["terminals"].any()
+        and not new["terminals"][[not signed.falls(s) for s in new["obs"][:, SIGN]]].any()
+    )
     owners = collected[:, SIGN]  # the sign of the task in whose buffer a transition belongs
     if flow.labels:
-        np.testing.assert_array_equal(new["rewards"][:, 0], torch.cat([rewards for _, _, rewards in flow.labels]))
+        np.testing.assert_array_equal(
+            new["rewards"][:, 0], torch.cat([rewards for _, _, rewards in flow.labels])
+        )
         owners = np.concatenate([np.full(len(obs), one(h[..., SIGN])) for obs, h, _ in flow.labels])
         from_posterior = tags != UNKNOWN
         assert is_own(tags[from_posterior], owners[from_posterior]).all()
     num_tasks = len(checkpoint["buffer/sizes/rl"])
-    assert num_tasks == len(TRAIN) + len(TEST) * (flow.name == "smac, on test tasks with true rewards")
+    assert num_tasks == len(TRAIN) + len(TEST) * (
+        flow.name == "smac, on test tasks with true rewards"
+    )
     for task in range(num_tasks):
         rl, context = (signed.members(checkpoint, task, name) for name in ("rl", "encoder"))
         mine = first + np.flatnonzero(owners == signed.SIGNS[task])
         np.testing.assert_array_equal(rl[rl >= first], mine)
         assert set(data["obs"][rl[rl < first], SIGN]) <= {signed.SIGNS[task]}
         explored = mine[tags[mine - first] == UNKNOWN]
-        if flow.script is pearl:  # only those of the last iteration that visits the task: two episodes a visit
-            visits = [side[2 * (before == 0)][0].count(TRAIN[task]) for before, side in rounds(flow).items()]
-            explored = explored[-2 * signed.length(TRAIN[task]) * next(n for n in [*reversed(visits), 1] if n) :]
+        if (
+            flow.script is pearl
+        ):  # only those of the last iteration that visits the task: two episodes a visit
+            visits = [
+                side[2 * (before == 0)][0].count(TRAIN[task])
+                for before, side in rounds(flow).items()
+            ]
+            explored = explored[
+                -2 * signed.length(TRAIN[task]) * next(n for n in [*reversed(visits), 1] if n) :
+            ]
         elif "frozen" in RUNS[flow.name][1]:
             explored = explored[:0]
         elif "one buffer" in flow.name:
@@ -627,12 +783,17 @@ def paid(request, quick, monkeypatch):
 def test_the_self_supervised_phase_never_reads_a_reward(name, paid, tmp_path):
     signed.start(name, tmp_path, signed.save_data(tmp_path / "data.npz"))
     checkpoint = signed.load(signed.run_of(name, tmp_path))
-    assert checkpoint["env_steps"] == len(paid) > 100 and np.isfinite(checkpoint["buffer/fields/rewards"]).all()
+    assert (
+        checkpoint["env_steps"] == len(paid) > 100
+        and np.isfinite(checkpoint["buffer/fields/rewards"]).all()
+    )
 
 
 @pytest.mark.parametrize("name", ["smac, true rewards", "pearl"])
 @pytest.mark.parametrize(
-    "paid, error", [("NaN", buffers.InputError), ("what must not be touched", AssertionError)], indirect=["paid"]
+    "paid, error",
+    [("NaN", buffers.InputError), ("what must not be touched", AssertionError)],
+    indirect=["paid"],
 )
 def test_other_runs_do_read_it(name, paid, error, tmp_path):
     """So the test above can fail."""

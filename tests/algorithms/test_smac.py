@@ -43,7 +43,12 @@ def dataset(tmp_path_factory):
     for task in range(TRAIN_TASKS):
         env.unwrapped.set_task(tasks[task])
         for episode in range(EPISODES):
-            path = {"obs": [env.reset(seed=10 * task + episode)[0]], "actions": [], "rewards": [], "terminals": []}
+            path = {
+                "obs": [env.reset(seed=10 * task + episode)[0]],
+                "actions": [],
+                "rewards": [],
+                "terminals": [],
+            }
             for _ in range(HORIZON):
                 path["actions"].append(rng.uniform(-1, 1, 2).astype(np.float32))
                 obs, reward, terminated, _, _ = env.step(path["actions"][-1])
@@ -51,7 +56,9 @@ def dataset(tmp_path_factory):
                     path[name].append(value)
             entries.append((task, {name: np.array(values) for name, values in path.items()}))
     file = tmp_path_factory.mktemp("data") / "small.npz"
-    buffers.save_dataset(file, "PointDirection", tasks[:TRAIN_TASKS], tasks[TRAIN_TASKS:], entries, [], "python test")
+    buffers.save_dataset(
+        file, "PointDirection", tasks[:TRAIN_TASKS], tasks[TRAIN_TASKS:], entries, [], "python test"
+    )
     return file
 
 
@@ -109,13 +116,21 @@ def snapshots(monkeypatch):
 
 # ----- What a run writes
 
-RETURNS = ["charts/test/exploration_return", "charts/test/online_context_return", "charts/train/exploration_return"]
+RETURNS = [
+    "charts/test/exploration_return",
+    "charts/test/online_context_return",
+    "charts/train/exploration_return",
+]
 RETURNS += ["charts/train/offline_context_return", "charts/train/online_context_return"]
 TAGS = {*RETURNS, "losses/critic", "losses/actor", "losses/reward", "losses/kl"}
 TAGS |= {"train/SPS", "train/q_mean", "train/q_max", "train/actor_weight_ess"}
 TAGS |= {"eval/decoder_loss", "eval/decoder_loss_over_reward_variance"}
 TAGS |= {"eval/generated_reward_mse", "eval/generated_reward_mse_over_reward_variance"}
-KL_TAGS = {"eval/kl_test_online_context", "eval/kl_train_online_context", "eval/kl_train_offline_context"}
+KL_TAGS = {
+    "eval/kl_test_online_context",
+    "eval/kl_train_online_context",
+    "eval/kl_train_offline_context",
+}
 
 
 def test_a_run_writes_its_flags_evaluations_events_and_checkpoint(dataset, tmp_path, short, capsys):
@@ -125,13 +140,30 @@ def test_a_run_writes_its_flags_evaluations_events_and_checkpoint(dataset, tmp_p
     assert sorted(file.name.split(".")[0] for file in run.iterdir()) == sorted(expected)
 
     flags = json.loads((run / "args.json").read_text())
-    assert flags["offline_steps"] == OFFLINE and flags["kl_coef"] == 0.002 and flags["q_hidden"] == [16, 16]
+    assert (
+        flags["offline_steps"] == OFFLINE
+        and flags["kl_coef"] == 0.002
+        and flags["q_hidden"] == [16, 16]
+    )
     assert {"python", "cpu", "torch", "numpy", "gymnasium", "mujoco"} <= flags["versions"].keys()
 
     header, *rows = read_csv(run)
-    assert header == ["gradient_step", "env_steps", "split", "context", "task", "return", "exploration_return"]
+    assert header == [
+        "gradient_step",
+        "env_steps",
+        "split",
+        "context",
+        "task",
+        "return",
+        "exploration_return",
+    ]
     new = 2 * (10 + 20)  # transitions an iteration: two tasks, whole episodes
-    points = [(10, 0), (OFFLINE, 0), (20, new), (30, 2 * new)]  # every 10 steps, and at the end of each phase
+    points = [
+        (10, 0),
+        (OFFLINE, 0),
+        (20, new),
+        (30, 2 * new),
+    ]  # every 10 steps, and at the end of each phase
     spaced = sorted({int(row[4]) for row in rows if row[2] == "train"})
     assert len(spaced) == 3 and max(spaced) < TRAIN_TASKS
     groups = [("test", "online", [0, 1]), ("train", "online", spaced), ("train", "offline", spaced)]
@@ -151,29 +183,47 @@ def test_a_run_writes_its_flags_evaluations_events_and_checkpoint(dataset, tmp_p
     assert sorted(TAGS | KL_TAGS)[: len(RETURNS)] == RETURNS  # on the screen the returns come first
     for tag in TAGS | KL_TAGS:
         points = events.Scalars(tag)
-        steps = [10, 14, 20, 30] if tag.startswith(("charts/", "eval/")) else [5, 10, 14, 15, 20, 25, 30]
+        steps = (
+            [10, 14, 20, 30]
+            if tag.startswith(("charts/", "eval/"))
+            else [5, 10, 14, 15, 20, 25, 30]
+        )
         assert [point.step for point in points] == steps, tag
         assert np.isfinite([point.value for point in points]).all(), tag
     assert all(0 < point.value <= 1 + 1e-6 for point in events.Scalars("train/actor_weight_ess"))
     for tag in KL_TAGS:  # the scalar is the mean of the histogram's values
         for scalar, histogram in zip(events.Scalars(tag), events.Histograms(f"{tag}/histogram")):
             value = histogram.histogram_value
-            assert scalar.step == histogram.step and scalar.value == pytest.approx(value.sum / value.num, rel=1e-4)
-    for tag, group in (("test/online", groups[0]), ("train/online", groups[1]), ("train/offline", groups[2])):
+            assert scalar.step == histogram.step and scalar.value == pytest.approx(
+                value.sum / value.num, rel=1e-4
+            )
+    for tag, group in (
+        ("test/online", groups[0]),
+        ("train/online", groups[1]),
+        ("train/offline", groups[2]),
+    ):
         last = [float(row[5]) for row in rows if row[0] == "30" and row[2:4] == list(group[:2])]
         logged = events.Scalars(f"charts/{tag}_context_return")[-1].value
         assert logged == pytest.approx(np.mean(last), abs=1e-3)
 
     output = capsys.readouterr().out
-    assert "step 14 | return: test (online context)" in output and f"step 20, {new} new transitions | return" in output
+    assert (
+        "step 14 | return: test (online context)" in output
+        and f"step 20, {new} new transitions | return" in output
+    )
     table = output.split("Post-adaptation return, mean over tasks")[1].splitlines()
     (last,) = (line.split() for line in table if line.split()[:2] == ["30", str(2 * new)])
-    means = [np.mean([float(r[5]) for r in rows if r[0] == "30" and r[2:4] == list(g[:2])]) for g in groups]
+    means = [
+        np.mean([float(r[5]) for r in rows if r[0] == "30" and r[2:4] == list(g[:2])])
+        for g in groups
+    ]
     assert [float(word) for word in last[2:]] == pytest.approx(means, abs=0.051)
     assert str(run / "summary.png") in output
 
 
-def test_curves_are_means_over_the_steps_since_the_last_point(dataset, tmp_path, short, monkeypatch):
+def test_curves_are_means_over_the_steps_since_the_last_point(
+    dataset, tmp_path, short, monkeypatch
+):
     calls, update = [], smac.update
 
     def numbered(*args, **kwargs):
@@ -189,7 +239,10 @@ def test_curves_are_means_over_the_steps_since_the_last_point(dataset, tmp_path,
 
 
 def test_a_phase_may_be_left_out(dataset, tmp_path, short):
-    for name, flags, steps in (("offline", ["--online-iterations", 0], 14), ("online", ["--offline-steps", 0], 16)):
+    for name, flags, steps in (
+        ("offline", ["--online-iterations", 0], 14),
+        ("online", ["--offline-steps", 0], 16),
+    ):
         run, _ = start(dataset, tmp_path / name, *flags)
         assert load(run)["step"] == steps and read_csv(run)[-1][0] == str(steps)
 
@@ -221,11 +274,18 @@ def test_generated_rewards_enter_the_buffer(dataset, tmp_path, short, monkeypatc
 
     def record(agent, path, h_offline, args, rng):
         state = rng.get_state()
-        labels.append((path["obs"][:-1], path["actions"], h_offline, generate(agent, path, h_offline, args, rng)))
-        noise_z = torch.randn(1, args.latent_dim, generator=torch.Generator().set_state(state))
-        labels[-1] = tuple(map(torch.as_tensor, (*labels[-1][:2], smac.make_context(h_offline, args), noise_z))) + (
-            labels[-1][-1],
+        labels.append(
+            (
+                path["obs"][:-1],
+                path["actions"],
+                h_offline,
+                generate(agent, path, h_offline, args, rng),
+            )
         )
+        noise_z = torch.randn(1, args.latent_dim, generator=torch.Generator().set_state(state))
+        labels[-1] = tuple(
+            map(torch.as_tensor, (*labels[-1][:2], smac.make_context(h_offline, args), noise_z))
+        ) + (labels[-1][-1],)
         return labels[-1][-1]
 
     monkeypatch.setattr(smac, "generate_rewards", record)
@@ -243,8 +303,12 @@ def test_generated_rewards_enter_the_buffer(dataset, tmp_path, short, monkeypatc
         with torch.no_grad():  # encoder and decoder have not changed since
             factors, raw = agent.encoder.net(context[0]).double().chunk(2, -1)
             precision = raw.exp().log1p() ** -2
-            z = (precision * factors).sum(0) / precision.sum(0) + noise_z[0] / precision.sum(0).sqrt()
-            expected = agent.decoder.net(torch.cat([obs, actions, z.float().expand(10, -1)], -1))[:, 0]
+            z = (precision * factors).sum(0) / precision.sum(0) + noise_z[0] / precision.sum(
+                0
+            ).sqrt()
+            expected = agent.decoder.net(torch.cat([obs, actions, z.float().expand(10, -1)], -1))[
+                :, 0
+            ]
         torch.testing.assert_close(rewards, expected, rtol=1e-4, atol=1e-6)
         z_seen.append(z)
         # The context: offline transitions of the task that was explored, with their true rewards
@@ -254,7 +318,9 @@ def test_generated_rewards_enter_the_buffer(dataset, tmp_path, short, monkeypatc
     assert len({tuple(z.tolist()) for z in z_seen}) == len(labels)  # a new z for each trajectory
 
 
-def test_an_iteration_explores_with_the_prior_then_the_posterior_and_then_trains(dataset, tmp_path, short, monkeypatch):
+def test_an_iteration_explores_with_the_prior_then_the_posterior_and_then_trains(
+    dataset, tmp_path, short, monkeypatch
+):
     events, in_evaluation = [], []
     rollout, evaluate, update = smac.rollout, smac.evaluate, smac.update
 
@@ -279,12 +345,18 @@ def test_an_iteration_explores_with_the_prior_then_the_posterior_and_then_trains
     monkeypatch.setattr(buffers.ReplayBuffer, "sample", record_sample)
     monkeypatch.setattr(smac, "rollout", record)
     monkeypatch.setattr(smac, "evaluate", mark)
-    monkeypatch.setattr(smac, "update", lambda *args, online: (events.append(online), update(*args, online))[1])
+    monkeypatch.setattr(
+        smac, "update", lambda *args, online: (events.append(online), update(*args, online))[1]
+    )
     start(dataset, tmp_path)
     # One episode with z from the prior, two from the posterior, in two tasks side by side; actions are sampled, rewards
     # not read but generated
     episodes = [(2, is_prior, {"read_rewards": False}) for is_prior in (True, False, False)]
-    visit = [event for e in episodes for event in ([(2, "encoder")] * (not e[1]) + [e] + 2 * [(1, "offline")])]
+    visit = [
+        event
+        for e in episodes
+        for event in ([(2, "encoder")] * (not e[1]) + [e] + 2 * [(1, "offline")])
+    ]
     assert events == [False] * OFFLINE + ITERATIONS * (visit + [True] * UPDATES)
 
 
@@ -312,7 +384,9 @@ def roll(num=2, **kwargs):
 def test_acting_draws_a_new_z_at_every_step(short):
     paths, z = roll()
     assert z.shape == (HORIZON, 2, 1) and len(z[:, 0].unique()) == len(z[:, 1].unique()) == HORIZON
-    assert (abs(z[:, 0] - 5) < 0.6).all() and (abs(z[:, 1] + 5) < 0.6).all()  # each environment has its posterior
+    assert (abs(z[:, 0] - 5) < 0.6).all() and (
+        abs(z[:, 1] + 5) < 0.6
+    ).all()  # each environment has its posterior
     assert 0.05 < z[:, 0].std() < 0.2
     assert [path["obs"].shape for path in paths] == [(HORIZON + 1, 4)] * 2
 
@@ -323,7 +397,9 @@ def test_actions_of_the_policys_mean_or_a_sample(short):
     (path, _), _ = roll()
     u = np.arctanh(path["actions"])
     assert 0.2 < u.mean() < 0.4 and 0.25 < u.std() < 0.5
-    np.testing.assert_allclose(path["rewards"], path["obs"][1:, 2], rtol=1e-6)  # the nominal direction is x
+    np.testing.assert_allclose(
+        path["rewards"], path["obs"][1:, 2], rtol=1e-6
+    )  # the nominal direction is x
     assert "rewards" not in roll(read_rewards=False)[0][0]
 
 
@@ -346,7 +422,9 @@ def test_a_rollout_goes_on_until_the_last_environment_ends(short):
 
 def test_adaptation_reads_two_episodes_and_measures_the_third(short, monkeypatch):
     """The encoder sees both exploration episodes with true rewards; the third is deterministic, with z from it."""
-    args = smac.Args(latent_dim=2, encoder_hidden=(8,), policy_hidden=(8,), q_hidden=(8,), decoder_hidden=(8,))
+    args = smac.Args(
+        latent_dim=2, encoder_hidden=(8,), policy_hidden=(8,), q_hidden=(8,), decoder_hidden=(8,)
+    )
     torch.manual_seed(0)
     agent, calls, contexts = smac.Agent(4, 2, args), [], []
     rollout, encode = smac.rollout, agent.encoder.forward
@@ -356,16 +434,21 @@ def test_adaptation_reads_two_episodes_and_measures_the_third(short, monkeypatch
         return calls[-1][-1]
 
     monkeypatch.setattr(smac, "rollout", record)
-    monkeypatch.setattr(agent.encoder, "forward", lambda context: (contexts.append(context), encode(context))[1])
+    monkeypatch.setattr(
+        agent.encoder, "forward", lambda context: (contexts.append(context), encode(context))[1]
+    )
     env_list = [envs.make("PointDirection") for _ in range(3)]
-    final, exploration, *posterior = smac.adapt(env_list, agent, args, torch.Generator().manual_seed(0))
+    final, exploration, *posterior = smac.adapt(
+        env_list, agent, args, torch.Generator().manual_seed(0)
+    )
     (mu1, sigma1, how1, first), (mu2, sigma2, how2, second), (mu, sigma, how3, third) = calls
     assert mu is posterior[0] and sigma is posterior[1]
     assert (mu1 == 0).all() and (mu2 == 0).all() and (sigma1 == 1).all() and (sigma2 == 1).all()
     assert (how1, how2, how3) == ({}, {}, {"deterministic": True})
     for i in range(3):
         rows = [
-            np.concatenate([p[i]["obs"][:-1], p[i]["actions"], p[i]["rewards"][:, None]], 1) for p in (first, second)
+            np.concatenate([p[i]["obs"][:-1], p[i]["actions"], p[i]["rewards"][:, None]], 1)
+            for p in (first, second)
         ]
         np.testing.assert_array_equal(contexts[i][0], np.concatenate(rows))
         assert final[i] is third[i] and exploration[i] == (first[i], second[i])
@@ -374,15 +457,28 @@ def test_adaptation_reads_two_episodes_and_measures_the_third(short, monkeypatch
 
 
 def test_evaluation_pairs_each_environment_with_its_task_and_offline_data(short, monkeypatch):
-    args = smac.Args(env_id="PointDirection", latent_dim=2, encoder_hidden=(8,), policy_hidden=(8,), q_hidden=(8,))
-    tasks, buffer, asked = envs.sample_tasks("PointDirection", 12), buffers.ReplayBuffer(10, 4, 2, 30), []
+    args = smac.Args(
+        env_id="PointDirection",
+        latent_dim=2,
+        encoder_hidden=(8,),
+        policy_hidden=(8,),
+        q_hidden=(8,),
+    )
+    tasks, buffer, asked = (
+        envs.sample_tasks("PointDirection", 12),
+        buffers.ReplayBuffer(10, 4, 2, 30),
+        [],
+    )
     eval_envs = envs.make_evaluation("PointDirection", tasks[:10], tasks[10:], repeats=2)
     numbers = {split: tasks for split, (tasks, _) in eval_envs.items()}
     chosen = numbers["train"][::2]
     assert numbers == {"test": [0, 0, 1, 1], "train": [n for n in chosen for _ in range(2)]}
     assert len(set(chosen)) == 3 and chosen == sorted(chosen)
     for split, rows in (("test", tasks[10:]), ("train", tasks[:10])):
-        assert all((env.unwrapped.task == rows[number]).all() for number, env in zip(*eval_envs[split], strict=True))
+        assert all(
+            (env.unwrapped.task == rows[number]).all()
+            for number, env in zip(*eval_envs[split], strict=True)
+        )
     for task in range(10):
         path = {"obs": torch.randn(4, 4), "actions": torch.zeros(3, 2), "rewards": torch.randn(3)}
         buffer.add(task, path | {"terminals": torch.zeros(3)})
@@ -409,7 +505,9 @@ def test_evaluation_pairs_each_environment_with_its_task_and_offline_data(short,
     assert asked == [(numbers["train"], n, "offline") for n in sizes]
     test, train = (eval_envs[split][1] for split in ("test", "train"))
     explore, measure = {}, {"deterministic": True}
-    expected = [(e, how) for e in (test, train) for how in (explore, explore, measure)] + [(train, measure)]
+    expected = [(e, how) for e in (test, train) for how in (explore, explore, measure)] + [
+        (train, measure)
+    ]
     assert [call[:2] for call in acted] == expected
     paths = [call[2] for call in acted]
     thirds = {("test", "online"): 2, ("train", "online"): 5, ("train", "offline"): 6}
@@ -419,9 +517,14 @@ def test_evaluation_pairs_each_environment_with_its_task_and_offline_data(short,
         assert tasks == numbers[split] and final is paths[thirds[split, context]]
         assert exploration == list(zip(paths[first], paths[first + 1]))
         assert kl.shape == (len(tasks),) and (kl > 0).all()
-    assert len(data) == 3 and all(len(path["actions"]) == 3 for path in data)  # the dataset's, one of each task
+    assert len(data) == 3 and all(
+        len(path["actions"]) == 3 for path in data
+    )  # the dataset's, one of each task
     explored = np.concatenate([path["rewards"] for _, _, paths in acted[3:5] for path in paths])
-    for name, rewards in (("decoder_loss", given[-1]["rewards"].numpy()), ("generated_reward_mse", explored)):
+    for name, rewards in (
+        ("decoder_loss", given[-1]["rewards"].numpy()),
+        ("generated_reward_mse", explored),
+    ):
         error = np.mean((0.5 - rewards) ** 2)
         assert scalars[f"eval/{name}"] == pytest.approx(error, rel=1e-4)
         ratio = error / np.var(rewards, ddof=1)
@@ -449,7 +552,11 @@ def test_success_is_the_behaviour_achieved_in_the_last_step(drawers, tmp_path):
     events = EventAccumulator(str(folder))
     events.Reload()
     names = ("test/online", "train/online", "train/offline")
-    assert [events.Scalars(f"charts/{name}_context_success")[0].value for name in names] == [0, 1, 1]
+    assert [events.Scalars(f"charts/{name}_context_success")[0].value for name in names] == [
+        0,
+        1,
+        1,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -466,7 +573,9 @@ def test_variants_run(dataset, tmp_path, short, flags):
     assert agent.encoder.net[0].in_features == (11 if "--next-obs-in-context" in flags else 7)
     assert len(agent.q.weights[0]) == (1 if "--num-critics" in flags else 2)
     fields, values = load(run), agent.encoder.state_dict()
-    assert all(np.array_equal(fields[f"agent/encoder.{name}"], value) for name, value in values.items())
+    assert all(
+        np.array_equal(fields[f"agent/encoder.{name}"], value) for name, value in values.items()
+    )
 
 
 def test_pictures_hold_what_the_evaluation_saw(dataset, tmp_path, short, monkeypatch):
@@ -485,7 +594,9 @@ def test_pictures_hold_what_the_evaluation_saw(dataset, tmp_path, short, monkeyp
         "online context": (3, *ends),
     }  # fmt: skip
     data = buffers.load_dataset("PointDirection", dataset)["rl"]
-    walked = np.stack([path["obs"][:, :2] - path["obs"][0, :2] for _, path in data])  # the point observes where it is
+    walked = np.stack(
+        [path["obs"][:, :2] - path["obs"][0, :2] for _, path in data]
+    )  # the point observes where it is
     for drawn in arrays["offline data"]:
         assert np.abs(walked - drawn).max((1, 2)).min() < 1e-4
     events = EventAccumulator(str(run))
@@ -507,7 +618,13 @@ def test_a_finished_run_can_be_made_longer(dataset, tmp_path, short):
     run, _ = start(dataset, tmp_path)
     resume(run, "--online-iterations", "3", "--dataset", dataset)
     assert load(run)["step"] == 38 and load(run)["env_steps"] == 180
-    assert list(dict.fromkeys(row[0] for row in read_csv(run)[1:])) == ["10", "14", "20", "30", "38"]
+    assert list(dict.fromkeys(row[0] for row in read_csv(run)[1:])) == [
+        "10",
+        "14",
+        "20",
+        "30",
+        "38",
+    ]
 
 
 def test_evaluations_leave_no_trace_in_training(dataset, tmp_path, short):
@@ -522,7 +639,10 @@ def test_evaluations_leave_no_trace_in_training(dataset, tmp_path, short):
 
 
 def test_the_seed_decides(dataset, tmp_path, short):
-    runs = [start(dataset, tmp_path / str(i), "--seed", seed)[1].state_dict() for i, seed in enumerate((1, 1))]
+    runs = [
+        start(dataset, tmp_path / str(i), "--seed", seed)[1].state_dict()
+        for i, seed in enumerate((1, 1))
+    ]
     assert all(torch.equal(value, runs[1][name]) for name, value in runs[0].items())
     smac.main(parse([*SMALL, "--dataset", dataset, "--run-dir", tmp_path, "--seed", "2"]))
     other = load(tmp_path / "PointDirection__smac_offline_online__2")["agent/policy.net.0.weight"]
@@ -533,22 +653,38 @@ def test_sigterm_to_a_real_process_then_resume(dataset, tmp_path, short, monkeyp
     """It stops where it happens to be, at step n, and its next 5 steps are those of a run that was stopped at n + 5."""
     flags = ["--offline-steps", 1_000_000, "--eval-every", 20]
     run = tmp_path / "parts" / "PointDirection__smac_offline_online__1"
-    words = [sys.executable, SCRIPT, *SMALL, "--dataset", dataset, "--run-dir", tmp_path / "parts", *flags]
+    words = [
+        sys.executable,
+        SCRIPT,
+        *SMALL,
+        "--dataset",
+        dataset,
+        "--run-dir",
+        tmp_path / "parts",
+        *flags,
+    ]
     process = subprocess.Popen(
         list(map(str, words)), env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )  # fmt: skip
     deadline = time.time() + 120
-    while not ((run / "eval.csv").exists() and len((run / "eval.csv").read_text().splitlines()) > 1):
+    while not (
+        (run / "eval.csv").exists() and len((run / "eval.csv").read_text().splitlines()) > 1
+    ):
         assert process.poll() is None and time.time() < deadline, process.stderr.read()
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 1 and "Traceback" not in stderr
-    assert "stopped after step" in stderr.splitlines()[-1] and f"--resume {run}" in stderr.splitlines()[-1]
+    assert (
+        "stopped after step" in stderr.splitlines()[-1]
+        and f"--resume {run}" in stderr.splitlines()[-1]
+    )
     step = int(load(run)["step"])
     precision = json.loads((run / "args.json").read_text())["precision"]
-    monkeypatch.setattr(buffers, "matmul_precision", lambda *_: precision)  # measured anew, it could be another
+    monkeypatch.setattr(
+        buffers, "matmul_precision", lambda *_: precision
+    )  # measured anew, it could be another
     undo = stop_at(5, monkeypatch)
     with pytest.raises(SystemExit):
         resume(run, "--dataset", dataset)
@@ -588,15 +724,29 @@ def test_refused_flags(flags, message):
 
 
 def test_zero_is_a_value_where_it_means_something():
-    args = parse([*SMALL, *"--lambda-pearl 0 --offline-steps 0 --online-iterations 0 --kl-coef 0".split()])
+    args = parse(
+        [*SMALL, *"--lambda-pearl 0 --offline-steps 0 --online-iterations 0 --kl-coef 0".split()]
+    )
     assert args.lambda_pearl == args.offline_steps == args.online_iterations == args.kl_coef == 0
 
 
 def test_presets_hold_for_their_environment_and_flags_override_them():
     assert smac.PRESETS.keys() - envs.SPECS.keys() == {"short", "CheetahVelocity short"}
-    short, again = parse(["--preset", "short"]), parse(["--preset", "short", "--env-id", "PointDirection"])
-    assert (short.preset, short.offline_steps, short.q_hidden, short.kl_coef) == ("short", 15_000, (128, 128), 0.1)
-    assert (again.preset, again.offline_steps, again.q_hidden) == ("short", 3_000, (128, 128))  # it is short anyway
+    short, again = (
+        parse(["--preset", "short"]),
+        parse(["--preset", "short", "--env-id", "PointDirection"]),
+    )
+    assert (short.preset, short.offline_steps, short.q_hidden, short.kl_coef) == (
+        "short",
+        15_000,
+        (128, 128),
+        0.1,
+    )
+    assert (again.preset, again.offline_steps, again.q_hidden) == (
+        "short",
+        3_000,
+        (128, 128),
+    )  # it is short anyway
     assert parse([]) == smac.Args()
     assert parse(["--env-id", "CheetahVelocity"]).encoder_buffer == "frozen"
     assert parse(["--env-id", "CheetahVelocity", "--encoder-buffer", "all"]).encoder_buffer == "all"
@@ -606,7 +756,11 @@ def test_presets_hold_for_their_environment_and_flags_override_them():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_refuses_a_gpu_that_is_not_there():
-    refused("--device cuda: the GPU can not be used .*--device cpu works", smac.main, parse(["--device", "cuda"]))
+    refused(
+        "--device cuda: the GPU can not be used .*--device cpu works",
+        smac.main,
+        parse(["--device", "cuda"]),
+    )
 
 
 def test_refuses_a_missing_dataset_and_that_of_another_environment(dataset, tmp_path):
@@ -624,7 +778,9 @@ def test_refuses_to_overwrite_a_run_and_to_resume_with_other_flags(dataset, tmp_
     refused("--seed is 1 in the run to resume", resume, run, "--seed", "2")
     data, other = buffers.load_dataset("PointDirection", dataset), tmp_path / "other.npz"
     tasks = data["train_tasks"], data["test_tasks"][::-1]  # the same tasks in another order
-    buffers.save_dataset(other, "PointDirection", *tasks, data["rl"], data["encoder"], data["command"])
+    buffers.save_dataset(
+        other, "PointDirection", *tasks, data["rl"], data["encoder"], data["command"]
+    )
     refused("the data of .* are others than in this dataset", resume, run, "--dataset", other)
     assert before == {file.name: file.read_bytes() for file in run.iterdir()}
 
@@ -635,12 +791,26 @@ def test_refuses_damaged_checkpoints(dataset, tmp_path, short):
     file, before = run / "checkpoint.npz", {file.name: file.read_bytes() for file in run.iterdir()}
     for content in (before[file.name][: len(before[file.name]) // 2], b"", b"not a checkpoint"):
         file.write_bytes(content)
-        refused("checkpoint.npz can not be read: it is no .npz file, or damaged", resume, run, "--dataset", dataset)
+        refused(
+            "checkpoint.npz can not be read: it is no .npz file, or damaged",
+            resume,
+            run,
+            "--dataset",
+            dataset,
+        )
     checkpoint = dict(np.load(io.BytesIO(before[file.name])))
-    some = "agent/policy.net.0.bias buffer/sizes/rl buffer/fields/obs rng step summed eval_csv sha256"
+    some = (
+        "agent/policy.net.0.bias buffer/sizes/rl buffer/fields/obs rng step summed eval_csv sha256"
+    )
     for name in some.split():
         np.savez(file, **{key: value for key, value in checkpoint.items() if key != name})
-        refused(f"checkpoint.npz does not fit this run: {name} is missing", resume, run, "--dataset", dataset)
+        refused(
+            f"checkpoint.npz does not fit this run: {name} is missing",
+            resume,
+            run,
+            "--dataset",
+            dataset,
+        )
     np.savez(file, **checkpoint | {"agent/q.weights.0": np.zeros(2, np.float32)})
     message = r"checkpoint.npz: agent/q.weights.0 is float32 \(2,\), expected float32 \(2, 9, 16\)"
     refused(message, resume, run, "--dataset", dataset)
@@ -648,9 +818,14 @@ def test_refuses_damaged_checkpoints(dataset, tmp_path, short):
     assert {**before, file.name: b""} == {**after, file.name: b""}  # nothing else was touched
 
 
-def test_a_script_that_can_not_start_prints_one_line_and_exits_with_code_2(tmp_path, monkeypatch, capsys):
+def test_a_script_that_can_not_start_prints_one_line_and_exits_with_code_2(
+    tmp_path, monkeypatch, capsys
+):
     (tmp_path / "checkpoint.npz").write_bytes(b"damaged")
-    for words, said in (("--env-id HoperParam", "HopperParam, "), (f"--resume {tmp_path}", "can not be read")):
+    for words, said in (
+        ("--env-id HoperParam", "HopperParam, "),
+        (f"--resume {tmp_path}", "can not be read"),
+    ):
         monkeypatch.setattr(sys, "argv", [str(SCRIPT), *words.split()])
         with pytest.raises(SystemExit) as stop:
             buffers.launch(smac.main, smac.Args, smac.PRESETS)
@@ -660,7 +835,9 @@ def test_a_script_that_can_not_start_prints_one_line_and_exits_with_code_2(tmp_p
     assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.npz"]
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(dataset, tmp_path, short, monkeypatch):
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
+    dataset, tmp_path, short, monkeypatch
+):
     update, calls, saved = smac.update, [], {}
     run = tmp_path / "PointDirection__smac_offline_online__1"
 
@@ -678,7 +855,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(datase
 
 
 def test_diverging_training_stops_the_run(dataset, tmp_path, short):
-    message = "losses/critic.* became NaN or infinite before step 5 of .*; there is no checkpoint yet"
+    message = (
+        "losses/critic.* became NaN or infinite before step 5 of .*; there is no checkpoint yet"
+    )
     refused(message, start, dataset, tmp_path, "--lr", 1e15)
     run = tmp_path / "PointDirection__smac_offline_online__1"
     assert not (run / "checkpoint.npz").exists()
@@ -695,11 +874,15 @@ def test_the_self_supervised_phase_improves_adaptation_to_test_tasks(tmp_path, q
     a posterior. What it can not see is which labels exploration gets: see test_data_flow.py."""
     flags = "--env-id PointDirection --seed 1 --device cpu --q-hidden 64 64 --policy-hidden 64 --encoder-hidden 64"
     flags += " --decoder-hidden 64 --meta-batch 8 --rl-batch 32 --context-batch 32 --lr 2e-3 --awr-lambda 1000"
-    flags += " --lambda-pearl 0.3 --offline-steps 600 --online-iterations 2 --updates-per-iteration 150"
+    flags += (
+        " --lambda-pearl 0.3 --offline-steps 600 --online-iterations 2 --updates-per-iteration 150"
+    )
     smac.main(parse([*flags.split(), "--eval-every", 10_000, "--run-dir", tmp_path]))
     rows = read_csv(tmp_path / "PointDirection__smac_offline_online__1")[1:]
     offline, online = (
-        np.mean([float(row[5]) for row in rows if row[0] == step and row[2:4] == ["test", "online"]])
+        np.mean(
+            [float(row[5]) for row in rows if row[0] == step and row[2:4] == ["test", "online"]]
+        )
         for step in ("600", "900")
     )
     assert online > 30 and online > offline + 3

@@ -31,14 +31,23 @@ def test_what_an_attack_is_said_to_have_done(command, more, verdict, tmp_path, m
     monkeypatch.setattr(attack, "compared", lambda run: f"this one, {run}")
     cells = attack.perform(Attack("what | where", command, kind="1 a kind", **more))
     assert verdict in cells[-1] and attack.behaved(cells) == (verdict == "yes")
-    assert 0 <= float(cells[5]) < 1 and 1 < float(cells[7]) < 100  # of the shell, not of this process
-    attack.write_table(tmp_path / "attacks.md", [cells, ["2", "b", "c", "0", "d", "1.0", "2.0", "30", "yes"]])
+    assert (
+        0 <= float(cells[5]) < 1 and 1 < float(cells[7]) < 100
+    )  # of the shell, not of this process
+    attack.write_table(
+        tmp_path / "attacks.md", [cells, ["2", "b", "c", "0", "d", "1.0", "2.0", "30", "yes"]]
+    )
     assert attack.read_table(tmp_path / "attacks.md")[tuple(cells[:3])] == cells
     text = (tmp_path / "attacks.md").read_text()
-    assert f"2 attacks, {2 if verdict == 'yes' else 1} of them ended as they should" in text and "1.0 s of" in text
+    assert (
+        f"2 attacks, {2 if verdict == 'yes' else 1} of them ended as they should" in text
+        and "1.0 s of" in text
+    )
 
 
-@pytest.mark.parametrize("way, code", [(dict(terminal=True), -1), (dict(signals=(2, 15)), -2), ({}, 0)])
+@pytest.mark.parametrize(
+    "way, code", [(dict(terminal=True), -1), (dict(signals=(2, 15)), -2), ({}, 0)]
+)
 def test_signals_and_a_terminal_that_goes_away(way, code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert attack.measure("mkdir runs; touch runs/checkpoint.npz; exec sleep 2", **way)[0] == code
@@ -53,11 +62,18 @@ def test_what_does_not_end(tmp_path, monkeypatch):
 
 def test_every_kind_has_attacks_on_a_script_or_on_watch(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(attacks, "zip_tricks", lambda members, name, room: zip_tricks(members, name, 100))
+    monkeypatch.setattr(
+        attacks, "zip_tricks", lambda members, name, room: zip_tricks(members, name, 100)
+    )
     monkeypatch.setattr(attacks, "archive", lambda members: b"")  # of 300,000: both take seconds
     write("d.npz", dataset())
     found = [(kind.__doc__, attack) for kind in KINDS for attack in kind()]
-    assert [int(re.match(r"\d+", kind.__doc__)[0]) for kind in KINDS] == list(range(1, 14)) and len(found) >= 60
+    assert [int(re.match(r"\d+", kind.__doc__)[0]) for kind in KINDS] == list(range(1, 14)) and len(
+        found
+    ) >= 60
     assert len({(attack.what, attack.command) for _, attack in found}) == len(found)
     for _, one in found:
-        assert re.search(rf"python (\.\./)?({'|'.join(FLAGS)}|benchmark/watch)\.py ", one.command) and one.codes
+        assert (
+            re.search(rf"python (\.\./)?({'|'.join(FLAGS)}|benchmark/watch)\.py ", one.command)
+            and one.codes
+        )

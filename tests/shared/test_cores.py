@@ -27,14 +27,30 @@ from plumbing.flags import preset
 
 TINY = dict(policy_hidden=(8,), rl_batch=4, meta_batch=2, eval_every=1_000)
 FLAGS = {
-    smac: TINY | dict(offline_steps=2, online_iterations=1, updates_per_iteration=2, prior_steps=9, posterior_steps=9),
-    pearl: TINY | dict(online_iterations=1, updates_per_iteration=2, initial_steps=9, prior_steps=9, posterior_steps=9),
+    smac: TINY
+    | dict(
+        offline_steps=2,
+        online_iterations=1,
+        updates_per_iteration=2,
+        prior_steps=9,
+        posterior_steps=9,
+    ),
+    pearl: TINY
+    | dict(
+        online_iterations=1,
+        updates_per_iteration=2,
+        initial_steps=9,
+        prior_steps=9,
+        posterior_steps=9,
+    ),
     meta_bc: TINY | dict(offline_steps=2),
     macaw: TINY | dict(offline_steps=2, value_hidden=(8,)),
     borel: TINY | dict(vae_steps=1, offline_steps=2, vae_tasks=2, elbo_terms=2),
 }
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux only")
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux", reason="processes are forked on Linux only"
+)
 
 
 @pytest.fixture
@@ -76,7 +92,9 @@ def test_a_meta_episode_on_two_cores_is_that_of_its_two_halves(script, two, shor
     ]
     equal(found[:2], tuple(first + second for first, second in zip(*(half[:2] for half in halves))))
     equal(found[2:], tuple(torch.cat(parts) for parts in zip(*(half[2:] for half in halves))))
-    assert len(found[0]) == 9 and (found[0][0]["obs"][0] != found[0][4]["obs"][0]).any()  # the halves' noise differs
+    assert (
+        len(found[0]) == 9 and (found[0][0]["obs"][0] != found[0][4]["obs"][0]).any()
+    )  # the halves' noise differs
 
 
 class Blank:
@@ -96,14 +114,25 @@ def test_tensors_are_cut_as_the_environments_are(two):
         return [env.i for env in env_list], rows, lists[0], values, module.weight
 
     module, rows = nn.Linear(1, 1), torch.arange(8)[:, None]
-    result = buffers.on_cores(what_it_gets, blanks(8), module, rows, [rows + 1], 5, torch.Generator(), flag=2)
+    result = buffers.on_cores(
+        what_it_gets, blanks(8), module, rows, [rows + 1], 5, torch.Generator(), flag=2
+    )
     equal(result[:4], ([*range(8)], rows, rows + 1, torch.full((8,), 7.0)))
     assert (result[4] == module.weight.item()).all() and len(result[4]) == 2  # of both
 
 
-def test_an_environment_that_draws_from_the_common_generators_gets_other_numbers_in_each_process(two):
+def test_an_environment_that_draws_from_the_common_generators_gets_other_numbers_in_each_process(
+    two,
+):
     def draw(env_list, rng):
-        return [(random.random(), np.random.rand(), torch.rand(1).item(), torch.rand(1, generator=rng).item())]
+        return [
+            (
+                random.random(),
+                np.random.rand(),
+                torch.rand(1).item(),
+                torch.rand(1, generator=rng).item(),
+            )
+        ]
 
     rng, before = torch.Generator().manual_seed(0), (random.getstate(), torch.get_rng_state())
     first, again = (buffers.on_cores(draw, blanks(8), rng) for _ in range(2))
@@ -113,12 +142,19 @@ def test_an_environment_that_draws_from_the_common_generators_gets_other_numbers
 
 
 @pytest.mark.parametrize("script", FLAGS)
-def test_a_run_on_two_cores_trains_as_on_one_and_evaluates_the_same_tasks(script, short, tmp_path, monkeypatch):
+def test_a_run_on_two_cores_trains_as_on_one_and_evaluates_the_same_tasks(
+    script, short, tmp_path, monkeypatch
+):
     found = []
     for threads in (1, 2):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        agent = buffers.train(script, env_id="PointDirection", run_dir=str(tmp_path / str(threads)), **FLAGS[script])
-        with open(tmp_path / str(threads) / f"PointDirection__{script.__name__}__1" / "eval.csv", newline="") as file:
+        agent = buffers.train(
+            script, env_id="PointDirection", run_dir=str(tmp_path / str(threads)), **FLAGS[script]
+        )
+        with open(
+            tmp_path / str(threads) / f"PointDirection__{script.__name__}__1" / "eval.csv",
+            newline="",
+        ) as file:
             found.append((agent.state_dict(), [list(row.values()) for row in csv.DictReader(file)]))
     (weights, lines), (other_weights, other_lines) = found
     equal(dict(other_weights), dict(weights))
@@ -129,13 +165,20 @@ def test_a_run_on_two_cores_trains_as_on_one_and_evaluates_the_same_tasks(script
 
 @pytest.mark.parametrize(
     "threads, num, kind, daemon",
-    [(1, 100, {}, False), (8, 7, {}, False), (8, 100, {"one_process": True}, False), (8, 100, {}, True)],
+    [
+        (1, 100, {}, False),
+        (8, 7, {}, False),
+        (8, 100, {"one_process": True}, False),
+        (8, 100, {}, True),
+    ],
 )
 def test_where_one_process_plays_all(threads, num, kind, daemon, monkeypatch):
     """One thread; few environments; environments that can't be forked; in a worker of a pool, which may start none."""
     monkeypatch.setattr(cores.multiprocessing, "get_context", None)  # a call of it would raise
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    monkeypatch.setattr(cores.multiprocessing, "current_process", lambda: types.SimpleNamespace(daemon=daemon))
+    monkeypatch.setattr(
+        cores.multiprocessing, "current_process", lambda: types.SimpleNamespace(daemon=daemon)
+    )
     env_list, rng = blanks(num, **kind), torch.Generator()
     assert buffers.on_cores(lambda env_list, rng: (env_list, rng), env_list, rng) == (env_list, rng)
 
@@ -160,7 +203,9 @@ def test_an_environment_that_fails_is_shown_once(two, capfd):
     def refuse(env_list, rng):
         raise buffers.InputError("it wants other actions")
 
-    with pytest.raises(RuntimeError, match=r"played episodes\n(.|\n)*in fail\n(.|\n)*: the environment broke"):
+    with pytest.raises(
+        RuntimeError, match=r"played episodes\n(.|\n)*in fail\n(.|\n)*: the environment broke"
+    ):
         buffers.on_cores(fail, blanks(8), torch.Generator())
     with pytest.raises(buffers.InputError, match="^it wants other actions$"):
         buffers.on_cores(refuse, blanks(8), torch.Generator())
@@ -199,14 +244,18 @@ buffers.on_cores(sleep, 8 * [blank], torch.Generator())
 
 def is_alive(pid):
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"  # zombies: not reaped yet
+        return (
+            Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        )  # zombies: not reaped yet
     except OSError:
         return False
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_processes_end_with_the_run(number):
-    run = subprocess.Popen([sys.executable, "-c", SLEEP], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    run = subprocess.Popen(
+        [sys.executable, "-c", SLEEP], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     pids = [int(run.stdout.readline()) for _ in range(2)]
     assert all(is_alive(pid) for pid in pids)
     run.send_signal(number)
@@ -223,6 +272,10 @@ def test_an_agent_on_cuda_plays_on_the_cpu(two, short):
     args, env_list, found = preset(smac.Args, smac.PRESETS, "PointDirection"), environments(), []
     agent = smac.Agent(4, 2, args)
     for device in ("cpu", "cuda"):
-        found.append(buffers.on_cores(smac.adapt, env_list, agent.to(device), args, torch.Generator().manual_seed(3)))
+        found.append(
+            buffers.on_cores(
+                smac.adapt, env_list, agent.to(device), args, torch.Generator().manual_seed(3)
+            )
+        )
     assert found[1][2].is_cuda
     equal((*found[1][:2], *(part.cpu() for part in found[1][2:])), found[0])

@@ -414,7 +414,7 @@ class Unexpected(Exception):
     (buffers.SummaryWriter, "close", OSError(errno.ENOSPC, "No space left on device")),
 ])  # fmt: skip
 def test_signals_hooks_and_precision_are_as_they_were(dataset, tmp_path, monkeypatch, place, name, error):
-    """Also after an error while a run is closed; tests/test_own_tasks.py has other ends."""
+    """Also after an error while a run is closed; tests/shared/test_own_tasks.py has other ends."""
 
     def fail(*_):
         raise error

@@ -26,10 +26,17 @@ SHIPPED = sorted((Path(buffers.__file__).parent / "datasets").glob("*.npz"))
 def make_path(task, number, length):
     """A trajectory unlike all others: obs[:, 0] is the task, obs[:, 1] the trajectory's number, obs[:, 2] time."""
     steps = np.arange(length + 1)
-    obs = np.stack([np.full(length + 1, task), np.full(length + 1, number), steps, -steps], 1).astype(np.float32)
+    obs = np.stack(
+        [np.full(length + 1, task), np.full(length + 1, number), steps, -steps], 1
+    ).astype(np.float32)
     actions = np.stack([np.full(length, 0.01 * number), steps[:-1] / 1000], 1).astype(np.float32)
     terminals = np.arange(length) == length - 1 if number % 2 else np.zeros(length, bool)
-    return dict(obs=obs, actions=actions, rewards=(100 * number + steps[:-1]).astype(np.float32), terminals=terminals)
+    return dict(
+        obs=obs,
+        actions=actions,
+        rewards=(100 * number + steps[:-1]).astype(np.float32),
+        terminals=terminals,
+    )
 
 
 def make_buffer(num_tasks=3, capacity=100, **lists):
@@ -90,7 +97,9 @@ def test_every_transition_is_sampled_equally_often():
 def test_tasks_are_sampled_independently():
     data = draw(make_buffer(), [1, 1], 50)
     assert not torch.equal(data["rewards"][0], data["rewards"][1])
-    assert torch.equal(data["rewards"], draw(make_buffer(), [1, 1], 50)["rewards"])  # and by the generator alone
+    assert torch.equal(
+        data["rewards"], draw(make_buffer(), [1, 1], 50)["rewards"]
+    )  # and by the generator alone
 
 
 def test_each_source_draws_from_its_own_transitions():
@@ -101,7 +110,10 @@ def test_each_source_draws_from_its_own_transitions():
         buffer.add(task, make_path(task, 3, 3))
     buffer.mark_offline()
     buffer.add(0, make_path(0, 4, 3))
-    numbers = {s: set(draw(buffer, [0], 300, s)["obs"][0, :, 1].int().tolist()) for s in ("rl", "encoder", "offline")}
+    numbers = {
+        s: set(draw(buffer, [0], 300, s)["obs"][0, :, 1].int().tolist())
+        for s in ("rl", "encoder", "offline")
+    }
     assert numbers == {"rl": {1, 3, 4}, "encoder": {2, 3, 4}, "offline": {2, 3}}
     assert set(draw(buffer, [1], 300, "rl")["obs"][0, :, 1].int().tolist()) == {1, 3}
     assert buffer.used == 21  # a transition in both lists is stored once
@@ -110,7 +122,11 @@ def test_each_source_draws_from_its_own_transitions():
 def test_clear_encoder_empties_one_encoder_buffer_and_keeps_the_rest():
     buffer = make_buffer()
     buffer.clear_encoder(1)
-    assert buffer.sizes["encoder"].tolist() == [8, 0, 8] and buffer.sizes["rl"].tolist() == [8, 8, 8]
+    assert buffer.sizes["encoder"].tolist() == [8, 0, 8] and buffer.sizes["rl"].tolist() == [
+        8,
+        8,
+        8,
+    ]
     buffer.add(1, make_path(1, 99, 2))
     assert set(draw(buffer, [1], 100, "encoder")["obs"][0, :, 1].int().tolist()) == {99}
     assert set(draw(buffer, [1], 300, "rl")["obs"][0, :, 1].int().tolist()) == {10, 11, 12, 99}
@@ -123,20 +139,27 @@ def test_a_full_buffer_says_so_and_stays_as_it_was():
     state = buffer.state_dict()
     with pytest.raises(IndexError, match="holds 26 transitions and is full"):
         buffer.add(0, make_path(0, 8, 1))
-    assert buffer.used == 26 and all(torch.equal(buffer.sizes[k], v) for k, v in state["sizes"].items())
+    assert buffer.used == 26 and all(
+        torch.equal(buffer.sizes[k], v) for k, v in state["sizes"].items()
+    )
 
 
 def test_paths_gives_the_trajectories_back():
     buffer = make_buffer()
     for task in range(3):
-        expected = [make_path(task, 10 * task + number, length) for number, length in enumerate((4, 1, 3))]
+        expected = [
+            make_path(task, 10 * task + number, length) for number, length in enumerate((4, 1, 3))
+        ]
         for where in ("first", "last"):
             assert_same_paths(buffer.paths(task, where, 8), expected)
             assert_same_paths(buffer.paths(task, where, 1000), expected)
 
 
 def test_paths_may_begin_or_end_in_the_middle_of_a_trajectory():
-    buffer, (a, b, c) = make_buffer(), [make_path(1, 10 + number, n) for number, n in enumerate((4, 1, 3))]
+    buffer, (a, b, c) = (
+        make_buffer(),
+        [make_path(1, 10 + number, n) for number, n in enumerate((4, 1, 3))],
+    )
 
     def part(path, start, stop):
         rest = {name: path[name][start:stop] for name in ("actions", "rewards", "terminals")}
@@ -169,7 +192,10 @@ def test_join_makes_columns_of_trajectories():
 
 
 def test_extend_is_add_of_each():
-    entries = [(task, make_path(task, number, length)) for task, number, length in ((1, 5, 3), (0, 6, 1), (1, 7, 2))]
+    entries = [
+        (task, make_path(task, number, length))
+        for task, number, length in ((1, 5, 3), (0, 6, 1), (1, 7, 2))
+    ]
     one, each = ReplayBuffer(2, OBS, ACTION, 20), ReplayBuffer(2, OBS, ACTION, 20)
     one.extend(entries, encoder=False)
     for entry in entries:
@@ -182,14 +208,24 @@ def test_extend_is_add_of_each():
 
 def test_memory_grows_with_the_transitions_and_not_with_the_tasks():
     buffer = ReplayBuffer(10_000, OBS, ACTION, 1000)
-    tensors = [*buffer.fields.values(), *buffer.index.values(), *buffer.starts.values(), *buffer.sizes.values()]
+    tensors = [
+        *buffer.fields.values(),
+        *buffer.index.values(),
+        *buffer.starts.values(),
+        *buffer.sizes.values(),
+    ]
     # 12 numbers and two lists of four indices for each transition; five numbers of 8 bytes for each task
-    assert sum(x.numel() * x.element_size() for x in tensors) == 1000 * (4 * 12 + 2 * 4 * 4) + 10_000 * 5 * 8
+    assert (
+        sum(x.numel() * x.element_size() for x in tensors)
+        == 1000 * (4 * 12 + 2 * 4 * 4) + 10_000 * 5 * 8
+    )
 
 
 def test_a_buffer_that_can_not_be_is_refused():
     for capacity in (10**15, 10**30):
-        with pytest.raises(InputError, match=f"a replay buffer for {capacity} transitions does not fit into memory"):
+        with pytest.raises(
+            InputError, match=f"a replay buffer for {capacity} transitions does not fit into memory"
+        ):
             ReplayBuffer(3, OBS, ACTION, capacity)
 
 
@@ -199,7 +235,10 @@ def test_state_dict_round_trip():
     buffer.add(1, make_path(1, 40, 2), encoder=False)
     state = buffer.state_dict()
     assert len(state["fields"]["obs"]) == 26  # cut to what is used
-    assert {name: len(listed) for name, listed in state["index"].items()} == {"rl": 26, "encoder": 24}
+    assert {name: len(listed) for name, listed in state["index"].items()} == {
+        "rl": 26,
+        "encoder": 24,
+    }
     other = ReplayBuffer(3, OBS, ACTION, 40)  # a longer or shorter run has another capacity
     other.load_state_dict(state)
     for b in (buffer, other):
@@ -256,7 +295,9 @@ def test_a_state_must_begin_with_what_is_there():
         make_buffer(num_tasks=4).load_state_dict(state)
 
 
-@pytest.mark.parametrize("size", [1, 3, 7, 200, 65_537, 1_000_003, 8_388_607, 8_388_609, 16_777_215])
+@pytest.mark.parametrize(
+    "size", [1, 3, 7, 200, 65_537, 1_000_003, 8_388_607, 8_388_609, 16_777_215]
+)
 def test_the_largest_random_number_still_gives_an_index_in_range(size, monkeypatch):
     for drawn, first, last in ((0.0, 0, 0), (1 - 2**-24, max(0, size - 2), size - 1)):
         # The smallest and the largest float32 in [0, 1) that torch.rand gives; transition i has reward i
@@ -264,15 +305,21 @@ def test_the_largest_random_number_still_gives_an_index_in_range(size, monkeypat
         buffer.index["rl"] = torch.arange(size, dtype=torch.int32)
         buffer.fields = {"rewards": torch.arange(size, dtype=torch.float64)[:, None]}
         buffer.sizes["rl"][0] = size
-        monkeypatch.setattr(torch, "rand", lambda *shape, drawn=drawn, **_: torch.full(shape, drawn))
-        found = draw(buffer, [0], 3)["rewards"].flatten().tolist()  # indexing would raise beyond the end
+        monkeypatch.setattr(
+            torch, "rand", lambda *shape, drawn=drawn, **_: torch.full(shape, drawn)
+        )
+        found = (
+            draw(buffer, [0], 3)["rewards"].flatten().tolist()
+        )  # indexing would raise beyond the end
         assert len(set(found)) == 1 and first <= found[0] <= last
 
 
 def test_an_empty_list_gives_something_and_no_error():
     buffer = ReplayBuffer(2, OBS, ACTION, 10)
     buffer.add(0, make_path(0, 3, 2))
-    assert draw(buffer, [1], 4)["obs"][0].tolist() == 4 * [[0, 3, 0, 0]]  # the first transition there is
+    assert draw(buffer, [1], 4)["obs"][0].tolist() == 4 * [
+        [0, 3, 0, 0]
+    ]  # the first transition there is
 
 
 # ----- Dataset files
@@ -281,10 +328,16 @@ def test_an_empty_list_gives_something_and_no_error():
 def make_dataset(path, encoder=False, num_tasks=3, command="python make.py --seed 1"):
     """A small valid PointDirection dataset; returns its tasks and trajectories."""
     lengths = (4, 1, 3)
-    rl = [(task, make_path(task, 3 * task + i, n)) for i, n in enumerate(lengths) for task in range(num_tasks)]
+    rl = [
+        (task, make_path(task, 3 * task + i, n))
+        for i, n in enumerate(lengths)
+        for task in range(num_tasks)
+    ]
     enc = [(task, make_path(task, 50 + task, 2)) for task in range(num_tasks)] if encoder else []
     tasks = envs.sample_tasks("PointDirection", num_tasks + 2)
-    buffers.save_dataset(path, "PointDirection", tasks[:num_tasks], tasks[num_tasks:], rl, enc, command)
+    buffers.save_dataset(
+        path, "PointDirection", tasks[:num_tasks], tasks[num_tasks:], rl, enc, command
+    )
     return tasks, rl, enc
 
 
@@ -325,11 +378,17 @@ def test_a_buffer_from_a_dataset(tmp_path, encoder):
     assert buffer.sizes["rl"].tolist() == [8] * 3 + [0]
     assert buffer.sizes["encoder"].tolist() == [2 if encoder else 8] * 3 + [0]
     assert buffer.sizes["offline"].tolist() == [2 if encoder else 8] * 3 + [0]
-    assert_same_paths(buffer.paths(1, "first", 99), [make_path(1, 3 + i, n) for i, n in enumerate((4, 1, 3))])
+    assert_same_paths(
+        buffer.paths(1, "first", 99), [make_path(1, 3 + i, n) for i, n in enumerate((4, 1, 3))]
+    )
     numbers = set(draw(buffer, [1], 200, "offline")["obs"][0, :, 1].int().tolist())
     assert numbers == ({51} if encoder else {3, 4, 5})
     buffer.add(1, make_path(1, 99, 10))
-    offline = [make_path(1, 51, 2)] if encoder else [make_path(1, 3 + i, n) for i, n in enumerate((4, 1, 3))]
+    offline = (
+        [make_path(1, 51, 2)]
+        if encoder
+        else [make_path(1, 3 + i, n) for i, n in enumerate((4, 1, 3))]
+    )
     assert_same_paths(buffer.offline_paths(1), offline)
 
 
@@ -340,12 +399,16 @@ def test_the_hash_is_of_what_a_dataset_says_and_not_of_its_file(tmp_path):
     changed(tmp_path / "d.npz")  # the same, not compressed
     assert load(tmp_path / "d.npz")["sha256"] == digest
     changed(
-        tmp_path / "d.npz", more=np.zeros(100), **{name: np.asfortranarray(x) for name, x in whole.items() if x.ndim}
+        tmp_path / "d.npz",
+        more=np.zeros(100),
+        **{name: np.asfortranarray(x) for name, x in whole.items() if x.ndim},
     )
     assert load(tmp_path / "d.npz")["sha256"] == digest
     expected = hashlib.sha256()
     for name in sorted(whole):
-        expected.update(f"{name} {whole[name].dtype} {whole[name].shape}".encode() + whole[name].tobytes())
+        expected.update(
+            f"{name} {whole[name].dtype} {whole[name].shape}".encode() + whole[name].tobytes()
+        )
     assert digest == expected.hexdigest()
     others = {  # all that a dataset consists of
         "train_tasks": whole["train_tasks"][::-1], "test_tasks": whole["test_tasks"][::-1],
@@ -368,11 +431,15 @@ def test_what_save_dataset_writes_is_read_whatever_its_order_and_size(tmp_path, 
     tasks = envs.sample_tasks("PointDirection", 3)
     for room in (1 << 27, 100):
         monkeypatch.setattr(plumbing.files, "MAX_UNPACKED", room)
-        buffers.save_dataset(tmp_path / "d.npz", "PointDirection", tasks[:1], tasks[1:], [(0, path)], [], "x")
+        buffers.save_dataset(
+            tmp_path / "d.npz", "PointDirection", tasks[:1], tasks[1:], [(0, path)], [], "x"
+        )
         ((task, found),) = load(tmp_path / "d.npz")["rl"]
         for name in path:
             np.testing.assert_array_equal(found[name], path[name].astype(found[name].dtype))
-        with zipfile.ZipFile(tmp_path / "d.npz") as archive:  # what is too large to be unpacked is not packed
+        with zipfile.ZipFile(
+            tmp_path / "d.npz"
+        ) as archive:  # what is too large to be unpacked is not packed
             assert {info.compress_type for info in archive.infolist()} == {8 if room > 100 else 0}
 
 
@@ -386,11 +453,19 @@ def test_save_dataset_refuses_what_load_dataset_would(tmp_path):
     tasks, rl, _ = make_dataset(tmp_path / "d.npz")
     for entries, message in (
         (rl[:2], "rl has no transition of task 2"),
-        ([(0, path | {"actions": path["actions"] + 2}) for _, path in rl], r"rl_actions must lie in \[-1, 1\]"),
-        ([(0, path | {"obs": path["obs"][:-1]}) for _, path in rl], "rl_obs has 15 rows, expected 24|rl_obs has"),
+        (
+            [(0, path | {"actions": path["actions"] + 2}) for _, path in rl],
+            r"rl_actions must lie in \[-1, 1\]",
+        ),
+        (
+            [(0, path | {"obs": path["obs"][:-1]}) for _, path in rl],
+            "rl_obs has 15 rows, expected 24|rl_obs has",
+        ),
     ):
         with pytest.raises(InputError, match=message):
-            buffers.save_dataset(tmp_path / "e.npz", "PointDirection", tasks[:3], tasks[3:], entries, [], "x")
+            buffers.save_dataset(
+                tmp_path / "e.npz", "PointDirection", tasks[:3], tasks[3:], entries, [], "x"
+            )
     assert not (tmp_path / "e.npz").exists()
 
 
@@ -416,7 +491,9 @@ def test_shipped_dataset_is_valid(file):
     dataset = buffers.load_dataset(env_id, file)
     tasks = envs.sample_tasks(env_id, spec.num_train_tasks + spec.num_test_tasks)
     train_tasks, test_tasks = np.split(tasks, [spec.num_train_tasks])
-    if file.stem != env_id and env_id.startswith("Sawyer"):  # SawyerManipulation200: other training tasks
+    if file.stem != env_id and env_id.startswith(
+        "Sawyer"
+    ):  # SawyerManipulation200: other training tasks
         train_tasks = envs.sample_tasks(env_id, int(file.stem.removeprefix(env_id)), seed=1)
     np.testing.assert_allclose(dataset["train_tasks"], train_tasks)
     np.testing.assert_allclose(dataset["test_tasks"], test_tasks)
@@ -523,7 +600,9 @@ def test_a_dataset_can_not_run_code(tmp_path):
         changed(tmp_path / "d.npz", **{field: np.array([Hostile(tmp_path / "created")], object)})
         with pytest.raises(InputError, match=f"can not be read: {field} is no plain array"):
             load(tmp_path / "d.npz")
-    with zipfile.ZipFile(tmp_path / "raw.npz", "w") as archive:  # a bare pickle where an array should be
+    with zipfile.ZipFile(
+        tmp_path / "raw.npz", "w"
+    ) as archive:  # a bare pickle where an array should be
         archive.writestr("format_version.npy", pickle.dumps(Hostile(tmp_path / "created")))
     with pytest.raises(InputError):
         load(tmp_path / "raw.npz")
@@ -544,15 +623,27 @@ def test_an_array_that_declares_more_than_it_holds_is_refused(tmp_path):
     make_dataset(tmp_path / "d.npz")
     changed(tmp_path / "d.npz", rl_rewards=None)
     header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": (10**14,)})
+    np.lib.format.write_array_header_1_0(
+        header, {"descr": "<f4", "fortran_order": False, "shape": (10**14,)}
+    )
     with zipfile.ZipFile(tmp_path / "d.npz", "a") as archive:
         archive.writestr("rl_rewards.npy", header.getvalue())
     with pytest.raises(InputError, match="rl_rewards has another size than it says"):
         load(tmp_path / "d.npz")
 
 
-ARRAYS = [np.array("ab\u00e9"), np.array(""), np.array(1.5), np.arange(6).reshape(1, 2, 1, 3), np.zeros((0, 4), "f4")]
-ARRAYS += [np.array([True, False]), np.arange(6, dtype="u1").reshape(2, 3).T, np.zeros((2, 3), "i4")]
+ARRAYS = [
+    np.array("ab\u00e9"),
+    np.array(""),
+    np.array(1.5),
+    np.arange(6).reshape(1, 2, 1, 3),
+    np.zeros((0, 4), "f4"),
+]
+ARRAYS += [
+    np.array([True, False]),
+    np.arange(6, dtype="u1").reshape(2, 3).T,
+    np.zeros((2, 3), "i4"),
+]
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
@@ -561,7 +652,9 @@ def test_the_reader_gives_what_numpy_wrote(tmp_path, array, save):
     save(tmp_path / "a.npz", a=array, b=np.ones(3))
     seen = []
     found = read_npz(tmp_path / "a.npz", lambda *which: seen.append(which) or which[0] == "a")
-    assert seen == [("a", array.dtype, array.shape), ("b", np.ones(3).dtype, (3,))] and list(found) == ["a"]
+    assert seen == [("a", array.dtype, array.shape), ("b", np.ones(3).dtype, (3,))] and list(
+        found
+    ) == ["a"]
     if array.dtype.kind == "U":
         assert found["a"] == array.item()
     else:
@@ -598,7 +691,9 @@ def test_a_link_in_the_place_of_the_temporary_file_is_not_followed(tmp_path):
     (tmp_path / "target").write_bytes(b"precious")
     (tmp_path / "file.tmp").symlink_to(tmp_path / "target")
     write_file(tmp_path / "file", lambda file: file.write(b"new"))
-    assert (tmp_path / "file").read_bytes() == b"new" and (tmp_path / "target").read_bytes() == b"precious"
+    assert (tmp_path / "file").read_bytes() == b"new" and (
+        tmp_path / "target"
+    ).read_bytes() == b"precious"
     assert sorted(os.listdir(tmp_path)) == ["file", "target"]
 
 

@@ -107,7 +107,9 @@ def data(tmp_path, register, quick):
     """A file of data of the family as it is."""
     register()
     entries, train_tasks, test_tasks = make_paths()
-    buffers.save_dataset(tmp_path / "mine.npz", "Mine", train_tasks, test_tasks, entries, [], "python test")
+    buffers.save_dataset(
+        tmp_path / "mine.npz", "Mine", train_tasks, test_tasks, entries, [], "python test"
+    )
     return tmp_path / "mine.npz"
 
 
@@ -115,7 +117,9 @@ def train(script, data, folder, env_id="Mine", **flags):
     """A tiny run: the agent, and the run's folder."""
     flags = TINY | {"dataset": str(data), "run_dir": str(folder)} | flags
     known = vars(script.Args())
-    agent = buffers.train(script, env_id=env_id, **{name: value for name, value in flags.items() if name in known})
+    agent = buffers.train(
+        script, env_id=env_id, **{name: value for name, value in flags.items() if name in known}
+    )
     return agent, Path(folder) / f"{env_id.rpartition(':')[2]}__{Path(script.__file__).stem}__1"
 
 
@@ -143,11 +147,17 @@ def test_the_readmes_example_runs_outside_of_the_repository_and_learns(tmp_path)
     (commands,) = (block for block in blocks() if "python smac" in block)
     (from_python,) = (block for block in blocks() if "sys.path" in block)
     shutil.copy(ROOT / "examples" / "ball.py", tmp_path)
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
 
     def run(words, **more):
         words = [sys.executable if word == "python" else word for word in words]
-        found = subprocess.run(words, cwd=tmp_path, env=environment | more, capture_output=True, text=True)
+        found = subprocess.run(
+            words, cwd=tmp_path, env=environment | more, capture_output=True, text=True
+        )
         assert found.returncode == 0, found.stderr
         return found.stdout
 
@@ -155,12 +165,18 @@ def test_the_readmes_example_runs_outside_of_the_repository_and_learns(tmp_path)
     data = float(run(first).split("mean return")[1])
     second[1] = str(ROOT / second[1])
     run(second)
-    results = read_csv(tmp_path / "runs" / "Ball__smac_offline_online__1" / "eval.csv")["test", "online"]
-    (before, *_, after) = results.values()  # at the end of the offline phase, and of the run; nothing is above 0
+    results = read_csv(tmp_path / "runs" / "Ball__smac_offline_online__1" / "eval.csv")[
+        "test", "online"
+    ]
+    (before, *_, after) = (
+        results.values()
+    )  # at the end of the offline phase, and of the run; nothing is above 0
     assert after > before + 2 and after > data + 3
     said = r"go from (\S+), .* after the offline phase to (\S+), .*; the data have (\S+)\."  # seed 1 first
     (said,) = re.findall(said, " ".join((ROOT / "README.md").read_text().split()))
-    assert [before, after, data] == pytest.approx([float(word) for word in said], abs=1.5)  # on another CPU
+    assert [before, after, data] == pytest.approx(
+        [float(word) for word in said], abs=1.5
+    )  # on another CPU
     run(["python", "-c", from_python.replace("path/to/this/folder", str(ROOT))], PYTHONPATH="")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["ball.npz", "ball.py", "runs"]
     assert len(list((tmp_path / "runs").iterdir())) == 2
@@ -217,7 +233,9 @@ def test_observations_rewards_and_ends_of_any_type_are_cast_where_they_enter(reg
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
-def test_every_script_takes_float64_observations_and_rewards_of_shape_1(register, data, tmp_path, script):
+def test_every_script_takes_float64_observations_and_rewards_of_shape_1(
+    register, data, tmp_path, script
+):
     def step(self, action):
         obs, reward, *rest = Family.step(self, action)
         return obs, np.array([reward]), *rest
@@ -235,11 +253,16 @@ def test_the_smallest_family_runs(register, tmp_path, quick, script):
     sizes = dict(num_train_tasks=1, num_test_tasks=1, horizon=1)
     register(step=lambda self, action: (self.observation(), 0.0, True, False, {}), **sizes)
     entries, train_tasks, test_tasks = make_paths(num_tasks=1, episodes=3)
-    buffers.save_dataset(tmp_path / "one.npz", "Mine", train_tasks, test_tasks[:1], entries, [], "test")
+    buffers.save_dataset(
+        tmp_path / "one.npz", "Mine", train_tasks, test_tasks[:1], entries, [], "test"
+    )
     agent, run = train(script, tmp_path / "one.npz", tmp_path)
     assert all(torch.isfinite(parameter).all() for parameter in agent.parameters())
     rows = [row.split(",") for row in (run / "eval.csv").read_text().splitlines()[1:]]
-    assert {(row[2], row[4], float(row[5])) for row in rows} == {("test", "0", 0.0), ("train", "0", 0.0)}
+    assert {(row[2], row[4], float(row[5])) for row in rows} == {
+        ("test", "0", 0.0),
+        ("train", "0", 0.0),
+    }
 
 
 def test_a_family_may_say_when_an_episode_succeeds_and_where_it_leads(register, tmp_path, quick):
@@ -255,7 +278,11 @@ def test_a_family_may_say_when_an_episode_succeeds_and_where_it_leads(register, 
     _, run = train(smac, tmp_path / "a.npz", tmp_path)
     events = EventAccumulator(str(run))
     events.Reload()
-    success = {tag: events.Scalars(tag)[-1].value for tag in events.Tags()["scalars"] if tag.endswith("success")}
+    success = {
+        tag: events.Scalars(tag)[-1].value
+        for tag in events.Tags()["scalars"]
+        if tag.endswith("success")
+    }
     assert success == {
         "charts/test/online_context_success": 1, "charts/train/online_context_success": 0,
         "charts/train/offline_context_success": 0,
@@ -264,7 +291,9 @@ def test_a_family_may_say_when_an_episode_succeeds_and_where_it_leads(register, 
         ground = arrays["online context"]
     assert ground.shape[1:] == (5, 2)
     steps = 0.5 * np.sort(train_tasks, axis=0) * np.arange(1, 6)  # the task is what column 1 shows
-    np.testing.assert_allclose(np.unique(ground[:, :, 0], axis=0), steps[np.argsort(steps[:, 0])], rtol=1e-5)
+    np.testing.assert_allclose(
+        np.unique(ground[:, :, 0], axis=0), steps[np.argsort(steps[:, 0])], rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("column", [-1, 2, 9])
@@ -334,13 +363,17 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_an_environment_that_does_not_fit_its_row_is_refused_before_the_first_step(register, data, tmp_path, name):
+def test_an_environment_that_does_not_fit_its_row_is_refused_before_the_first_step(
+    register, data, tmp_path, name
+):
     changes, words = REFUSED[name]
     register(**changes)
     for refused in (lambda: envs.make("Mine"), lambda: train(pearl, data, tmp_path)):
         sentence = refusal(refused)
         assert words in sentence and "Mine" in sentence
-    assert str(data) in refusal(train, smac, data, tmp_path) or "Mine" in sentence  # or the data do not fit the row
+    assert (
+        str(data) in refusal(train, smac, data, tmp_path) or "Mine" in sentence
+    )  # or the data do not fit the row
     assert not list(tmp_path.glob("*__*"))
 
 
@@ -395,8 +428,13 @@ def test_data_may_be_longer_than_an_episode_of_the_agent(register, tmp_path, qui
     register(horizon=9)
     entries, train_tasks, test_tasks = make_paths()
     register(horizon=4)
-    buffers.save_dataset(tmp_path / "long.npz", "Mine", train_tasks, test_tasks, entries, [], "test")
-    assert {len(path["actions"]) for _, path in buffers.load_dataset("Mine", tmp_path / "long.npz")["rl"]} == {9}
+    buffers.save_dataset(
+        tmp_path / "long.npz", "Mine", train_tasks, test_tasks, entries, [], "test"
+    )
+    assert {
+        len(path["actions"])
+        for _, path in buffers.load_dataset("Mine", tmp_path / "long.npz")["rl"]
+    } == {9}
     for script in (smac, macaw, borel):
         train(script, tmp_path / "long.npz", tmp_path)
 
@@ -407,7 +445,11 @@ def test_data_may_be_longer_than_an_episode_of_the_agent(register, tmp_path, qui
 def fill(kind, rng, shape):
     """Numbers of one kind."""
     if kind == "one-hot":
-        return np.eye(shape[-1])[rng.integers(shape[-1], size=shape[:-1])] if len(shape) > 1 else np.zeros(shape)
+        return (
+            np.eye(shape[-1])[rng.integers(shape[-1], size=shape[:-1])]
+            if len(shape) > 1
+            else np.zeros(shape)
+        )
     return {
         "normal": lambda: rng.normal(size=shape), "constant": lambda: np.full(shape, 0.25),
         "zero": lambda: np.zeros(shape), "large": lambda: 1e30 * rng.normal(size=shape),
@@ -422,9 +464,14 @@ def random_dataset(rng, kind, num_tasks, episodes, length, obs_dim, action_dim, 
         entries = []
         for task in [*range(num_tasks), *rng.integers(num_tasks, size=num_tasks * (episodes - 1))]:
             steps = length if part == "rl" else int(rng.integers(1, length + 1))
-            path = {"obs": fill(kind, rng, (steps + 1, obs_dim)), "rewards": fill(kind, rng, (steps,))}
+            path = {
+                "obs": fill(kind, rng, (steps + 1, obs_dim)),
+                "rewards": fill(kind, rng, (steps,)),
+            }
             path["actions"] = rng.choice([-1.0, 1.0, 0.5, -0.0], (steps, action_dim))
-            path["terminals"] = np.arange(steps) == steps - 1 if rng.random() < 0.5 else np.zeros(steps)
+            path["terminals"] = (
+                np.arange(steps) == steps - 1 if rng.random() < 0.5 else np.zeros(steps)
+            )
             entries.append((int(task), path))
         parts.append([entries[i] for i in rng.permutation(len(entries))])
     return parts[0], parts[1] if encoder else []
@@ -471,7 +518,9 @@ def test_what_is_saved_is_what_is_loaded(register, tmp_path, monkeypatch, name):
     rl, encoder = random_dataset(rng, *case)
     train_tasks, test_tasks = rng.uniform(-100, 100, (num_tasks, 1)), rng.uniform(-9, 9, (2, 1))
     file, other = tmp_path / "a.npz", tmp_path / "b.npz"
-    buffers.save_dataset(file, "Mine", train_tasks, test_tasks, rl, encoder, "python 'my file'.py --größe 1")
+    buffers.save_dataset(
+        file, "Mine", train_tasks, test_tasks, rl, encoder, "python 'my file'.py --größe 1"
+    )
     found = buffers.load_dataset("Mine", file)
     assert (found["train_tasks"] == train_tasks).all() and (found["test_tasks"] == test_tasks).all()
     assert found["command"] == "python 'my file'.py --größe 1"
@@ -480,7 +529,9 @@ def test_what_is_saved_is_what_is_loaded(register, tmp_path, monkeypatch, name):
         for (_, read), (_, given) in zip(found[part], entries):
             for column, values in given.items():
                 assert read[column].shape == values.shape
-                assert (read[column] == values.astype(bool if column == "terminals" else np.float32)).all()
+                assert (
+                    read[column] == values.astype(bool if column == "terminals" else np.float32)
+                ).all()
     parts = {part: found[part] for part in ("train_tasks", "test_tasks", "rl", "encoder")}
     buffers.save_dataset(other, "Mine", **parts, command=found["command"])
     assert buffers.load_dataset("Mine", other)["sha256"] == found["sha256"]
@@ -500,7 +551,12 @@ def test_what_is_saved_is_what_is_loaded(register, tmp_path, monkeypatch, name):
 
 def num_bytes(buffer):
     """Of all tensors of a replay buffer."""
-    tensors = [*buffer.fields.values(), *buffer.index.values(), *buffer.starts.values(), *buffer.sizes.values()]
+    tensors = [
+        *buffer.fields.values(),
+        *buffer.index.values(),
+        *buffer.starts.values(),
+        *buffer.sizes.values(),
+    ]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
@@ -513,10 +569,18 @@ def test_memory_is_flat_in_the_number_of_tasks():
 
 def test_the_measured_memory_is_flat_in_the_number_of_tasks():
     """What benchmark/memory.py found: no column differs by a tenth between 10 and 1000 tasks."""
-    rows = re.findall(r"^\| ([\d,]+) \| (.*) \|$", (ROOT / "benchmark" / "results" / "memory.md").read_text(), re.M)
+    rows = re.findall(
+        r"^\| ([\d,]+) \| (.*) \|$",
+        (ROOT / "benchmark" / "results" / "memory.md").read_text(),
+        re.M,
+    )
     assert [tasks for tasks, _ in rows] == ["10", "100", "1,000"]
     columns = np.array([[float(cell) for cell in cells.split(" | ")] for _, cells in rows])
-    assert columns.shape == (3, 4) and (columns.max(0) < 1.1 * columns.min(0)).all() and (columns > 50).all()
+    assert (
+        columns.shape == (3, 4)
+        and (columns.max(0) < 1.1 * columns.min(0)).all()
+        and (columns > 50).all()
+    )
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -527,9 +591,17 @@ def test_the_rooms_of_the_tasks_hold_whatever_comes_in_whatever_order(seed):
     likely = rng.dirichlet(np.full(num_tasks, (0.1, 0.3, 1.0, 10.0, 1.0)[seed]))
     longest = (1, 1, 5, 3, 60)[seed]
     while buffer.used < capacity:
-        task, steps = int(rng.choice(num_tasks, p=likely)), min(rng.integers(1, longest + 1), capacity - buffer.used)
+        task, steps = (
+            int(rng.choice(num_tasks, p=likely)),
+            min(rng.integers(1, longest + 1), capacity - buffer.used),
+        )
         numbers, where = np.arange(buffer.used, buffer.used + steps), rng.integers(1, 4)
-        path = {"obs": np.zeros((steps + 1, 1)), "actions": numbers[:, None], "rewards": numbers, "terminals": numbers}
+        path = {
+            "obs": np.zeros((steps + 1, 1)),
+            "actions": numbers[:, None],
+            "rewards": numbers,
+            "terminals": numbers,
+        }
         buffer.add(task, path, rl=bool(where & 1), encoder=bool(where & 2))
         for bit, name in ((1, "rl"), (2, "encoder")):
             if where & bit:
@@ -552,14 +624,18 @@ def test_the_rooms_of_the_tasks_hold_whatever_comes_in_whatever_order(seed):
 # ----- Names: every way to a family that is not there is one sentence, and a module's family is the module's
 
 
-@pytest.mark.parametrize("env_id", ["Mine", "my:Mine", "HoperParam", "", ":", "json:Mine", "no.module:Mine", ".a:B"])
+@pytest.mark.parametrize(
+    "env_id", ["Mine", "my:Mine", "HoperParam", "", ":", "json:Mine", "no.module:Mine", ".a:B"]
+)
 def test_an_unknown_family_is_one_sentence_on_every_way(env_id, tmp_path):
     for ask in (
         lambda: envs.lookup(env_id),
         lambda: envs.make(env_id),
         lambda: envs.sample_tasks(env_id, 3),
         lambda: buffers.load_dataset(env_id, str(ROOT / "datasets" / "PointDirection.npz")),
-        lambda: buffers.save_dataset(tmp_path / "a.npz", env_id, [[0.0]], [[0.0]], *make_data_of_one_step(), "test"),
+        lambda: buffers.save_dataset(
+            tmp_path / "a.npz", env_id, [[0.0]], [[0.0]], *make_data_of_one_step(), "test"
+        ),
         lambda: buffers.train(smac, env_id=env_id),
         lambda: parse_args(borel.Args, borel.PRESETS, ["--env-id", env_id]),
     ):
@@ -568,7 +644,12 @@ def test_an_unknown_family_is_one_sentence_on_every_way(env_id, tmp_path):
 
 
 def make_data_of_one_step():
-    path = {"obs": np.zeros((2, 3)), "actions": np.zeros((1, 2)), "rewards": np.zeros(1), "terminals": np.zeros(1)}
+    path = {
+        "obs": np.zeros((2, 3)),
+        "actions": np.zeros((1, 2)),
+        "rewards": np.zeros(1),
+        "terminals": np.zeros(1),
+    }
     return [(0, path)], []
 
 
@@ -578,7 +659,10 @@ def test_a_command_with_an_unknown_family_ends_with_code_2_and_one_line(monkeypa
         buffers.launch(smac.main, smac.Args, smac.PRESETS)
     out, err = capsys.readouterr()
     assert end.value.code == 2 and out == ""
-    assert err.startswith("error: nowhere:Mine: importing nowhere failed, ModuleNotFoundError") and err.count("\n") == 1
+    assert (
+        err.startswith("error: nowhere:Mine: importing nowhere failed, ModuleNotFoundError")
+        and err.count("\n") == 1
+    )
 
 
 MODULE = """
@@ -602,7 +686,9 @@ def module(tmp_path, monkeypatch):
     """module(name, family, presets) writes a module into the working directory, which is not on the path."""
 
     def write(name, family, presets="{}"):
-        (tmp_path / f"{name}.py").write_text(MODULE.format(name=family, helper=f"{name}_helper", presets=presets))
+        (tmp_path / f"{name}.py").write_text(
+            MODULE.format(name=family, helper=f"{name}_helper", presets=presets)
+        )
         (tmp_path / f"{name}_helper.py").write_text("")
         made.extend((name, f"{name}_helper"))
 
@@ -624,7 +710,9 @@ def test_a_family_of_a_module_in_the_working_directory(module, tmp_path, quick):
     before = sys.path[:]
     env = envs.make("own_one:Own")
     assert type(env.unwrapped).__module__ == "own_one"
-    assert sorted(set(sys.path) - set(before)) == sorted({"of the module", str(tmp_path)} - set(before))
+    assert sorted(set(sys.path) - set(before)) == sorted(
+        {"of the module", str(tmp_path)} - set(before)
+    )
     module("own_more", "More")
     envs.lookup("own_more:More")
     assert sys.path.count(str(tmp_path)) == 1 and sys.path.count("of the module") == 2
@@ -639,14 +727,24 @@ def test_a_family_of_a_module_in_the_working_directory(module, tmp_path, quick):
     assert (args.latent_dim, args.offline_steps, args.tau) == (3, 7, 0.005)
     _, run = train(smac, file, tmp_path, "own_one:Own", online_iterations=0)
     again = [*command[2:], "--resume", str(run), "--online-iterations", "1"]
-    assert "give --env-id own_one:Own as well" in refusal(parse_args, smac.Args, smac.PRESETS, again)
-    assert "give --env-id own_one:Own as well" in refusal(buffers.train, smac, resume=str(run), dataset=str(file))
+    assert "give --env-id own_one:Own as well" in refusal(
+        parse_args, smac.Args, smac.PRESETS, again
+    )
+    assert "give --env-id own_one:Own as well" in refusal(
+        buffers.train, smac, resume=str(run), dataset=str(file)
+    )
     args = parse_args(smac.Args, smac.PRESETS, [*again, "--env-id", "own_one:Own"])
-    assert args.policy_hidden == TINY["policy_hidden"] and args.latent_dim == TINY["latent_dim"]  # the run's flags
-    agent = buffers.train(smac, env_id="own_one:Own", dataset=str(file), resume=str(run), online_iterations=1)
+    assert (
+        args.policy_hidden == TINY["policy_hidden"] and args.latent_dim == TINY["latent_dim"]
+    )  # the run's flags
+    agent = buffers.train(
+        smac, env_id="own_one:Own", dataset=str(file), resume=str(run), online_iterations=1
+    )
     assert agent.policy.net[0].out_features == TINY["policy_hidden"][0]
     assert (run / "eval.csv").read_text().splitlines()[-1].split(",")[0] == "3"
-    sentence = refusal(buffers.train, smac, env_id="own_one:Own", dataset=str(file), resume=str(run), lr=0.5)
+    sentence = refusal(
+        buffers.train, smac, env_id="own_one:Own", dataset=str(file), resume=str(run), lr=0.5
+    )
     assert "--lr is 0.0003 in the run to resume and can not become 0.5" in sentence
 
 
@@ -665,7 +763,9 @@ def test_a_module_that_can_not_be_imported_is_one_sentence(module, tmp_path):
         "import envs\nenvs.register('a b', None)": "'a b' can not be the name of a task family",
     }.items():
         (tmp_path / "own_three.py").write_text(text)
-        assert "own_three:Own: importing own_three failed" in (sentence := refusal(envs.lookup, "own_three:Own"))
+        assert "own_three:Own: importing own_three failed" in (
+            sentence := refusal(envs.lookup, "own_three:Own")
+        )
         assert words in sentence
         sys.path_importer_cache.clear()
 
@@ -676,7 +776,9 @@ def test_a_family_may_be_registered_again_in_a_notebook(register):
     assert len(envs.make("Mine").reset(seed=0)[0]) == 3
     register(observation=lambda self, reward=0.0: np.zeros(5), obs_dim=5, horizon=2, presets={})
     env = envs.make("Mine")
-    assert len(env.reset(seed=0)[0]) == 5 and not env.step(np.zeros(2))[3] and env.step(np.zeros(2))[3]
+    assert (
+        len(env.reset(seed=0)[0]) == 5 and not env.step(np.zeros(2))[3] and env.step(np.zeros(2))[3]
+    )
     assert parse_args(smac.Args, smac.PRESETS, ["--env-id", "Mine"]).latent_dim == 5
 
 
@@ -733,11 +835,23 @@ def test_train_has_the_presets_of_the_command_line(monkeypatch):
         monkeypatch.setattr(module, "main", lambda args: args)
         for env_id in ("PointDirection", "SawyerManipulation", "HopperParam"):
             for preset in ({}, {"preset": "short"}):
-                words = ["--env-id", env_id, *(f"--{name}={value}" for name, value in preset.items()), "--seed", "5"]
+                words = [
+                    "--env-id",
+                    env_id,
+                    *(f"--{name}={value}" for name, value in preset.items()),
+                    "--seed",
+                    "5",
+                ]
                 expected = parse_args(module.Args, module.PRESETS, words)
                 assert buffers.train(module, env_id=env_id, seed=5, **preset) == expected
     args = buffers.train(smac, env_id="PointDirection", tau=1.0)
-    assert (args.q_hidden, args.lr, args.kl_coef, args.offline_steps, args.tau) == ((128, 128), 1e-3, 0.002, 3_000, 1.0)
+    assert (args.q_hidden, args.lr, args.kl_coef, args.offline_steps, args.tau) == (
+        (128, 128),
+        1e-3,
+        0.002,
+        3_000,
+        1.0,
+    )
     assert buffers.train(smac) == smac.Args()
 
 
@@ -758,10 +872,28 @@ def test_train_checks_its_flags(tmp_path, flags, words):
 
 def surroundings():
     """What a run could leave behind in the process that it is called in."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    threads, hooks = threading.enumerate(), (threading.excepthook, sys.excepthook, sys.unraisablehook)
-    precision, modes = torch.get_float32_matmul_precision(), (torch.is_grad_enabled(), torch.get_default_dtype())
-    return handlers, threads, hooks, precision, modes, torch.get_num_threads(), tqdm.monitor_interval, os.getcwd()
+    handlers = {
+        number: signal.getsignal(number)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    }
+    threads, hooks = (
+        threading.enumerate(),
+        (threading.excepthook, sys.excepthook, sys.unraisablehook),
+    )
+    precision, modes = (
+        torch.get_float32_matmul_precision(),
+        (torch.is_grad_enabled(), torch.get_default_dtype()),
+    )
+    return (
+        handlers,
+        threads,
+        hooks,
+        precision,
+        modes,
+        torch.get_num_threads(),
+        tqdm.monitor_interval,
+        os.getcwd(),
+    )
 
 
 def stop(number):
@@ -789,7 +921,11 @@ ENDS = {
     "an error": ("update", fail, ZeroDivisionError),
     "an error in an evaluation": ("evaluate", fail, ZeroDivisionError),
     "a full disk": ("evaluate", full_disk, OSError),
-    "NaN": ("update", lambda *args, **flags: {"losses/critic": torch.tensor(float("nan"))}, InputError),
+    "NaN": (
+        "update",
+        lambda *args, **flags: {"losses/critic": torch.tensor(float("nan"))},
+        InputError,
+    ),
     "Ctrl-C, twice": ("update", stop(signal.SIGINT), KeyboardInterrupt),
     "SIGTERM": ("update", stop(signal.SIGTERM), SystemExit),
 }
@@ -835,13 +971,18 @@ def test_a_run_in_a_thread(data, tmp_path):
     thread.join()
     assert surroundings() == before and len(results) == 1
     agent, _ = train(smac, data, tmp_path / "main")
-    assert all(torch.equal(value, agent.state_dict()[name]) for name, value in results[0].state_dict().items())
+    assert all(
+        torch.equal(value, agent.state_dict()[name])
+        for name, value in results[0].state_dict().items()
+    )
     assert (tmp_path / "thread" / "Mine__smac_offline_online__1" / "checkpoint.npz").exists()
 
 
 def test_refusals_in_a_thread_leave_no_folder(data, tmp_path):
     sentences = []
-    thread = threading.Thread(target=lambda: sentences.append(refusal(train, smac, data, tmp_path / "a", gamma=3.0)))
+    thread = threading.Thread(
+        target=lambda: sentences.append(refusal(train, smac, data, tmp_path / "a", gamma=3.0))
+    )
     thread.start()
     thread.join()
     assert "--gamma is 3.0" in sentences[0] and not (tmp_path / "a").exists()

@@ -18,13 +18,17 @@ sys.path.insert(1, str(Path(envs.__file__).parent / "datasets"))
 from sawyer_policy import SawyerPolicy
 
 PAPER, EIGHT = "SawyerManipulation", "SawyerManipulation8"
-FIRST = dict(hand=[0.6, -0.15, -0.2], gripper=0.0475, brick=[0.59, 0.125, -0.355])  # side 1, as in the authors' code
+FIRST = dict(
+    hand=[0.6, -0.15, -0.2], gripper=0.0475, brick=[0.59, 0.125, -0.355]
+)  # side 1, as in the authors' code
 ROOT = Path(envs.__file__).parent
 
 
 def make_task(behaviour="move_hand", **fields):
     """A task with everything in the scene, at side 1, drawers closed, but for `fields`."""
-    task = dict.fromkeys(sawyer.TASK_COLUMNS, 0) | dict(side=1, bottom_drawer=1, top_drawer=1, button=1, object=2)
+    task = dict.fromkeys(sawyer.TASK_COLUMNS, 0) | dict(
+        side=1, bottom_drawer=1, top_drawer=1, button=1, object=2
+    )
     return list((task | fields | {"behaviour": sawyer.BEHAVIOURS.index(behaviour)}).values())
 
 
@@ -75,7 +79,9 @@ def test_first_state(env, side):
     np.testing.assert_allclose(state[7:10], np.array(FIRST["brick"]) * mirror, atol=1e-3)
     np.testing.assert_allclose(state[10:], [0.6, -0.0125 * side, -0.14], atol=1e-3)
     assert start(env, side=side, bottom_open=1)[10] == pytest.approx(0.756, abs=1e-3)
-    np.testing.assert_allclose(step(env, np.zeros(4))[:3], state[:3], atol=1e-3)  # nothing moves by itself
+    np.testing.assert_allclose(
+        step(env, np.zeros(4))[:3], state[:3], atol=1e-3
+    )  # nothing moves by itself
 
 
 def test_the_scene_rests(env):
@@ -104,7 +110,9 @@ def test_observation():
     env.reset(seed=0)
     obs, state = env.step(np.ones(4))[0], env.measure()
     assert obs.dtype == np.float32 and obs[12] == sawyer.ABSENT
-    np.testing.assert_allclose(obs[:12] * sawyer.OBS_SCALE[:12] + sawyer.OBS_CENTRE[:12], state[:12], atol=1e-6)
+    np.testing.assert_allclose(
+        obs[:12] * sawyer.OBS_SCALE[:12] + sawyer.OBS_CENTRE[:12], state[:12], atol=1e-6
+    )
     data = buffers.load_dataset(PAPER)
     seen = np.concatenate([path["obs"] for _, path in data["rl"]])
     assert abs(seen).max() < 10 and (seen == sawyer.ABSENT).mean(0)[:4].max() == 0
@@ -121,7 +129,9 @@ def test_the_object_changes_with_the_seed(env):
         sizes.add(env.bullet.getCollisionShapeData(env.bodies["object"], -1)[0][3])
     assert {tuple(np.round(size, 6)) for size in sizes} == set(sawyer.OBJECT_SIZES)
     inside = 2 * sawyer.TRAY_HALF - 0.00875
-    assert all(y < 0.06 and max(x, y) < inside for x, y, z in sawyer.OBJECT_SIZES)  # fingers are .0715 apart, the tray
+    assert all(
+        y < 0.06 and max(x, y) < inside for x, y, z in sawyer.OBJECT_SIZES
+    )  # fingers are .0715 apart, the tray
 
 
 def test_motion(env):
@@ -157,7 +167,12 @@ def test_rewards_of_hand_set_states():
         return bool(env.achieved(state))
 
     for behaviour, at, yes, no in (
-        ("move_hand", slice(0, 3), np.add(goal, [0.05, 0.05, 0.03]), np.add(goal, [0.05, 0.05, 0.05])),
+        (
+            "move_hand",
+            slice(0, 3),
+            np.add(goal, [0.05, 0.05, 0.03]),
+            np.add(goal, [0.05, 0.05, 0.05]),
+        ),
         ("move_object", slice(4, 7), np.add(goal, [0, 0, -0.079]), np.add(goal, [0, 0, -0.081])),
         ("open_top_drawer", 11, -0.0125 - 0.086, -0.0125 - 0.084),
         ("close_top_drawer", 11, -0.0125 - 0.064, -0.0125 - 0.066),
@@ -167,7 +182,9 @@ def test_rewards_of_hand_set_states():
         ("object_in_tray", slice(4, 7), np.add(tray, [0.07, -0.07, 0]), np.add(tray, [0.08, 0, 0])),
         ("object_in_tray", slice(4, 7), tray, np.add(tray, [0, 0, 0.05])),
     ):
-        assert (achieved(behaviour, at, yes), achieved(behaviour, at, no)) == (True, False), behaviour
+        assert (achieved(behaviour, at, yes), achieved(behaviour, at, no)) == (True, False), (
+            behaviour
+        )
     env.close()
 
 
@@ -180,11 +197,17 @@ def test_rewards_of_steps(env, side):
         _, reward, terminated, truncated, _ = env.step(np.zeros(4))
         assert (reward, terminated, truncated) == (0, False, False)
         state = env.measure()
-        assert abs(state[11] + side * (0.0125 + 0.1)) < 1e-3 if name == "top_drawer" else abs(state[10] - 0.7) < 1e-2
+        assert (
+            abs(state[11] + side * (0.0125 + 0.1)) < 1e-3
+            if name == "top_drawer"
+            else abs(state[10] - 0.7) < 1e-2
+        )
     start(env, behaviour="open_bottom_drawer", bottom_open=1, side=side)
     assert env.step(np.zeros(4))[1] == 0  # solved from the start
     assert start(env, behaviour="move_hand", side=side)[0] == pytest.approx(0.6, abs=1e-3)
-    rewards = [env.step([*np.clip(20 * (sawyer.GOAL - env.hand()), -1, 1), -1])[1] for _ in range(20)]
+    rewards = [
+        env.step([*np.clip(20 * (sawyer.GOAL - env.hand()), -1, 1), -1])[1] for _ in range(20)
+    ]
     assert rewards == sorted(rewards) and (rewards[0], rewards[-1]) == (-1, 0)
 
 
@@ -194,7 +217,9 @@ def test_an_object_out_of_reach_is_put_back(env):
         env.bullet.resetBasePositionAndOrientation(env.bodies[name], (1.0, 0.5, -0.3), (0, 0, 0, 1))
         env.bullet.resetBaseVelocity(env.bodies[name], (3, 0, 0), (0, 0, 0))
         np.testing.assert_allclose(step(env, [0, 0, 0, -1])[columns], first[columns], atol=1e-3)
-        np.testing.assert_allclose(step(env, [0, 0, 0, -1])[columns], first[columns], atol=1e-3)  # and lies still
+        np.testing.assert_allclose(
+            step(env, [0, 0, 0, -1])[columns], first[columns], atol=1e-3
+        )  # and lies still
 
 
 # ----- The script
@@ -218,7 +243,9 @@ def test_the_script_presses_the_button_and_the_bottom_drawer_moves(env, side, bo
     pressed = np.flatnonzero(trace[0, 12] - trace[:, 12] > sawyer.IS_PRESSED)[0]
     assert pressed <= done < 40
     drawer = (0.75625, 0.6) if bottom_open else (0.6, 0.75625)
-    np.testing.assert_allclose(trace[[0, pressed - 1, pressed, -1], 10], np.repeat(drawer, 2), atol=2e-3)
+    np.testing.assert_allclose(
+        trace[[0, pressed - 1, pressed, -1], 10], np.repeat(drawer, 2), atol=2e-3
+    )
     assert abs(trace[pressed, 7] - trace[pressed, 10]) < 0.06  # the brick rides along
     assert (rewards[: pressed - 1] == (0 if bottom_open else -1)).all()
     assert (rewards[pressed:] == (-1 if bottom_open else 0)).all()
@@ -251,7 +278,9 @@ def test_the_script_closes_the_top_drawer_and_fills_the_tray():
 
 
 def test_the_script_does_not_see_the_behaviour(env):
-    traces = [rollout(env, make_task(behaviour), seed=3)[:, :13] for behaviour in sawyer.BEHAVIOURS[:3]]
+    traces = [
+        rollout(env, make_task(behaviour), seed=3)[:, :13] for behaviour in sawyer.BEHAVIOURS[:3]
+    ]
     np.testing.assert_array_equal(traces[0], traces[1])
     np.testing.assert_array_equal(traces[0], traces[2])
 
@@ -279,7 +308,9 @@ def test_distribution_of_tasks(env_id, number):
         env.set_task(task)
         assert env.observation_space.contains(env.reset(seed=0)[0])
         before = env.measure()
-        np.testing.assert_allclose(step(env, [0, 0, 0, -1]), before, atol=0.01)  # nothing stands inside something else
+        np.testing.assert_allclose(
+            step(env, [0, 0, 0, -1]), before, atol=0.01
+        )  # nothing stands inside something else
     env.close()
 
 
@@ -325,7 +356,9 @@ def test_deterministic_in_another_process(env):
     code = "import sys, envs, numpy as np\nsys.path.append('datasets')\nfrom sawyer_policy import SawyerPolicy\n"
     code += f"{inspect.getsource(rollout)}\ntrace = rollout(envs.make('{PAPER}').unwrapped, {make_task()}, seed=5)\n"
     code += "sys.stdout.write(trace.tobytes().hex())"
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert run.stdout == rollout(env, make_task(), seed=5).tobytes().hex()
 
 
@@ -352,7 +385,9 @@ def test_no_simulation_is_left():
 
 def test_render():
     env = envs.make(PAPER, render_mode="rgb_array").unwrapped
-    pictures = [start(env, **fields) is not None and env.render() for fields in (dict(), dict(top_drawer=0))]
+    pictures = [
+        start(env, **fields) is not None and env.render() for fields in (dict(), dict(top_drawer=0))
+    ]
     for picture in pictures:
         assert picture.shape == (240, 320, 3) and picture.dtype == np.uint8 and picture.std() > 20
     assert (pictures[0] != pictures[1]).mean() > 0.01
@@ -366,13 +401,17 @@ def test_dataset(env):
     data = buffers.load_dataset(PAPER)
     assert len(data["rl"]) == 50 * 50 and not data["encoder"]
     assert {len(path["actions"]) for _, path in data["rl"]} == {75}
-    assert 0.44 < np.mean([path["rewards"] == 0 for _, path in data["rl"]]) < 0.48  # the paper: 46 %
+    assert (
+        0.44 < np.mean([path["rewards"] == 0 for _, path in data["rl"]]) < 0.48
+    )  # the paper: 46 %
     for task, path in data["rl"][::97]:
         env.set_task(data["train_tasks"][task])
         np.testing.assert_allclose(path["obs"][0, :4], env.reset(seed=0)[0][:4], atol=1e-3)
         states = path["obs"][1:].astype(np.float64) * sawyer.OBS_SCALE + sawyer.OBS_CENTRE
         rewards = [0.0 if env.achieved(state) else -1.0 for state in states]
-        assert np.mean(rewards == path["rewards"]) > 0.98  # a value at a threshold may round to the other side
+        assert (
+            np.mean(rewards == path["rewards"]) > 0.98
+        )  # a value at a threshold may round to the other side
 
 
 def test_share_of_solved_steps_under_the_authors_rule():
@@ -387,7 +426,12 @@ def test_share_of_solved_steps_under_the_authors_rule():
         if sawyer.BEHAVIOURS[int(behaviour)] == "open_top_drawer":
             handle = path["obs"][1:, 11] * sawyer.OBS_SCALE[11] + sawyer.OBS_CENTRE[11]
             pulled = -0.0125 - side * handle  # (75,)
-            solved = np.clip(np.minimum(pulled + 0.065, 0.18) - np.maximum(pulled - 0.065, 0.05), 0, None) / 0.13
+            solved = (
+                np.clip(
+                    np.minimum(pulled + 0.065, 0.18) - np.maximum(pulled - 0.065, 0.05), 0, None
+                )
+                / 0.13
+            )
             shares["theirs"][-1] = solved.mean()  # the probability of such a goal
     assert np.mean(shares["ours"]) == pytest.approx(0.4463, abs=5e-4)
     assert np.mean(shares["theirs"]) == pytest.approx(0.466, abs=1e-3)
