@@ -11,7 +11,6 @@ or its data, like the command line, is in plumbing/; what of it scripts need has
 import contextlib
 import csv
 import errno
-import hashlib
 import itertools
 import json
 import math
@@ -44,9 +43,17 @@ from plumbing.files import (
     read_npz,
     write_file,
 )
-from plumbing.flags import PATHS, Screen, check_flags, command_line, launch, say, train
-from plumbing.machine import choose_device, commit, matmul_precision, record, versions
+from plumbing.flags import PATHS, Screen, check_flags, command_line, launch, print_safely, train
+from plumbing.machine import (
+    choose_device,
+    commit,
+    cuda_graph,
+    keep_freed_memory,
+    matmul_precision,
+    versions,
+)
 from plumbing.pictures import draw_paths, draw_summary, table
+from plumbing.provenance import describe_dataset, write_description
 
 __all__ = [
     "InputError", "ReplayBuffer", "Run", "choose_device", "command_line", "from_dataset", "join", "launch",
@@ -274,6 +281,7 @@ def save_dataset(
     Raises:
         InputError: `load_dataset` would not take it.
     """
+    files.check_entries(path, env_id, rl, encoder)
     data = {
         "format_version": np.array(files.FORMAT_VERSION),
         "env_id": envs.short_name(env_id),
@@ -297,6 +305,7 @@ def save_dataset(
         np.savez if size > files.MAX_UNPACKED else np.savez_compressed
     )  # `read_npz` would not unpack more
     write_file(os.path.expanduser(path), lambda file: save(file, allow_pickle=False, **data))
+    write_description(path, describe_dataset(path, env_id, data))
 
 
 def load_dataset(env_id: str, path=None) -> dict:
@@ -325,14 +334,7 @@ def load_dataset(env_id: str, path=None) -> dict:
         lambda name, *found: name in rules and check_array(f"{path}: {name}", *found, *rules[name]),
     )
     check_dataset(path, env_id, data)
-    digest, result = (
-        hashlib.sha256(),
-        {name: data[name] for name in ("train_tasks", "test_tasks", "command")},
-    )
-    for name in sorted(rules):
-        array = np.asarray(data[name])
-        digest.update(f"{name} {array.dtype} {array.shape}".encode())
-        digest.update(np.ascontiguousarray(array).view(np.uint8))
+    result = {name: data[name] for name in ("train_tasks", "test_tasks", "command")}
     for part in ("rl", "encoder"):
         tasks, lengths = data[f"{part}_tasks"].tolist(), data[f"{part}_lengths"].astype(np.int64)
         cuts, obs_cuts = np.cumsum(lengths)[:-1], np.cumsum(lengths + 1)[:-1]
@@ -343,7 +345,7 @@ def load_dataset(env_id: str, path=None) -> dict:
         result[part] = [
             (task, {name: columns[name][i] for name in PATH_FIELDS}) for i, task in enumerate(tasks)
         ]
-    return result | {"sha256": digest.hexdigest()}
+    return result | {"sha256": files.digest(data, rules)}
 
 
 def from_dataset(
@@ -403,6 +405,7 @@ class Run:
             raise InputError(
                 f"{self.folder} holds a run: --resume continues it, another --seed makes another"
             )
+        keep_freed_memory()
         self.precision = matmul_precision(
             self.device, args.meta_batch * args.rl_batch, args.policy_hidden[0]
         )
@@ -447,7 +450,7 @@ class Run:
                 errno.EOPNOTSUPP,
             ):
                 raise
-            say(
+            print_safely(
                 f"warning: {self.folder} can not be locked: start no second process with it",
                 "stderr",
             )
@@ -493,8 +496,8 @@ class Run:
                     format="png", dpi=100, bbox_inches="tight"
                 )  # without the room for what is not drawn
                 write_file(self.folder / "summary.png", lambda file: figure.savefig(file, **style))
-            say(table(self.folder / "eval.csv"))
-            say(f"\n{self.folder / 'summary.png'}")
+            print_safely(table(self.folder / "eval.csv"))
+            print_safely(f"\n{self.folder / 'summary.png'}")
 
     @contextlib.contextmanager
     def writing(self):
@@ -553,13 +556,13 @@ class Run:
                     self.save()
                 if self.sentence:
                     self.bar.clear()
-                    say(self.sentence)
+                    print_safely(self.sentence)
                     self.sentence = ""
                 if (
                     not terminal and time.time() - shown > 30
                 ):  # a line now and then where no bar can move
                     shown = time.time()
-                    say(f"{name}: step {self.step} of {end}", "stderr")
+                    print_safely(f"{name}: step {self.step} of {end}", "stderr")
                 if self.stopping:
                     raise SystemExit(f"stopped after step {self.step}; {self.saved()}")
 
@@ -811,7 +814,7 @@ class Run:
         return found["eval_csv"]
 
     def fast(self, function, compiled=False):
-        """`function`, in this run's precision; on a GPU recorded and replayed, see `record`."""
+        """`function`, in this run's precision; on a GPU recorded and replayed, see `cuda_graph`."""
         function = torch.compile(function) if compiled else function
 
         def call(*arguments, **flags):
@@ -823,4 +826,4 @@ class Run:
             finally:
                 torch.set_float32_matmul_precision(before)
 
-        return record(call) if self.device.type == "cuda" and self.args.cuda_graph else call
+        return cuda_graph(call) if self.device.type == "cuda" and self.args.cuda_graph else call
