@@ -49,7 +49,7 @@ def reference(name):
         return None
     scores = [score(file) for file in files]
     return {
-        "what": "SMAC's return on test tasks at the end, a mean over seeds",
+        "what": "SMAC, return on test tasks: mean over seeds of each run's last three evaluations",
         "return": round(float(np.mean(scores)), 1),
         "seeds": len(files),
         "from": f"benchmark/results/{pattern}",

@@ -166,8 +166,10 @@ def check_replaceable(path) -> None:
     """
     try:
         mode = os.lstat(path).st_mode
-    except (OSError, ValueError):  # there is nothing, or what tries to write says why it cannot
+    except OSError:  # there is nothing, or what tries to write says why it cannot
         return
+    except ValueError:  # a null character
+        raise InputError(f"{str(path)!r} is no path") from None
     if not stat.S_ISREG(mode):
         kind = KINDS.get(stat.S_IFMT(mode), "no file")
         raise InputError(f"{path} is {kind}, and only a regular file is replaced")

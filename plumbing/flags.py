@@ -133,7 +133,7 @@ def check_writable(flag, path):
     check_replaceable(file)
     try:
         tempfile.TemporaryFile(dir=file.parent).close()
-    except (OSError, ValueError):  # ValueError: a null character
+    except OSError:
         raise InputError(f"{flag} {file} is no file in a folder that can be written to") from None
 
 
