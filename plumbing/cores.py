@@ -100,7 +100,7 @@ def receive(readers, processes):
         waiting = [reader for reader in readers if reader not in answers]
         work = seconds_of_work(processes)
         ready = multiprocessing.connection.wait(waiting, PATIENCE)
-        idle = seconds_of_work(processes) - work < 0.1 * PATIENCE
+        idle = seconds_of_work(processes) - work < 0.01 * PATIENCE
         if not ready and idle and not told:
             tell_who_waits(len(waiting))
             told = True
