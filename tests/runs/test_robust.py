@@ -331,7 +331,7 @@ def test_another_dataset_is_refused_and_the_same_one_elsewhere_is_taken(script, 
         assert words == f"the data of {run} are others than in this dataset: name theirs with --dataset", list(other)
     with pytest.raises(InputError, match="there is no dataset at"):
         resume(script, tmp_path / "nothing.npz", run)
-    with pytest.raises(InputError, match="--seed is 1 in the run to resume and can not become 2"):
+    with pytest.raises(InputError, match="--seed is 1 in the run to resume and cannot become 2"):
         resume(script, dataset, run, "--seed", "2")
     assert snapshot(run) == before
     resume(script, tmp_path / "same.npz", run)
@@ -480,14 +480,14 @@ def test_streams_that_are_closed(tmp_path):
 
 
 def test_the_checkpoint_comes_before_the_words(dataset, tmp_path, monkeypatch):
-    told, say, run = {}, plumbing.flags.say, directory(smac, tmp_path)
+    told, say, run = {}, plumbing.flags.print_safely, directory(smac, tmp_path)
 
     def look(text, *stream):
         if text.startswith("step"):
             told[int(re.match(r"step (\d+)", text)[1])] = int(read(run))
         say(text, *stream)
 
-    monkeypatch.setattr(plumbing.run, "say", look)
+    monkeypatch.setattr(plumbing.run, "print_safely", look)
     start(smac, dataset, tmp_path)
     assert told == {5: 5, 8: 8, 10: 10, 15: 15, 16: 16}
 
@@ -679,7 +679,7 @@ def test_a_gpu_that_does_not_work(monkeypatch, capsys):
     monkeypatch.setattr(torch, "ones", fail)
     for device in ("auto", "cuda"):
         words = sentence(monkeypatch, capsys, smac, *flags, device)
-        assert words.startswith(f"error: --device {device}: the GPU can not be used (CUDA error: out of memory CUDA")
+        assert words.startswith(f"error: --device {device}: the GPU cannot be used (CUDA error: out of memory CUDA")
         assert words.endswith("; --device cpu works")
 
 
