@@ -1,7 +1,8 @@
 """A run: its folder, its gradient steps and signals, its log, its checkpoint.
 
 A run keeps its table of evaluations as numbers, in its checkpoint. The files beside the checkpoint
-(eval.csv, args.json, TensorBoard's, the pictures) are output: a run never reads them again.
+(eval.csv, args.json, TensorBoard's) are output: a run never reads them again. Only figures_{step}.npz
+are read once more, for the picture at the end.
 """
 
 import contextlib
@@ -169,9 +170,8 @@ class Run:
         self.file.flush()
 
     def __enter__(self):
-        from torch.utils.tensorboard import (
-            SummaryWriter,
-        )  # half a second, which --help can do without
+        # Importing it takes half a second, which --help can do without.
+        from torch.utils.tensorboard import SummaryWriter
 
         try:
             with self.writing():
