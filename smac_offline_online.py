@@ -487,10 +487,10 @@ def collect(env_list, tasks, num_steps, from_prior, agent, buffer, args, act_rng
         # --- The buffer D_i that each new trajectory enters
         # PAPER: D_i drawn anew (l. 8). CODE: the one of the training task that is explored.
         owners = [tasks[e] for e in live]
-        if args.explore_tasks == "test" and args.oracle_rewards:
-            owners = [num_train + tasks[e] for e in live]  # a buffer of its own
-        elif args.explore_tasks == "test":  # which has no offline data: any D_i, as in the text
+        if args.explore_tasks == "test":  # which has no offline data: any D_i, as in the text
             owners = torch.randint(num_train, (len(live),), generator=act_rng).tolist()
+        if args.explore_tasks == "test" and args.oracle_rewards:  # a buffer of its own
+            owners = [num_train + tasks[e] for e in live]
 
         # --- l. 7: one trajectory in each task. Its rewards are not read.
         # PAPER: z ~ p(z) only. CODE: z ~ q(z | h) in 600 of 1000 transitions.
