@@ -553,7 +553,6 @@ def adapt(env_list, agent, args, rng):
 def evaluate(agent, buffer, eval_envs, args):
     """Post-adaptation returns and diagnostics [Section 6, Figure 2].
 
-<<<<<<< HEAD
     The generators are its own: evaluating changes nothing in training.
 
     Returns what `Run.write` takes: a list of `Evaluation`, scalars to log, and the trajectories of
@@ -576,27 +575,6 @@ def evaluate(agent, buffer, eval_envs, args):
     lengths = torch.tensor(lengths, device=buffer.device)  # (E,)
     mean_length = round(lengths.float().mean().item())
     h_offline = buffer.sample(tasks, mean_length, buffer_rng, "offline")
-=======
-    Returns what Run.write takes: a list of evaluations, "test" first; scalars to log; trajectories of
-    the dataset to draw.
-    """
-    rng, buffer_rng = (
-        torch.Generator().manual_seed(args.seed),
-        torch.Generator(buffer.device).manual_seed(args.seed),
-    )
-    evaluations, scalars = [], {}
-    for split, (tasks, env_list) in eval_envs.items():  # "train" comes last, and is used below
-        final, exploration, mu, sigma = buffers.on_cores(adapt, env_list, agent, args, rng)
-        kl = kl_to_prior(mu, sigma)
-        evaluations.append(buffers.Evaluation(split, "own", tasks, final, exploration, kl))
-
-    # The same training tasks with z ~ q(z | h_offline) instead (Figure 2). Each transition more makes the posterior
-    # narrower, so h_offline is as long as the agent's own histories are on average.
-    lengths = torch.tensor(
-        [sum(len(path["actions"]) for path in pair) for pair in exploration], device=buffer.device
-    )
-    h_offline = buffer.sample(tasks, round(lengths.float().mean().item()), buffer_rng, "offline")
->>>>>>> rooms
     mu, sigma = agent.encoder(make_context(h_offline, args))  # (E, dz)
     final = buffers.on_cores(rollout, env_list, agent, mu, sigma, rng, deterministic=True)
     kl = kl_to_prior(mu, sigma)
@@ -616,23 +594,12 @@ def evaluate(agent, buffer, eval_envs, args):
         rewards = data["rewards"][:, 0]
         error = agent.decoder(data["obs"], data["actions"], z) - rewards
         scalars[f"eval/{name}"] = error.square().mean()
-<<<<<<< HEAD
         scalars[f"eval/{name}_over_reward_variance"] = error.square().mean() / rewards.var()
 
     dataset_paths = []
     for task in set(tasks):
         dataset_paths += buffer.offline_paths(task)
     return evaluations, scalars, dataset_paths
-=======
-        scalars[f"eval/{name}_over_reward_variance"] = (
-            error.square().mean() / batch["rewards"].var()
-        )
-    return (
-        evaluations,
-        scalars,
-        [path for task in set(tasks) for path in buffer.offline_paths(task)],
-    )
->>>>>>> rooms
 
 
 # ===== Algorithm 1
