@@ -1,8 +1,13 @@
-"""SMAC, semi-supervised meta actor-critic: offline meta-training, then self-supervised meta-training without rewards.
+"""SMAC: offline meta-training, then self-supervised meta-training without rewards.
 
-Paper: Pong, Nair, Smith, Huang, Levine, "Offline Meta-Reinforcement Learning with Online Self-Supervision", ICML 2022,
-https://arxiv.org/abs/2107.03974. Start at the end: `main` is Algorithm 1. Before it networks (C.3), losses (Eq. 1 to 4)
-and acting (Section 3). A departure from the paper says `PAPER: ... CODE: ...`; PAPER.md lists them all.
+SMAC is the semi-supervised meta actor-critic of Pong, Nair, Smith, Huang, Levine,
+"Offline Meta-Reinforcement Learning with Online Self-Supervision", ICML 2022,
+https://arxiv.org/abs/2107.03974.
+
+Start at the end: `main` is Algorithm 1. What it calls stands before it: networks (C.3), losses
+(Eq. 1 to 4), one gradient step, acting (Section 3), evaluation. Where the code departs from the
+paper's text a comment says `PAPER: ... CODE: ...`; PAPER.md lists all departures with the reasons.
+
 Run: python smac_offline_online.py --env-id HopperParam
 """
 
@@ -21,96 +26,100 @@ import envs
 @dataclasses.dataclass
 class Args:
     # --- Run
-    env_id: str = "HopperParam"  # a key of envs.SPECS, or module:key of one's own; its PRESETS replace what follows
-    preset: Literal["paper", "short"] = (
-        "paper"  # the paper's sizes, or small ones: 8 to 20 minutes of one core
-    )
+    env_id: str = "HopperParam"  # a key of envs.SPECS, or module:key of your own
+    preset: Literal["paper", "short"] = "paper"  # the paper's sizes, or 8 to 20 minutes of a core
     seed: int = 1  # seed of the networks, of exploration and of sampling
-    dataset: Optional[str] = None  # offline dataset; default datasets/{env_id}.npz beside this file
+    dataset: Optional[str] = None  # offline dataset; by default datasets/{env_id}.npz
     offline_steps: int = 50_000  # gradient steps of the offline phase [C.3]
     online_iterations: int = 50  # iterations of the self-supervised phase
     eval_every: int = 4_000  # gradient steps between two evaluations, each with a checkpoint
     run_dir: str = "runs"  # results go to RUN_DIR/{env_id}__{script}__{seed}/
-    resume: Optional[str] = None  # folder of a run: continue it from its checkpoint, with its flags
+    resume: Optional[str] = None  # folder of a run: continue it from its checkpoint
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where networks and buffers live
     compile: bool = False  # torch.compile the gradient step; needs a C++ compiler
     cuda_graph: bool = True  # on a GPU, record the gradient step once and replay it
 
-    # --- Algorithm
-    rl_batch: int = 256  # transitions a task for critic and actor [Table 1]
-    context_batch: int = 64  # transitions a task in a history h [Table 1, encoder batch size]
-    meta_batch: int = 4  # tasks a gradient step [Table 1]
+    # --- Networks
     q_hidden: tuple[int, ...] = (300, 300, 300)  # hidden sizes of the Q-functions [Table 1]
     policy_hidden: tuple[int, ...] = (300, 300, 300)  # hidden sizes of the policy [Table 1]
     encoder_hidden: tuple[int, ...] = (200, 200, 200)  # hidden sizes of the encoder [Table 1]
     decoder_hidden: tuple[int, ...] = (64, 64)  # hidden sizes of the reward decoder [Table 1]
     latent_dim: int = 5  # size of z [Table 1]
-    num_critics: Literal[1, 2] = (
-        2  # Q-functions: one (the text), or two, of which the smaller counts (authors' code)
-    )
+    num_critics: Literal[1, 2] = 2  # one Q-function (the text), or the smaller of two (the code)
+    next_obs_in_context: bool = False  # the encoder sees s' (in h in Section 3, not in C.3)
+
+    # --- Gradient step
+    rl_batch: int = 256  # transitions a task for critic and actor [Table 1]
+    context_batch: int = 64  # transitions a task in a history h [Table 1, encoder batch size]
+    meta_batch: int = 4  # tasks a gradient step [Table 1]
     gamma: float = 0.99  # discount [Table 1]
     tau: float = 0.005  # soft target update [Table 1, "eta"]
     lr: float = 3e-4  # Adam's learning rate, all networks [Table 1]
-    awr_lambda: float = 100.0  # lambda of Eq. 2 [Table 2, "AWR beta"]
-    awr_weights: Literal["softmax", "exp"] = (
-        "softmax"  # Eq. 2: exp scaled to mean 1 (authors), or exp, at most 20
-    )
     reward_scale: float = 5.0  # factor on the reward in the Bellman target [Table 2]
-    lambda_pearl: float = (
-        1.0  # weight of the PEARL actor loss in the self-supervised phase [Table 2]
-    )
-    kl_coef: float = (
-        0.1  # weight of the KL term of Eq. 3 (authors' code; it must fit the size of the rewards)
-    )
-    next_obs_in_context: bool = (
-        False  # the encoder sees s' as well (Section 3 lists it in h, C.3 does not)
-    )
-    tasks_per_iteration: int = (
-        5  # tasks that collect data in one iteration, side by side (authors: in turn)
-    )
-    prior_steps: int = (
-        400  # new transitions a task with z from the prior (the authors' split of the 1000 of C.2)
-    )
+    awr_lambda: float = 100.0  # lambda of Eq. 2 [Table 2, "AWR beta"]
+    awr_weights: Literal["softmax", "exp"] = "softmax"  # Eq. 2: exp scaled to mean 1, or exp
+    lambda_pearl: float = 1.0  # PEARL's actor loss in the self-supervised phase [Table 2]
+    kl_coef: float = 0.1  # weight of the KL term of Eq. 3 (authors' code); it must fit the rewards
+
+    # --- Self-supervised phase
+    tasks_per_iteration: int = 5  # tasks that collect data in one iteration, side by side
+    prior_steps: int = 400  # new transitions a task with z from the prior [authors' code]
     posterior_steps: int = 600  # new transitions a task with z from the posterior
-    updates_per_iteration: int = (
-        4_000  # gradient steps an iteration (PEARL's code; authors: 16,000; Table 1: 4,000)
-    )
-    encoder_buffer: Literal["prior", "all", "frozen"] = (
-        "prior"  # new data that enter the encoder buffer [C.2]
-    )
+    updates_per_iteration: int = 4_000  # gradient steps an iteration [PEARL's code]
+    encoder_buffer: Literal["prior", "all", "frozen"] = "prior"  # new data that enter it [C.2]
 
     # --- Ablations and oracle of the paper
-    oracle_rewards: bool = (
-        False  # second phase with true rewards, encoder and decoder train on: oracle of Figure 9
-    )
-    explore_tasks: Literal["train", "test"] = (
-        "train"  # where the second phase collects data [Figure 9 compares both]
-    )
-    actor_ablation: bool = (
-        False  # PEARL's actor loss, weight 1, in place of Eq. 2, in both phases [Figure 5]
-    )
-    encoder_loss: Literal["reward", "reward_then_q", "q"] = (
-        "reward"  # what trains the encoder beside the KL [Figure 7]
-    )
+    explore_tasks: Literal["train", "test"] = "train"  # where the second phase collects [Figure 9]
+    oracle_rewards: bool = False  # second phase with true rewards, all networks train [Figure 9]
+    oracle_frozen: bool = False  # with --oracle-rewards: encoder and decoder stay frozen
+    actor_ablation: bool = False  # PEARL's actor loss in place of Eq. 2, both phases [Figure 5]
+    encoder_loss: Literal["reward", "reward_then_q", "q"] = "reward"  # trains it [Figure 7]
 
 
-SMALL = dict(
-    q_hidden=(128, 128), policy_hidden=(128, 128), encoder_hidden=(128, 128), lr=1e-3
-)  # of both short runs
-# What differs from the defaults above. C.2 freezes the encoder buffer on Cheetah, and has one buffer on Sawyer. The KL
-# weight must fit the rewards: on Sawyer, where they are 0 or -1 and 0.1 leaves the latent empty, Eq. 3 is taken as
-# written, a sum over 256 transitions; on PointDirection, which is not in the paper, they are .1 to .5.
+# --- What differs from these defaults in an environment, and with --preset short
+SMALL = dict(q_hidden=(128, 128), policy_hidden=(128, 128), encoder_hidden=(128, 128), lr=1e-3)
 PRESETS = {
-    "CheetahVelocity": dict(encoder_buffer="frozen"), "AntDirection": dict(eval_every=8_000),
-    "SawyerManipulation": dict(num_critics=1, tasks_per_iteration=1, eval_every=8_000, reward_scale=1.0, awr_lambda=0.3,
-        awr_weights="exp", lambda_pearl=0.0, kl_coef=1 / 256, encoder_buffer="all"),
-    "PointDirection": SMALL | dict(rl_batch=128, kl_coef=0.002, offline_steps=3_000, online_iterations=24,
-        updates_per_iteration=400, prior_steps=150, posterior_steps=250, eval_every=1_200),
-    "short": SMALL | dict(rl_batch=64, offline_steps=15_000, online_iterations=20,
-        updates_per_iteration=1_000, eval_every=5_000),
-    "CheetahVelocity short": dict(q_hidden=(300, 300, 300), policy_hidden=(300, 300, 300),  # small ones learned nothing
-        encoder_hidden=(200, 200, 200), lr=3e-4, offline_steps=20_000, online_iterations=10),
-}  # fmt: skip
+    "CheetahVelocity": dict(encoder_buffer="frozen"),  # [C.2]
+    "AntDirection": dict(eval_every=8_000),
+    "SawyerManipulation": dict(
+        num_critics=1,
+        tasks_per_iteration=1,
+        encoder_buffer="all",  # it has one buffer [C.2]
+        reward_scale=1.0,
+        awr_lambda=0.3,
+        awr_weights="exp",
+        lambda_pearl=0.0,
+        kl_coef=1 / 256,  # Eq. 3 as written, a sum over 256 transitions: rewards are 0 or -1
+        eval_every=8_000,
+    ),
+    "PointDirection": SMALL  # a point mass, which is not in the paper
+    | dict(
+        rl_batch=128,
+        kl_coef=0.002,  # its rewards are .1 to .5
+        offline_steps=3_000,
+        online_iterations=24,
+        updates_per_iteration=400,
+        prior_steps=150,
+        posterior_steps=250,
+        eval_every=1_200,
+    ),
+    "short": SMALL
+    | dict(
+        rl_batch=64,
+        offline_steps=15_000,
+        online_iterations=20,
+        updates_per_iteration=1_000,
+        eval_every=5_000,
+    ),
+    "CheetahVelocity short": dict(  # small networks learned nothing here
+        q_hidden=(300, 300, 300),
+        policy_hidden=(300, 300, 300),
+        encoder_hidden=(200, 200, 200),
+        lr=3e-4,
+        offline_steps=20_000,
+        online_iterations=10,
+    ),
+}
 PRESETS["SawyerManipulation8"] = PRESETS["SawyerManipulation"]
 
 
@@ -118,15 +127,18 @@ PRESETS["SawyerManipulation8"] = PRESETS["SawyerManipulation"]
 
 
 def mlp(sizes, last_init=3e-3):
-    """ReLU network of the given layer sizes; initial values of rlkit: hidden U(+-1/sqrt(out)), biases 0."""
+    """ReLU network of the given layer sizes, with the initial weights of rlkit."""
     layers = []
-    for i, (n_in, n_out) in enumerate(zip(sizes[:-1], sizes[1:])):
-        linear = nn.Linear(n_in, n_out)
-        bound = last_init if i == len(sizes) - 2 else 1 / math.sqrt(n_out)
+    last = len(sizes) - 2
+    for i in range(len(sizes) - 1):
+        linear = nn.Linear(sizes[i], sizes[i + 1])
+        bound = last_init if i == last else 1 / math.sqrt(sizes[i + 1])
         nn.init.uniform_(linear.weight, -bound, bound)
         nn.init.zeros_(linear.bias)
-        layers += [linear, nn.ReLU(inplace=True)]
-    return nn.Sequential(*layers[:-1])
+        layers.append(linear)
+        if i < last:
+            layers.append(nn.ReLU(inplace=True))
+    return nn.Sequential(*layers)
 
 
 class Encoder(nn.Module):
@@ -137,12 +149,16 @@ class Encoder(nn.Module):
         self.net = mlp([in_dim, *hidden, 2 * latent_dim])
 
     def forward(self, context):
-        """context h (T, C, in_dim), of any length C -> mean and standard deviation of z, (T, dz) each."""
+        """History h (T, C, in_dim), of any length C -> mean, standard deviation of z, (T, dz)."""
         mu, raw = self.net(context).chunk(2, dim=-1)  # (T, C, dz) each
-        # Softplus gives each factor's standard deviation (the authors' code: its variance).
-        precision = F.softplus(raw).square().clamp(min=1e-7).reciprocal()  # (T, C, dz)
-        variance = precision.sum(1).reciprocal()  # (T, dz)
-        return variance * (precision * mu).sum(1), variance.sqrt()
+        # As in C.3, softplus gives each factor's standard deviation; in the authors' code it
+        # gives the variance.
+        variance = F.softplus(raw).square().clamp(min=1e-7)  # (T, C, dz)
+        precision = variance.reciprocal()
+        # A product of Gaussians: precisions add up, means are weighted by them.
+        posterior_variance = precision.sum(1).reciprocal()  # (T, dz)
+        posterior_mean = posterior_variance * (precision * mu).sum(1)
+        return posterior_mean, posterior_variance.sqrt()
 
 
 class Decoder(nn.Module):
@@ -153,8 +169,9 @@ class Decoder(nn.Module):
         self.net = mlp([obs_dim + action_dim + latent_dim, *hidden, 1])
 
     def forward(self, obs, actions, z):
-        """obs (N, o), actions (N, a), z (N, dz) -> (N,)."""
-        return self.net(torch.cat([obs, actions, z], dim=-1)).squeeze(-1)
+        """obs (N, o), actions (N, a), z (N, dz) -> predicted rewards (N,)."""
+        inputs = torch.cat([obs, actions, z], dim=-1)
+        return self.net(inputs).squeeze(-1)
 
 
 class Policy(nn.Module):
@@ -166,37 +183,41 @@ class Policy(nn.Module):
 
     def forward(self, obs, z):
         """obs (N, o), z (N, dz) -> mean and log standard deviation before tanh, (N, a) each."""
-        mean, log_std = self.net(torch.cat([obs, z], dim=-1)).chunk(2, dim=-1)
+        inputs = torch.cat([obs, z], dim=-1)
+        mean, log_std = self.net(inputs).chunk(2, dim=-1)
         return mean, log_std.clamp(-20, 2)
 
 
 class QFunctions(nn.Module):
-    """`count` Q-functions Q_w(s, a, z), their weights stacked: one batched product a layer for all."""
+    """`count` Q-functions Q_w(s, a, z). Stacked weights: one batched product a layer for all."""
 
     def __init__(self, obs_dim, action_dim, hidden, latent_dim, count=2):
         super().__init__()
         nets = [mlp([obs_dim + action_dim + latent_dim, *hidden, 1]) for _ in range(count)]
-        layers = [layer for layer in zip(*nets) if isinstance(layer[0], nn.Linear)]
-        # A list entry for each layer: weights (count, in, out), biases (count, 1, out)
-        self.weights = nn.ParameterList(
-            torch.stack([q.weight.T for q in layer]).detach() for layer in layers
-        )
-        self.biases = nn.ParameterList(
-            torch.stack([q.bias[None] for q in layer]).detach() for layer in layers
-        )
+        self.weights = nn.ParameterList()  # for each layer (count, in, out)
+        self.biases = nn.ParameterList()  # for each layer (count, 1, out)
+        for layers in zip(*nets):
+            if isinstance(layers[0], nn.Linear):
+                self.weights.append(torch.stack([layer.weight.T for layer in layers]).detach())
+                self.biases.append(torch.stack([layer.bias[None] for layer in layers]).detach())
 
     def forward(self, obs, actions, z, frozen=False):
-        """obs (N, o), actions (N, a), z (N, dz) -> (count, N). frozen: gradients reach inputs and not weights."""
-        x = torch.cat([obs, actions, z], dim=-1).expand(
-            len(self.weights[0]), -1, -1
-        )  # (count, N, o + a + dz)
-        for i, (weight, bias) in enumerate(zip(self.weights, self.biases)):
-            x = (
-                torch.baddbmm(bias.detach(), x, weight.detach())
-                if frozen
-                else torch.baddbmm(bias, x, weight)
-            )
-            x = x.relu_() if i < len(self.weights) - 1 else x
+        """obs (N, o), actions (N, a), z (N, dz) -> (count, N).
+
+        frozen: gradients reach the inputs, and not the weights.
+        """
+        x = torch.cat([obs, actions, z], dim=-1)  # (N, o + a + dz)
+        x = x.expand(len(self.weights[0]), -1, -1)  # (count, N, o + a + dz)
+        last = len(self.weights) - 1
+        for i in range(last + 1):
+            weight = self.weights[i]
+            bias = self.biases[i]
+            if frozen:
+                weight = weight.detach()
+                bias = bias.detach()
+            x = torch.baddbmm(bias, x, weight)
+            if i < last:
+                x = x.relu_()
         return x.squeeze(-1)
 
 
@@ -205,27 +226,37 @@ class Agent(nn.Module):
 
     def __init__(self, obs_dim, action_dim, args):
         super().__init__()
-        context_dim = obs_dim + action_dim + 1 + obs_dim * args.next_obs_in_context
-        self.encoder = Encoder(context_dim, args.encoder_hidden, args.latent_dim)
-        self.decoder = Decoder(obs_dim, action_dim, args.decoder_hidden, args.latent_dim)
-        self.policy = Policy(obs_dim, action_dim, args.policy_hidden, args.latent_dim)
-        sizes = obs_dim, action_dim, args.q_hidden, args.latent_dim, args.num_critics
-        self.q, self.q_target = QFunctions(*sizes), QFunctions(*sizes)
+        dz = args.latent_dim
+        context_dim = obs_dim + action_dim + 1
+        if args.next_obs_in_context:
+            context_dim += obs_dim
+        self.encoder = Encoder(context_dim, args.encoder_hidden, dz)
+        self.decoder = Decoder(obs_dim, action_dim, args.decoder_hidden, dz)
+        self.policy = Policy(obs_dim, action_dim, args.policy_hidden, dz)
+        self.q = QFunctions(obs_dim, action_dim, args.q_hidden, dz, args.num_critics)
+        self.q_target = QFunctions(obs_dim, action_dim, args.q_hidden, dz, args.num_critics)
         self.q_target.load_state_dict(self.q.state_dict())
         self.q_target.requires_grad_(False)
 
 
+# ===== What the losses are made of
+
+
 def make_context(data, args):
-    """A history h as the encoder reads it: (s, a, r) or (s, a, r, s') of each transition, (..., in_dim)."""
-    names = ["obs", "actions", "rewards"] + ["next_obs"] * args.next_obs_in_context
-    return torch.cat([data[name] for name in names], dim=-1)
+    """A history h as the encoder reads it: (s, a, r) of each transition, or (s, a, r, s').
+
+    data: obs (..., o), actions (..., a), rewards (..., 1), next_obs (..., o) -> (..., in_dim).
+    """
+    parts = [data["obs"], data["actions"], data["rewards"]]
+    if args.next_obs_in_context:
+        parts.append(data["next_obs"])
+    return torch.cat(parts, dim=-1)
 
 
 def tanh_gaussian_log_prob(u, mean, log_std):
-    """log density of a = tanh(u) with u ~ N(mean, std): (N, a) each -> (N,)."""
-    gaussian = (
-        -0.5 * ((u - mean) * (-log_std).exp()).square() - log_std - 0.5 * math.log(2 * math.pi)
-    )
+    """Log density of a = tanh(u) with u ~ N(mean, std^2): (N, a) each -> (N,)."""
+    standardised = (u - mean) * (-log_std).exp()
+    gaussian = -0.5 * standardised.square() - log_std - 0.5 * math.log(2 * math.pi)
     log_derivative = 2 * (math.log(2) - u - F.softplus(-2 * u))  # log(1 - a^2), exact for any u
     return (gaussian - log_derivative).sum(-1)
 
@@ -235,277 +266,340 @@ def kl_to_prior(mu, sigma):
     return 0.5 * (mu.square() + sigma.square() - 2 * sigma.log() - 1).sum(-1)
 
 
-# ===== Losses. T tasks, B transitions a task, N = T * B; pure functions of networks and a flat batch, (N, .)
+# ===== Losses: pure functions of networks and a flat batch of N = T * B transitions,
+# B of each of T tasks
 
 
 def critic_loss(agent, batch, z, args):
-    """L_critic (Eq. 1): mean of (Q_w(s, a, z) - y)^2. z (N, dz) -> loss, and Q of the critics (num_critics, N)."""
+    """L_critic (Eq. 1): the mean of (Q_w(s, a, z) - y)^2.
+
+    z (N, dz) -> loss, and Q of the batch (num_critics, N).
+    """
     with torch.no_grad():
-        # y = r + gamma Q_target(s', a', z), a' ~ pi(a' | s', z); a fall ends the sum, the time limit does not
+        # a' ~ pi(a' | s', z)
         mean, log_std = agent.policy(batch["next_obs"], z)
         next_actions = torch.tanh(mean + log_std.exp() * batch["noise_next_a"])  # (N, a)
-        # PAPER: one Q-function. CODE: two, and the smaller of both in every use; one on Sawyer.
+        # PAPER: one Q-function. CODE: two, the smaller in every use; one on Sawyer.
         next_q = agent.q_target(batch["next_obs"], next_actions, z).amin(0)  # (N,)
-        target = (
-            args.reward_scale * batch["rewards"] + args.gamma * (1 - batch["terminals"]) * next_q
-        )
+        # y = r + gamma Q_target(s', a', z). A fall ends the sum, the time limit does not.
+        rewards = args.reward_scale * batch["rewards"]
+        target = rewards + args.gamma * (1 - batch["terminals"]) * next_q
     q = agent.q(batch["obs"], batch["actions"], z)  # (num_critics, N)
     return (q - target).square().mean(1).sum(), q
 
 
 def actor_loss(agent, batch, z, q, args, lambda_pearl):
-    """L_actor (Eq. 2) + lambda_pearl * L_actor^PEARL (C.3). z (N, dz), q as above -> loss, weights of Eq. 2 (N,)."""
+    """L_actor (Eq. 2) + lambda_pearl * L_actor^PEARL (C.3).
+
+    z (N, dz), q of the batch (num_critics, N) -> loss, weights of Eq. 2 (N,).
+    """
+    # --- A new action, a ~ pi(a | s, z), and its Q. Only PEARL's loss differentiates through it.
     mean, log_std = agent.policy(batch["obs"], z)  # (N, a)
     u = mean + log_std.exp() * batch["noise_a"]
-    u = (
-        u if lambda_pearl else u.detach()
-    )  # only the PEARL loss differentiates through the new action
+    if not lambda_pearl:
+        u = u.detach()
     q_new = agent.q(batch["obs"], torch.tanh(u), z, frozen=True).amin(0)  # (N,)
-    # Eq. 2: maximise exp((Q(s, a, z) - V(s, z)) / lambda) log pi(a | s, z); V is Q at one sampled action.
+
+    # --- Eq. 2: maximise exp((Q(s, a, z) - V(s, z)) / lambda) log pi(a | s, z)
     # PAPER: V(s', z). CODE: V(s, z), as the paper's next sentence and AWAC have it.
-    advantage = (q.amin(0) - q_new).detach()
-    # PAPER: exp. CODE: softmax over the batch, times N: exp scaled to mean 1, no overflow. On Sawyer exp, at most 20.
+    advantage = (q.amin(0) - q_new).detach()  # V is Q at the one new action
     scaled = advantage / args.awr_lambda  # (N,)
-    weights = (
-        len(scaled) * F.softmax(scaled, dim=0)
-        if args.awr_weights == "softmax"
-        else scaled.exp().clamp(max=20)
-    )
+    # PAPER: exp. CODE: softmax, times N: exp scaled to mean 1. On Sawyer exp, at most 20.
+    if args.awr_weights == "softmax":
+        weights = len(scaled) * F.softmax(scaled, dim=0)
+    else:
+        weights = scaled.exp().clamp(max=20)
     data_u = torch.atanh(batch["actions"].clamp(-1 + 1e-6, 1 - 1e-6))
-    loss = (
-        0.0
-        if args.actor_ablation
-        else -(weights * tanh_gaussian_log_prob(data_u, mean, log_std)).mean()
-    )
-    if lambda_pearl:  # D_KL(pi(a | s, z) || exp Q / Z), up to a constant
-        # As in the text, with log pi, PEARL's entropy; the authors' code leaves it out.
-        loss = loss + lambda_pearl * (tanh_gaussian_log_prob(u, mean, log_std) - q_new).mean()
+    log_prob = tanh_gaussian_log_prob(data_u, mean, log_std)  # (N,)
+    loss = 0.0 if args.actor_ablation else -(weights * log_prob).mean()
+
+    # --- PEARL's: D_KL(pi(a | s, z) || exp Q / Z) up to a constant. As in the text log pi,
+    # PEARL's entropy, is a part of it; the authors' code leaves it out.
+    if lambda_pearl:
+        new_log_prob = tanh_gaussian_log_prob(u, mean, log_std)
+        loss = loss + lambda_pearl * (new_log_prob - q_new).mean()
     return loss, weights
 
 
 def reward_loss(agent, batch, z):
-    """The squared error of L_reward (Eq. 3), on unscaled rewards of h'; `update` adds the KL. z (N, dz) -> scalar."""
+    """The squared error of L_reward (Eq. 3), on the unscaled rewards of h'; `update` adds the KL.
+
+    z (N, dz) -> scalar.
+    """
     # PAPER: sum over h, KL weight 1. CODE: mean over transitions and tasks, KL weight kl_coef.
-    return (agent.decoder(batch["obs"], batch["actions"], z) - batch["rewards"]).square().mean()
+    predicted = agent.decoder(batch["obs"], batch["actions"], z)
+    return (predicted - batch["rewards"]).square().mean()
 
 
 @torch.no_grad()
 def generate_rewards(agent, path, h_offline, args, rng):
-    """Eq. 4: r_generated = r_phi_d(s, a, z), one z ~ q(z | h_offline) for the trajectory of L steps -> (L,)."""
+    """Eq. 4: r_generated = r_phi_d(s, a, z), with one z ~ q(z | h_offline) for the trajectory.
+
+    path: a trajectory of L steps. h_offline: as `ReplayBuffer.sample` gives it for one task.
+    Returns (L,).
+    """
     mu, sigma = agent.encoder(make_context(h_offline, args))  # (1, dz)
     z = mu + sigma * torch.randn(mu.shape, generator=rng, device=mu.device)
-    obs, actions = (
-        torch.as_tensor(path[name]).to(mu.device) for name in ("obs", "actions")
-    )  # (L+1, o), (L, a)
+    obs = torch.as_tensor(path["obs"]).to(mu.device)  # (L+1, o)
+    actions = torch.as_tensor(path["actions"]).to(mu.device)  # (L, a)
     return agent.decoder(obs[:-1], actions, z.expand(len(actions), -1))
 
 
+# ===== One gradient step
+
+
 def sample_batch(buffer, args, rng):
-    """[Alg. 1, l. 3 and 10] Buffers D_i ~ D, two histories h, h' of each, and all the noise of one update."""
-    filled = buffer.sizes["encoder"] > 0
-    draws = torch.rand(args.meta_batch, len(filled), generator=rng, device=rng.device)
-    tasks = (draws * filled).argmax(1)  # (T,), uniform over the tasks that have data
-    batch = buffer.sample(tasks, args.rl_batch, rng)
-    batch["context"] = make_context(buffer.sample(tasks, args.context_batch, rng, "encoder"), args)
-    batch["noise_z"] = torch.randn(
-        args.meta_batch, args.latent_dim, generator=rng, device=rng.device
-    )
+    """[Alg. 1, l. 3 and 10] Buffers D_i ~ D, of each two histories h and h', and all noise."""
+    has_data = buffer.sizes["encoder"] > 0
+    draws = torch.rand(args.meta_batch, len(has_data), generator=rng, device=rng.device)
+    tasks = (draws * has_data).argmax(1)  # (T,), uniform over the tasks that have data
+
+    batch = buffer.sample(tasks, args.rl_batch, rng)  # h'
+    h = buffer.sample(tasks, args.context_batch, rng, "encoder")
+    batch["context"] = make_context(h, args)
+
+    z_shape = (args.meta_batch, args.latent_dim)
+    batch["noise_z"] = torch.randn(z_shape, generator=rng, device=rng.device)
+    actions_shape = batch["actions"].flatten(0, 1).shape  # (N, a)
     for name in ("noise_a", "noise_next_a"):
-        batch[name] = torch.randn(
-            batch["actions"].flatten(0, 1).shape, generator=rng, device=rng.device
-        )
+        batch[name] = torch.randn(actions_shape, generator=rng, device=rng.device)
     return batch
 
 
-def update(agent, optimizer, batch, args, online):
-    """One gradient step [Alg. 1, l. 4 and 5; online: l. 11 and 12]. Returns scalars to log, as tensors.
-    On a GPU this is recorded once and replayed: no .item(), no `if` on a tensor, all noise from the batch.
+def update(agent, optimizer, batch, args, self_supervised):
+    """One gradient step [Alg. 1, l. 4 and 5; in the self-supervised phase l. 11 and 12].
+
+    On a GPU the step is recorded once and replayed: no `.item()`, no `if` on a tensor, and all
+    noise comes with the batch.
 
     Args:
-        batch: context h (T, C, in_dim); of the second history h': obs, next_obs (T, B, o), actions (T, B, a), rewards,
-            terminals (T, B, 1); standard normal noise_z (T, dz), noise_a and noise_next_a (N, a).
-        online: self-supervised phase: the PEARL actor loss joins, encoder and decoder stay as they are (Section 5.2).
-    """
-    # Who trains: Section 5.2, and the ablations of Figures 5 and 7
-    train_decoder = not online or args.oracle_rewards
-    q_to_encoder = args.encoder_loss != "reward"
-    reward_to_encoder = (
-        args.encoder_loss == "reward" or args.encoder_loss == "reward_then_q" and not online
-    )
-    lambda_pearl = 1.0 if args.actor_ablation else args.lambda_pearl * online
-    repeat = batch["obs"].shape[1]
-    batch = batch | {
-        name: batch[name].flatten(0, 1) for name in ("obs", "actions", "next_obs")
-    }  # (N, .)
-    batch |= {name: batch[name].flatten() for name in ("rewards", "terminals")}  # (N,)
+        batch: the history h that the encoder reads, context (T, C, in_dim); the second history h':
+            obs, next_obs (T, B, o), actions (T, B, a), rewards, terminals (T, B, 1); standard
+            normal noise_z (T, dz), noise_a and noise_next_a (N, a).
+        self_supervised: the PEARL actor loss joins, encoder and decoder are frozen (Section 5.2).
 
-    # One backward pass: a detached z keeps a loss out of the encoder.
-    with torch.set_grad_enabled(train_decoder or q_to_encoder):
+    Returns scalars to log, as tensors.
+    """
+    # --- Who trains: Section 5.2, and the ablations of Figures 5 and 7
+    train_decoder = not self_supervised
+    if args.oracle_rewards and not args.oracle_frozen:
+        train_decoder = True
+    q_loss_to_encoder = args.encoder_loss != "reward"
+    reward_loss_to_encoder = args.encoder_loss == "reward"
+    if args.encoder_loss == "reward_then_q":
+        reward_loss_to_encoder = not self_supervised
+    lambda_pearl = args.lambda_pearl if self_supervised else 0.0
+    if args.actor_ablation:
+        lambda_pearl = 1.0
+
+    # --- h' as flat rows: N = T * B
+    transitions = batch["obs"].shape[1]
+    flat = dict(batch)
+    for name in ("obs", "actions", "next_obs"):
+        flat[name] = batch[name].flatten(0, 1)  # (N, .)
+    for name in ("rewards", "terminals"):
+        flat[name] = batch[name].flatten()  # (N,)
+
+    # --- z ~ q(z | h), one for each task. A detached z keeps a loss out of the encoder.
+    with torch.set_grad_enabled(train_decoder or q_loss_to_encoder):
         mu, sigma = agent.encoder(batch["context"])  # (T, dz)
         kl = kl_to_prior(mu, sigma).mean()
-        z = (mu + sigma * batch["noise_z"]).repeat_interleave(repeat, dim=0)  # (N, dz)
-    with torch.set_grad_enabled(train_decoder):
-        l_reward = reward_loss(agent, batch, z if reward_to_encoder else z.detach())
-    l_critic, q = critic_loss(agent, batch, z if q_to_encoder else z.detach(), args)
-    l_actor, weights = actor_loss(agent, batch, z.detach(), q, args, lambda_pearl)
+        z = mu + sigma * batch["noise_z"]
+        z = z.repeat_interleave(transitions, dim=0)  # (N, dz)
 
-    optimizer.zero_grad(
-        set_to_none=True
-    )  # the optimizer skips a frozen network, whose gradient is None
-    (
-        l_critic + l_actor + l_reward + args.kl_coef * kl
-    ).backward()  # where nothing trains, a term is a constant
+    # --- Losses: Eq. 3, Eq. 1, Eq. 2
+    with torch.set_grad_enabled(train_decoder):
+        z_decoder = z if reward_loss_to_encoder else z.detach()
+        l_reward = reward_loss(agent, flat, z_decoder)
+    z_critic = z if q_loss_to_encoder else z.detach()
+    l_critic, q = critic_loss(agent, flat, z_critic, args)
+    l_actor, weights = actor_loss(agent, flat, z.detach(), q, args, lambda_pearl)
+
+    # --- One backward pass for all. The loss of a frozen network is a constant here, its gradient
+    # stays None, and the optimizer skips it.
+    loss = l_critic + l_actor + l_reward + args.kl_coef * kl
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
     optimizer.step()
+
     with torch.no_grad():
-        torch._foreach_lerp_(
-            list(agent.q_target.parameters()), list(agent.q.parameters()), args.tau
-        )  # soft update
-        info = {
-            "losses/critic": l_critic,
-            "losses/actor": l_actor,
-            "losses/reward": l_reward,
-            "losses/kl": kl,
-        }
-        info |= {"train/q_mean": q.mean(), "train/q_max": q.amax()}
-        info["train/actor_weight_ess"] = (
-            weights.mean().square() / weights.square().mean()
-        )  # effective sample size / N
-        return {name: value.detach() for name, value in info.items()}
+        targets = list(agent.q_target.parameters())
+        torch._foreach_lerp_(targets, list(agent.q.parameters()), args.tau)  # soft update
+        effective_sample_size = weights.mean().square() / weights.square().mean()  # share of N
+    info = {
+        "losses/critic": l_critic,
+        "losses/actor": l_actor,
+        "losses/reward": l_reward,
+        "losses/kl": kl,
+        "train/q_mean": q.mean(),
+        "train/q_max": q.amax(),
+        "train/actor_weight_ess": effective_sample_size,
+    }
+    return {name: value.detach() for name, value in info.items()}
 
 
 # ===== Acting: Section 3
 
 
+def prior(num, args, device):
+    """p(z) = N(0, 1): mean and standard deviation, (num, dz) each."""
+    mu = torch.zeros(num, args.latent_dim, device=device)
+    sigma = torch.ones(num, args.latent_dim, device=device)
+    return mu, sigma
+
+
 @torch.no_grad()
 def rollout(env_list, agent, mu, sigma, rng, deterministic=False, read_rewards=True):
-    """One episode in each of E environments, side by side; z ~ N(mu, sigma^2), (E, dz), is drawn anew at every step.
+    """One episode in each of E environments, side by side.
 
-    Returns E trajectories: obs (L+1, o), actions (L, a), terminals (L,), and rewards (L,) if they may be read.
+    A new z ~ N(mu, sigma^2) is drawn at every step; mu, sigma (E, dz).
+
+    Returns E trajectories: obs (L+1, o), actions (L, a), terminals (L,), and rewards (L,) if they
+    may be read.
     """
     episodes = envs.Episodes(env_list, rng, read_rewards)
-    while episodes.live:
+    while episodes.live:  # the numbers of the episodes that have not ended
         z = mu + sigma * torch.randn(mu.shape, generator=rng).to(mu.device)
-        mean, log_std = agent.policy(episodes.obs().to(mu.device), z[episodes.live])
-        noise = torch.zeros(mean.shape) if deterministic else torch.randn(mean.shape, generator=rng)
-        episodes.step(torch.tanh(mean + log_std.exp() * noise.to(mu.device)))
+        obs = episodes.obs().to(mu.device)  # (live, o)
+        mean, log_std = agent.policy(obs, z[episodes.live])
+        if deterministic:
+            u = mean
+        else:
+            noise = torch.randn(mean.shape, generator=rng).to(mu.device)
+            u = mean + log_std.exp() * noise
+        episodes.step(torch.tanh(u))
     return episodes.paths()
 
 
-def prior(num, args, device):
-    """p(z) = N(0, 1): mean and standard deviation, (num, dz) each."""
-    return torch.zeros(num, args.latent_dim, device=device), torch.ones(
-        num, args.latent_dim, device=device
-    )
+@torch.no_grad()
+def collect(env_list, tasks, num_steps, from_prior, agent, buffer, args, act_rng, train_rng):
+    """Explore without rewards, label, and store [Alg. 1, l. 7 to 9].
 
+    Whole episodes in E tasks side by side, until each task has `num_steps` new transitions.
 
-def explore(env_list, tasks, agent, buffer, args, act_rng, rng):
-    """[Alg. 1, l. 7] Whole episodes in E tasks side by side, each in its environment: z ~ p(z), then z ~ q(z | h).
+    Args:
+        env_list: E environments, already set to their tasks.
+        tasks: the numbers of these E tasks.
+        from_prior: explore with z ~ p(z), and else with z ~ q(z | h), h from the encoder buffer.
 
-    Yields, for each trajectory: number i of the buffer D_i that it shall enter; the trajectory, without rewards unless
-    --oracle-rewards; whether the encoder buffer takes it too. Goes on when `main` has added it, so that h may have it.
+    Returns the number of new transitions.
     """
     num_train = int((buffer.sizes["offline"] > 0).sum())
-    for from_prior, num_steps in ((True, args.prior_steps), (False, args.posterior_steps)):
-        missing = [num_steps] * len(tasks)
-        while live := [e for e, steps in enumerate(missing) if steps > 0]:
-            # PAPER: D_i drawn anew for each trajectory (l. 8). CODE: D_i of the training task that is explored.
-            owners = [tasks[e] for e in live]
-            if (
-                args.explore_tasks == "test"
-            ):  # it has no offline data: any D_i, as in the text, or one of its own
-                drawn = torch.randint(num_train, (len(live),), generator=act_rng)
-                owners = (
-                    [num_train + task for task in owners] if args.oracle_rewards else drawn.tolist()
-                )
-            mu, sigma = prior(len(live), args, rng.device)  # (live, dz)
-            if not from_prior:
-                # PAPER: z ~ p(z) only. CODE: z ~ q(z | h) in 600 of 1000 transitions, for the RL buffer (Sawyer: both).
-                with torch.no_grad():
-                    h = buffer.sample(owners, args.context_batch, rng, "encoder")
-                    mu, sigma = agent.encoder(make_context(h, args))
-            paths = rollout(
-                [env_list[e] for e in live],
-                agent,
-                mu,
-                sigma,
-                act_rng,
-                read_rewards=args.oracle_rewards,
-            )
-            for e, i, path in zip(live, owners, paths):
-                missing[e] -= len(path["actions"])
-                frozen = args.encoder_buffer == "frozen" and i < num_train
-                yield i, path, args.encoder_buffer == "all" or from_prior and not frozen
+    new_steps = [0] * len(tasks)
+    while live := [e for e in range(len(tasks)) if new_steps[e] < num_steps]:
+        # --- The buffer D_i that each new trajectory enters
+        # PAPER: D_i drawn anew (l. 8). CODE: the one of the training task that is explored.
+        owners = [tasks[e] for e in live]
+        if args.explore_tasks == "test":  # which has no offline data: any D_i, as in the text
+            owners = torch.randint(num_train, (len(live),), generator=act_rng).tolist()
+        if args.explore_tasks == "test" and args.oracle_rewards:  # a buffer of its own
+            owners = [num_train + tasks[e] for e in live]
+
+        # --- l. 7: one trajectory in each task. Its rewards are not read.
+        # PAPER: z ~ p(z) only. CODE: z ~ q(z | h) in 600 of 1000 transitions.
+        if from_prior:
+            mu, sigma = prior(len(live), args, train_rng.device)  # (live, dz)
+        else:
+            h = buffer.sample(owners, args.context_batch, train_rng, "encoder")
+            mu, sigma = agent.encoder(make_context(h, args))
+        live_envs = [env_list[e] for e in live]
+        read_rewards = args.oracle_rewards
+        paths = rollout(live_envs, agent, mu, sigma, act_rng, read_rewards=read_rewards)
+
+        for e, i, path in zip(live, owners, paths):
+            if not args.oracle_rewards:
+                # l. 8: h_offline ~ D_i, from the part of its encoder buffer with true rewards
+                h_offline = buffer.sample([i], args.context_batch, train_rng, "offline")
+                # l. 9: r_generated
+                path["rewards"] = generate_rewards(agent, path, h_offline, args, train_rng)
+            # --- l. 9: D_i grows; its encoder buffer by exploration from the prior alone [C.2]
+            frozen = args.encoder_buffer == "frozen" and i < num_train
+            to_encoder = args.encoder_buffer == "all" or (from_prior and not frozen)
+            buffer.add(i, path, encoder=to_encoder)
+            new_steps[e] += len(path["actions"])
+    return sum(new_steps)
 
 
 @torch.no_grad()
 def adapt(env_list, agent, args, rng):
-    """The meta-episode, T = 3: two exploration episodes with z ~ p(z), then one with z ~ q(z | both).
+    """The meta-episode, T = 3: two exploration episodes with z ~ p(z), then one with z ~ q(z | h),
+    where h is both of them.
 
-    Returns for each of E environments the third trajectory and the two of exploration; mu, sigma (E, dz) of q.
+    Returns for each of E environments its third trajectory, and its two of exploration; then mu
+    and sigma (E, dz) of q.
     """
     # PAPER: adapts between all episodes. CODE: once, before the third, as the authors' code does.
     device = next(agent.parameters()).device
     mu, sigma = prior(len(env_list), args, device)
-    exploration = list(zip(*(rollout(env_list, agent, mu, sigma, rng) for _ in range(2))))
-    posteriors = [
-        agent.encoder(make_context(buffers.join(paths, device), args)[None])
-        for paths in exploration
-    ]
-    mu, sigma = (torch.cat(parts) for parts in zip(*posteriors))  # (E, dz)
-    return rollout(env_list, agent, mu, sigma, rng, deterministic=True), exploration, mu, sigma
+    first = rollout(env_list, agent, mu, sigma, rng)
+    second = rollout(env_list, agent, mu, sigma, rng)
+    exploration = list(zip(first, second))
+
+    # Histories differ in length, so that each is encoded alone.
+    posteriors = []
+    for pair in exploration:
+        h = buffers.join(pair, device)
+        posteriors.append(agent.encoder(make_context(h, args)[None]))  # (1, dz) each
+    mu = torch.cat([mu for mu, _ in posteriors])  # (E, dz)
+    sigma = torch.cat([sigma for _, sigma in posteriors])
+    final = rollout(env_list, agent, mu, sigma, rng, deterministic=True)
+    return final, exploration, mu, sigma
+
+
+# ===== Evaluation
 
 
 @torch.no_grad()
 def evaluate(agent, buffer, eval_envs, args):
-    """Post-adaptation episodes and diagnostics, with generators of their own: evaluating changes nothing in training.
+    """Post-adaptation returns and diagnostics [Section 6, Figure 2].
 
-    Returns what Run.write takes: a list of evaluations, "test" first; scalars to log; trajectories of
-    the dataset to draw.
+    The generators are its own: evaluating changes nothing in training.
+
+    Returns what `Run.write` takes: a list of `Evaluation`, scalars to log, and the trajectories of
+    the dataset in the training tasks, to be drawn.
     """
-    rng, buffer_rng = (
-        torch.Generator().manual_seed(args.seed),
-        torch.Generator(buffer.device).manual_seed(args.seed),
-    )
-    evaluations, scalars = [], {}
-    for split, (tasks, env_list) in eval_envs.items():  # "train" comes last, and is used below
+    rng = torch.Generator().manual_seed(args.seed)
+    buffer_rng = torch.Generator(buffer.device).manual_seed(args.seed)
+    evaluations = []
+
+    # --- Own context: z from what the agent itself explores
+    for split in ("test", "train"):
+        tasks, env_list = eval_envs[split]
         final, exploration, mu, sigma = buffers.on_cores(adapt, env_list, agent, args, rng)
-        kl = kl_to_prior(mu, sigma)
+        kl = kl_to_prior(mu, sigma)  # (E,)
         evaluations.append(buffers.Evaluation(split, "own", tasks, final, exploration, kl))
 
-    # The same training tasks with z ~ q(z | h_offline) instead (Figure 2). Each transition more makes the posterior
-    # narrower, so h_offline is as long as the agent's own histories are on average.
-    lengths = torch.tensor(
-        [sum(len(path["actions"]) for path in pair) for pair in exploration], device=buffer.device
-    )
-    h_offline = buffer.sample(tasks, round(lengths.float().mean().item()), buffer_rng, "offline")
+    # --- Offline context: the same training tasks with z ~ q(z | h_offline) (Figure 2). Every
+    # further transition narrows the posterior: h_offline is as long as the own histories are.
+    lengths = [sum(len(path["actions"]) for path in pair) for pair in exploration]
+    lengths = torch.tensor(lengths, device=buffer.device)  # (E,)
+    mean_length = round(lengths.float().mean().item())
+    h_offline = buffer.sample(tasks, mean_length, buffer_rng, "offline")
     mu, sigma = agent.encoder(make_context(h_offline, args))  # (E, dz)
     final = buffers.on_cores(rollout, env_list, agent, mu, sigma, rng, deterministic=True)
     kl = kl_to_prior(mu, sigma)
     evaluations.append(buffers.Evaluation("train", "offline", tasks, final, exploration, kl))
 
-    # Decoder against true rewards, on offline data and on this exploration: for us to read, never for training
-    offline = {
-        k: v.flatten(0, 1)
-        for k, v in buffer.sample(tasks, args.rl_batch, buffer_rng, "offline").items()
-    }
+    # --- Decoder against true rewards: for people to read, never for training
+    scalars = {}
+    offline = buffer.sample(tasks, args.rl_batch, buffer_rng, "offline")
+    offline = {name: values.flatten(0, 1) for name, values in offline.items()}  # (E * B, .)
     explored = buffers.join([path for pair in exploration for path in pair], buffer.device)
-    for name, batch, repeat in (
-        ("decoder_loss", offline, args.rl_batch),
-        ("generated_reward_mse", explored, lengths),
+    z_offline = mu.repeat_interleave(args.rl_batch, dim=0)
+    z_explored = mu.repeat_interleave(lengths, dim=0)
+    for name, data, z in (
+        ("decoder_loss", offline, z_offline),
+        ("generated_reward_mse", explored, z_explored),
     ):
-        error = (
-            agent.decoder(batch["obs"], batch["actions"], mu.repeat_interleave(repeat, 0))
-            - batch["rewards"][:, 0]
-        )
+        rewards = data["rewards"][:, 0]
+        error = agent.decoder(data["obs"], data["actions"], z) - rewards
         scalars[f"eval/{name}"] = error.square().mean()
-        scalars[f"eval/{name}_over_reward_variance"] = (
-            error.square().mean() / batch["rewards"].var()
-        )
-    return (
-        evaluations,
-        scalars,
-        [path for task in set(tasks) for path in buffer.offline_paths(task)],
-    )
+        scalars[f"eval/{name}_over_reward_variance"] = error.square().mean() / rewards.var()
+
+    dataset_paths = []
+    for task in set(tasks):
+        dataset_paths += buffer.offline_paths(task)
+    return evaluations, scalars, dataset_paths
 
 
 # ===== Algorithm 1
@@ -513,70 +607,62 @@ def evaluate(agent, buffer, eval_envs, args):
 
 def main(args):
     """Algorithm 1. Returns the trained agent. Raises InputError."""
-    spec, device = envs.lookup(args.env_id), buffers.choose_device(args)
-    # act_rng, on the CPU as the environments are, is for acting; rng, on the device, for training
-    act_rng, rng = (
-        torch.Generator().manual_seed(args.seed),
-        torch.Generator(device).manual_seed(args.seed),
-    )
+    spec = envs.lookup(args.env_id)
+    device = buffers.choose_device(args)
     torch.manual_seed(args.seed)
+    act_rng = torch.Generator().manual_seed(args.seed)  # for acting, on the CPU
+    train_rng = torch.Generator(device).manual_seed(args.seed)
 
-    # l. 1: datasets D_i, policy, Q-function, encoder, decoder
+    # l. 1: datasets D_i, with room for what will be collected
     dataset = buffers.load_dataset(args.env_id, args.dataset)
     explored_tasks = dataset[f"{args.explore_tasks}_tasks"]
-    more_tasks = (
-        len(explored_tasks) if args.explore_tasks == "test" and args.oracle_rewards else 0
-    )  # D_i of their own
-    visit = (
-        args.prior_steps + args.posterior_steps + 2 * spec.horizon
-    )  # at most, as both parts end with an episode
-    more = args.online_iterations * args.tasks_per_iteration * visit
-    buffer = buffers.from_dataset(dataset, args.env_id, device, more_tasks, more)
+    own_buffers = args.explore_tasks == "test" and args.oracle_rewards
+    extra_tasks = len(explored_tasks) if own_buffers else 0
+    # Both parts of a visit end with a whole episode.
+    longest_visit = args.prior_steps + args.posterior_steps + 2 * spec.horizon
+    extra_steps = args.online_iterations * args.tasks_per_iteration * longest_visit
+    buffer = buffers.from_dataset(dataset, args.env_id, device, extra_tasks, extra_steps)
+
+    # l. 1: policy, Q-functions, encoder, decoder
     agent = Agent(spec.obs_dim, spec.action_dim, args).to(device)
-    optimizer = torch.optim.Adam(
-        agent.parameters(), lr=args.lr, fused=True, capturable=device.type == "cuda"
-    )
+    on_gpu = device.type == "cuda"
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.lr, fused=True, capturable=on_gpu)
 
     env_list = [envs.make(args.env_id) for _ in range(args.tasks_per_iteration)]
     eval_envs = envs.make_evaluation(args.env_id, dataset["train_tasks"], dataset["test_tasks"])
-    parts = dict(agent=agent, optimizer=optimizer, buffer=buffer, act_rng=act_rng, rng=rng)
-    with buffers.Run(args, __file__, dataset["sha256"], **parts) as run:
-        sample, learn = run.fast(sample_batch), run.fast(update, args.compile)  # these, but faster
+    state = dict(agent=agent, optimizer=optimizer, buffer=buffer, act_rng=act_rng, rng=train_rng)
+    with buffers.Run(args, __file__, dataset["sha256"], **state) as run:
+        # The same functions, faster: a CUDA graph on a GPU, the best exact precision on a CPU
+        sample = run.fast(sample_batch)
+        learn = run.fast(update, args.compile)
 
-        for _ in run.steps(
-            args.offline_steps, "offline"
-        ):  # l. 2; also counts, saves, and stops at a signal
-            batch = sample(
-                buffer, args, rng
-            )  # l. 3: D_i ~ D, of each a history h (batch["context"]) and h' (the rest)
-            run.log(
-                learn(agent, optimizer, batch, args, online=False)
-            )  # l. 4 and 5: z ~ q(z | h), train on z and h'
+        # ----- Offline phase
+        for _ in run.steps(args.offline_steps, "offline"):  # l. 2
+            batch = sample(buffer, args, train_rng)  # l. 3: D_i ~ D, histories h and h' of each
+            info = learn(agent, optimizer, batch, args, self_supervised=False)  # l. 4 and 5
+            run.log(info)
             if run.evaluation_due:
                 run.write(*evaluate(agent, buffer, eval_envs, args))
 
-        total_steps = args.offline_steps + args.online_iterations * args.updates_per_iteration
-        for step in run.steps(total_steps, "self-supervised"):  # l. 6, up to that step
+        # ----- Self-supervised phase: no reward is read from here on
+        second_phase = args.online_iterations * args.updates_per_iteration
+        for step in run.steps(args.offline_steps + second_phase, "self-supervised"):  # l. 6
             if (step - args.offline_steps) % args.updates_per_iteration == 0:
-                # PAPER: 4 gradient steps per new transition. CODE: 0.8, as five tasks collect, not one. 4 on Sawyer.
-                drawn = torch.randint(
-                    len(explored_tasks), (args.tasks_per_iteration,), generator=act_rng
-                ).tolist()
-                for env, task in zip(env_list, drawn):
+                # PAPER: 4 gradient steps for each new transition. CODE: 0.8, since five tasks
+                # collect and not one; 4 on Sawyer.
+                size = (args.tasks_per_iteration,)
+                tasks = torch.randint(len(explored_tasks), size, generator=act_rng).tolist()
+                for env, task in zip(env_list, tasks):
                     env.unwrapped.set_task(explored_tasks[task])
-                for i, path, to_encoder in explore(
-                    env_list, drawn, agent, buffer, args, act_rng, rng
-                ):  # l. 7
-                    if not args.oracle_rewards:
-                        # l. 8: h_offline ~ D_i, of the part of its encoder buffer that has true rewards
-                        h_offline = buffer.sample([i], args.context_batch, rng, "offline")
-                        path["rewards"] = generate_rewards(
-                            agent, path, h_offline, args, rng
-                        )  # l. 9: labels
-                    buffer.add(i, path, encoder=to_encoder)  # l. 9: D_i grows
-                    run.env_steps += len(path["actions"])
-            batch = sample(buffer, args, rng)  # l. 10
-            run.log(learn(agent, optimizer, batch, args, online=True))  # l. 11 and 12
+                visit = (agent, buffer, args, act_rng, train_rng)
+                for num_steps, from_prior in (
+                    (args.prior_steps, True),
+                    (args.posterior_steps, False),
+                ):
+                    run.env_steps += collect(env_list, tasks, num_steps, from_prior, *visit)
+            batch = sample(buffer, args, train_rng)  # l. 10
+            info = learn(agent, optimizer, batch, args, self_supervised=True)  # l. 11 and 12
+            run.log(info)
             if run.evaluation_due:
                 run.write(*evaluate(agent, buffer, eval_envs, args))
     return agent
