@@ -38,7 +38,8 @@ CHEETAH_FIRST = [0.7860740250467451, 0.47605191646339684, 0.8343795584830792]  #
 ANT_FIRST_DEGREES = [94.32888300560941, 57.12622997560762, 100.12554701796951]
 
 
-# ----- Rewards, observations and terminations, once more. `old` and `new` are snapshots of the simulation.
+# ----- Rewards, observations and terminations, once more
+# `old` and `new` are snapshots of the simulation.
 
 
 def snapshot(env):
@@ -548,7 +549,10 @@ def test_the_direction_families_are_the_ones_whose_paths_can_be_drawn():
 
 @pytest.mark.parametrize("env_id", GROUND)
 def test_paths_over_ground(env_id):
-    """Figures 6 and 8: the integral of the observed velocity is where the robot is (sampled once a step: roughly)."""
+    """Figures 6 and 8: the integral of the observed velocity is where the robot is.
+
+    Only roughly, because the velocity is sampled once a step.
+    """
     env, rng, paths, places = envs.make(env_id), np.random.default_rng(1), [], []
     base = env.unwrapped
     for episode in range(3):
@@ -594,7 +598,7 @@ def test_the_trot_goes_where_it_shall(heading):
 
 
 def test_an_evaluation_has_every_test_task_and_evenly_spaced_training_tasks():
-    """Training tasks by their first number: of twelve in order, the second, fifth, eighth and eleventh, the middles."""
+    """Of twelve training tasks, ordered by their first number, it has numbers 2, 5, 8 and 11."""
     angles = np.array([5, 3, 8, 1, 11, 2, 9, 12, 4, 10, 7, 6]) / 10.0
     train, test = angles[:, None], np.array([[0.3], [0.1]])
     pairs = envs.make_evaluation(

@@ -1,4 +1,4 @@
-"""Somebody else's tasks: the README's example, and what an environment, its row or its data bring."""
+"""Somebody else's tasks: the README's example, and what environments, rows and data may bring."""
 
 import dataclasses
 import os
@@ -34,16 +34,37 @@ ROOT = Path(envs.__file__).resolve().parent
 SCRIPTS = [smac, pearl, meta_bc, macaw, borel]
 SIZES = dict(obs_dim=3, action_dim=2, task_dim=1, horizon=4, num_train_tasks=3, num_test_tasks=2)
 TINY = {  # flags that make a run as short as it can be
-    "policy_hidden": (8,), "q_hidden": (8,), "encoder_hidden": (8,), "decoder_hidden": (8,), "value_hidden": (8,),
-    "rl_batch": 4, "context_batch": 4, "meta_batch": 2, "latent_dim": 2, "offline_steps": 2, "vae_steps": 1,
-    "online_iterations": 1, "updates_per_iteration": 1, "prior_steps": 1, "posterior_steps": 1, "initial_steps": 1,
-    "vae_tasks": 2, "vae_trajectories": 2, "elbo_terms": 2, "eval_every": 100, "weight_transform": False,
-    "dataset_iteration": 1, "device": "cpu",
-}  # fmt: skip
+    "policy_hidden": (8,),
+    "q_hidden": (8,),
+    "encoder_hidden": (8,),
+    "decoder_hidden": (8,),
+    "value_hidden": (8,),
+    "rl_batch": 4,
+    "context_batch": 4,
+    "meta_batch": 2,
+    "latent_dim": 2,
+    "offline_steps": 2,
+    "vae_steps": 1,
+    "online_iterations": 1,
+    "updates_per_iteration": 1,
+    "prior_steps": 1,
+    "posterior_steps": 1,
+    "initial_steps": 1,
+    "vae_tasks": 2,
+    "vae_trajectories": 2,
+    "elbo_terms": 2,
+    "eval_every": 100,
+    "weight_transform": False,
+    "dataset_iteration": 1,
+    "device": "cpu",
+}
 
 
 class Family(gym.Env):
-    """Observation: the step, the task and the last reward, float64 as Gymnasium's MuJoCo has it. It never ends."""
+    """Observation: the step, the task and the last reward, float64 as Gymnasium's MuJoCo has it.
+
+    It never ends.
+    """
 
     observation_space = gym.spaces.Box(-np.inf, np.inf, (3,), np.float64)
     action_space = gym.spaces.Box(-1.0, 1.0, (2,), np.float32)
@@ -72,7 +93,7 @@ class Family(gym.Env):
 
 @pytest.fixture
 def register():
-    """register(**changes) -> the row of a family "Mine", as Family but for some methods and sizes."""
+    """register(**changes) -> the row of a family "Mine": Family with other methods or sizes."""
 
     def make(name="Mine", base=Family, **changes):
         row = {key: changes.pop(key) for key in ("presets", "task_range", *SIZES) if key in changes}
@@ -89,7 +110,10 @@ def register():
 
 
 def make_paths(env_id="Mine", num_tasks=3, episodes=2):
-    """Random actions: (task number, trajectory) of every training task; training tasks; test tasks."""
+    """Play random actions.
+
+    Returns [(task number, trajectory)] of every training task; training tasks; test tasks.
+    """
     rng, env, entries = torch.Generator().manual_seed(0), envs.make(env_id), []
     tasks = envs.sample_tasks(env_id, num_tasks + 2)
     for task in range(num_tasks):
@@ -172,7 +196,8 @@ def test_the_readmes_example_runs_outside_of_the_repository_and_learns(tmp_path)
         results.values()
     )  # at the end of the offline phase, and of the run; nothing is above 0
     assert after > before + 2 and after > data + 3
-    said = r"go from (\S+), .* after the offline phase to (\S+), .*; the data have (\S+)\."  # seed 1 first
+    # The README names seed 1 first.
+    said = r"go from (\S+), .* after the offline phase to (\S+), .*; the data have (\S+)\."
     (said,) = re.findall(said, " ".join((ROOT / "README.md").read_text().split()))
     assert [before, after, data] == pytest.approx(
         [float(word) for word in said], abs=1.5
@@ -224,8 +249,11 @@ def test_observations_rewards_and_ends_of_any_type_are_cast_where_they_enter(reg
         assert episodes.last("rewards", [0]).shape == (1, 1)
     (path,) = episodes.paths()
     assert {name: value.shape for name, value in path.items()} == {
-        "obs": (4, 3), "actions": (3, 2), "rewards": (3,), "terminals": (3,)
-    }  # fmt: skip
+        "obs": (4, 3),
+        "actions": (3, 2),
+        "rewards": (3,),
+        "terminals": (3,),
+    }
     assert {value.dtype for value in path.values()} == {np.dtype(np.float32)}
     assert path["obs"].tolist() == [[t, 7, 3] for t in range(4)]
     assert path["rewards"].tolist() == [1, 2, 3] and path["terminals"].tolist() == [0, 0, 1]
@@ -248,7 +276,7 @@ def test_every_script_takes_float64_observations_and_rewards_of_shape_1(
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
 def test_the_smallest_family_runs(register, tmp_path, quick, script):
-    """One training task, one test task, and episodes of one step, which end with a fall and pay nothing."""
+    """One training task, one test task, and episodes of one step that fall and pay nothing."""
     sizes = dict(num_train_tasks=1, num_test_tasks=1, horizon=1)
     register(step=lambda self, action: (self.observation(), 0.0, True, False, {}), **sizes)
     entries, train_tasks, test_tasks = make_paths(num_tasks=1, episodes=3)
@@ -265,7 +293,10 @@ def test_the_smallest_family_runs(register, tmp_path, quick, script):
 
 
 def test_a_family_may_say_when_an_episode_succeeds_and_where_it_leads(register, tmp_path, quick):
-    """`sparse`: the last reward is 0 in test tasks, where the task is above 1; `ground_velocity`: columns 1 and 2."""
+    """With `sparse`, test tasks succeed: there the task is above 1, and the last reward is 0.
+
+    `ground_velocity` names columns 1 and 2.
+    """
 
     def step(self, action):
         self.t += 1
@@ -283,9 +314,10 @@ def test_a_family_may_say_when_an_episode_succeeds_and_where_it_leads(register, 
         if tag.endswith("success")
     }
     assert success == {
-        "charts/test/online_context_success": 1, "charts/train/online_context_success": 0,
+        "charts/test/online_context_success": 1,
+        "charts/train/online_context_success": 0,
         "charts/train/offline_context_success": 0,
-    }  # fmt: skip
+    }
     with np.load(run / "figures_3.npz") as arrays:
         ground = arrays["online context"]
     assert ground.shape[1:] == (5, 2)
@@ -310,29 +342,47 @@ def wrong_second_observation(self, action):
 
 REFUSED = {
     # name: (changes, words of the sentence)
-    "observations too long": (dict(obs_dim=2), "obs_dim is (2,) in its row, but its environment has (3,)"),
-    "observations too short": (dict(obs_dim=4), "obs_dim is (4,) in its row, but its environment has (3,)"),
+    "observations too long": (
+        dict(obs_dim=2),
+        "obs_dim is (2,) in its row, but its environment has (3,)",
+    ),
+    "observations too short": (
+        dict(obs_dim=4),
+        "obs_dim is (4,) in its row, but its environment has (3,)",
+    ),
     "observations as a column": (
-        dict(observation=lambda self, reward=0.0: np.zeros((3, 1))), "(3,) in its row, but its environment has (3, 1)",
+        dict(observation=lambda self, reward=0.0: np.zeros((3, 1))),
+        "(3,) in its row, but its environment has (3, 1)",
     ),
     "observations as a dict": (
-        dict(observation=lambda self, reward=0.0: {"a": np.zeros(3)}), "(3,) in its row, but its environment has ()",
+        dict(observation=lambda self, reward=0.0: {"a": np.zeros(3)}),
+        "(3,) in its row, but its environment has ()",
     ),
     "another observation in a step": (
-        dict(step=wrong_second_observation), "obs_dim of a step is (3,) in its row, but its environment has (5,)",
+        dict(step=wrong_second_observation),
+        "obs_dim of a step is (3,) in its row, but its environment has (5,)",
     ),
     "actions": (dict(action_dim=1), "action_dim is (1,) in its row, but its environment has (2,)"),
     "discrete actions": (
-        dict(action_space=gym.spaces.Discrete(3)), "its actions are Discrete(3), expected a Box from -1 to 1",
+        dict(action_space=gym.spaces.Discrete(3)),
+        "its actions are Discrete(3), expected a Box from -1 to 1",
     ),
     "discrete actions, as many as the row says": (
-        dict(action_space=gym.spaces.Discrete(2), action_dim=2), "its actions are Discrete(2), expected a Box",
+        dict(action_space=gym.spaces.Discrete(2), action_dim=2),
+        "its actions are Discrete(2), expected a Box",
     ),
     "actions as a dict": (
-        dict(action_space=gym.spaces.Dict(arm=gym.spaces.Box(-1.0, 1.0, (2,)))), "its actions are Dict('arm': Box(-1.0",
+        dict(action_space=gym.spaces.Dict(arm=gym.spaces.Box(-1.0, 1.0, (2,)))),
+        "its actions are Dict('arm': Box(-1.0",
     ),
-    "actions beyond 1": (dict(action_space=gym.spaces.Box(0.0, 10.0, (2,))), "expected a Box from -1 to 1"),
-    "no space of actions": (dict(action_space=None), "its actions are None, expected a Box from -1 to 1"),
+    "actions beyond 1": (
+        dict(action_space=gym.spaces.Box(0.0, 10.0, (2,))),
+        "expected a Box from -1 to 1",
+    ),
+    "no space of actions": (
+        dict(action_space=None),
+        "its actions are None, expected a Box from -1 to 1",
+    ),
     "discrete observations": (
         dict(observation_space=gym.spaces.Discrete(16), observation=lambda self, reward=0.0: 3),
         "its observations are Discrete(16), expected a Box of one dimension",
@@ -342,7 +392,7 @@ REFUSED = {
             observation_space=gym.spaces.Dict(place=gym.spaces.Box(-1.0, 1.0, (3,))),
             observation=lambda self, reward=0.0: {"place": np.zeros(3)},
         ),
-        "its observations are Dict('place': Box(-1.0, 1.0, (3,), float32)), expected a Box of one dimension",
+        "its observations are Dict('place': Box(-1.0, 1.0, (3,), float32)), expected a Box of one",
     ),
     "images": (
         dict(
@@ -369,26 +419,46 @@ REFUSED = {
         "a `terminated` of shape (2,), expected one number",
     ),
     "no number as a reward": (
-        dict(step=lambda self, action: (self.observation(), "much", False, False, {})), "could not convert string",
+        dict(step=lambda self, action: (self.observation(), "much", False, False, {})),
+        "could not convert string",
     ),
     "a reward that is None": (
-        dict(step=lambda self, action: (self.observation(), None, False, False, {})), "NaN or infinite",
+        dict(step=lambda self, action: (self.observation(), None, False, False, {})),
+        "NaN or infinite",
     ),
     "NaN": (
-        dict(observation=lambda self, reward=0.0: np.array([0, np.nan, 0])), "observation or reward is NaN or infinite",
+        dict(observation=lambda self, reward=0.0: np.array([0, np.nan, 0])),
+        "observation or reward is NaN or infinite",
     ),
     "too large for float32": (
-        dict(observation=lambda self, reward=0.0: np.array([0, 1e300, 0])), "observation or reward is NaN or infinite",
+        dict(observation=lambda self, reward=0.0: np.array([0, 1e300, 0])),
+        "observation or reward is NaN or infinite",
     ),
     "a step of four": (
-        dict(step=lambda self, action: (self.observation(), 0.0, False, {})), "not enough values to unpack",
+        dict(step=lambda self, action: (self.observation(), 0.0, False, {})),
+        "not enough values to unpack",
     ),
-    "a reset without info": (dict(reset=lambda self, seed=None, options=None: np.zeros(3)), "cannot be used"),
-    "a reset without a seed": (dict(reset=lambda self: (np.zeros(3), {})), "unexpected keyword argument 'seed'"),
-    "arguments": (dict(__init__=lambda self, level: None), "missing 1 required positional argument: 'level'"),
-    "it ends the program": (dict(set_task=lambda self, task: sys.exit(0)), "cannot be used: SystemExit: 0"),
-    "an error of its own": (dict(set_task=lambda self, task: {}[str(task.shape)]), "KeyError: '(1,)'"),
-}  # fmt: skip
+    "a reset without info": (
+        dict(reset=lambda self, seed=None, options=None: np.zeros(3)),
+        "cannot be used",
+    ),
+    "a reset without a seed": (
+        dict(reset=lambda self: (np.zeros(3), {})),
+        "unexpected keyword argument 'seed'",
+    ),
+    "arguments": (
+        dict(__init__=lambda self, level: None),
+        "missing 1 required positional argument: 'level'",
+    ),
+    "it ends the program": (
+        dict(set_task=lambda self, task: sys.exit(0)),
+        "cannot be used: SystemExit: 0",
+    ),
+    "an error of its own": (
+        dict(set_task=lambda self, task: {}[str(task.shape)]),
+        "KeyError: '(1,)'",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -471,7 +541,7 @@ def test_a_class_without_what_a_family_needs_is_refused(missing):
 
 @pytest.mark.parametrize("limit, length", [(None, 4), (4, 4), (9, 4), (3, 3)])
 def test_episodes_end_at_the_horizon_at_the_latest(register, limit, length):
-    """An environment without a time limit, with the row's, with a longer one, with a shorter one."""
+    """An environment without a limit, with the row's, with a longer and with a shorter one."""
 
     def step(self, action):
         obs, reward, *_ = Family.step(self, action)
@@ -521,14 +591,20 @@ def fill(kind, rng, shape):
             else np.zeros(shape)
         )
     return {
-        "normal": lambda: rng.normal(size=shape), "constant": lambda: np.full(shape, 0.25),
-        "zero": lambda: np.zeros(shape), "large": lambda: 1e30 * rng.normal(size=shape),
-        "tiny": lambda: 1e-42 * rng.normal(size=shape), "integers": lambda: rng.integers(-9, 9, shape),
-    }[kind]()  # fmt: skip
+        "normal": lambda: rng.normal(size=shape),
+        "constant": lambda: np.full(shape, 0.25),
+        "zero": lambda: np.zeros(shape),
+        "large": lambda: 1e30 * rng.normal(size=shape),
+        "tiny": lambda: 1e-42 * rng.normal(size=shape),
+        "integers": lambda: rng.integers(-9, 9, shape),
+    }[kind]()
 
 
 def random_dataset(rng, kind, num_tasks, episodes, length, obs_dim, action_dim, encoder):
-    """Entries of both parts, as somebody may give them: float64, any order of tasks, lengths 1 to `length`."""
+    """Entries of both parts, as somebody may give them.
+
+    They are float64, their tasks come in any order, and their lengths are 1 to `length`.
+    """
     parts = []
     for part in ("rl", "encoder")[: 1 + encoder]:
         entries = []
@@ -548,7 +624,8 @@ def random_dataset(rng, kind, num_tasks, episodes, length, obs_dim, action_dim, 
 
 
 DATASETS = {
-    # kind of numbers; tasks, episodes a task, steps an episode; sizes of observation and action; an encoder part?
+    # kind of numbers; tasks, episodes a task, steps an episode; sizes of observation and action;
+    # whether there is an encoder part
     "one-hot, 24 MB": ("one-hot", 50, 6, 200, 100, 1, False),
     "constant": ("constant", 50, 6, 200, 100, 6, False),
     "more than a reader unpacks": ("constant", 10, 3, 100, 30, 2, True),
@@ -561,7 +638,7 @@ DATASETS = {
     "whole numbers": ("integers", 3, 2, 5, 4, 2, True),
     "many tasks": ("normal", 1000, 1, 3, 2, 1, False),
     **{f"drawn, {seed}": seed for seed in range(8)},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", DATASETS)
@@ -655,7 +732,7 @@ def test_the_measured_memory_is_flat_in_the_number_of_tasks():
 
 @pytest.mark.parametrize("seed", range(5))
 def test_the_rooms_of_the_tasks_hold_whatever_comes_in_whatever_order(seed):
-    """Up to the last transition: one task gets most of it, or all as much, in steps of one or of many."""
+    """Up to the last transition: one task gets most, or all as much, in steps of one or many."""
     rng, num_tasks, capacity = np.random.default_rng(seed), 7, 400
     buffer, expected = buffers.ReplayBuffer(num_tasks, 1, 1, capacity), {}
     likely = rng.dirichlet(np.full(num_tasks, (0.1, 0.3, 1.0, 10.0, 1.0)[seed]))
@@ -691,7 +768,7 @@ def test_the_rooms_of_the_tasks_hold_whatever_comes_in_whatever_order(seed):
             assert held.tolist() == expected.get((name, task), [])
 
 
-# ----- Names: every way to a family that is not there is one sentence, and a module's family is the module's
+# ----- Names: asking for a family that is not there gives one sentence, whoever asks
 
 
 @pytest.mark.parametrize(
@@ -753,7 +830,10 @@ envs.register("{name}", envs.Spec({name}, 3, 2, 1, 4, 3, 2, presets={presets}))
 
 @pytest.fixture
 def module(tmp_path, monkeypatch):
-    """module(name, family, presets) writes a module into the working directory, which is not on the path."""
+    """module(name, family, presets) writes a module into the working directory.
+
+    The directory is not on the path.
+    """
 
     def write(name, family, presets="{}"):
         (tmp_path / f"{name}.py").write_text(
@@ -775,7 +855,7 @@ def module(tmp_path, monkeypatch):
 
 
 def test_a_family_of_a_module_in_the_working_directory(module, tmp_path, quick):
-    """Data, a run, stopped and resumed from the command line and from Python: only with the module's name."""
+    """Data, a run, and resuming it from the command line and from Python need the module's name."""
     module("own_one", "Own", "{'smac_offline_online': {'latent_dim': 3, 'offline_steps': 7}}")
     before = sys.path[:]
     env = envs.make("own_one:Own")
@@ -947,15 +1027,20 @@ def test_train_has_the_presets_of_the_command_line(monkeypatch):
     assert buffers.train(smac) == smac.Args()
 
 
-@pytest.mark.parametrize("flags, words", [
-    (dict(learning_rate=1.0), "smac_offline_online has no flag learning_rate"),
-    (dict(lr=-1.0), "--lr is -1.0, it must be above 0"), (dict(lr="fast"), "--lr is 'fast', which is not of its type"),
-    (dict(q_hidden=[8, 8]), "--q-hidden is [8, 8], which is not of its type"),
-    (dict(preset="shrt"), "--preset is 'shrt', which is not of its type"),
-    (dict(tau=2.0), "--tau is 2.0"), (dict(meta_batch=10_000, rl_batch=10_000), "must be at most 32768"),
-    (dict(dataset="nowhere.npz"), "there is no dataset at nowhere.npz"),
-    (dict(resume="nowhere"), "there is no file nowhere"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (dict(learning_rate=1.0), "smac_offline_online has no flag learning_rate"),
+        (dict(lr=-1.0), "--lr is -1.0, it must be above 0"),
+        (dict(lr="fast"), "--lr is 'fast', which is not of its type"),
+        (dict(q_hidden=[8, 8]), "--q-hidden is [8, 8], which is not of its type"),
+        (dict(preset="shrt"), "--preset is 'shrt', which is not of its type"),
+        (dict(tau=2.0), "--tau is 2.0"),
+        (dict(meta_batch=10_000, rl_batch=10_000), "must be at most 32768"),
+        (dict(dataset="nowhere.npz"), "there is no dataset at nowhere.npz"),
+        (dict(resume="nowhere"), "there is no file nowhere"),
+    ],
+)
 def test_train_checks_its_flags(tmp_path, flags, words):
     flags = {"env_id": "PointDirection", "run_dir": str(tmp_path)} | flags
     assert words in refusal(buffers.train, smac, **flags)
@@ -1052,7 +1137,7 @@ def test_a_run_leaves_the_process_as_it_was_however_it_ends(data, tmp_path, monk
 
 
 def test_a_run_in_a_thread(data, tmp_path):
-    """It can not take signals there, and it need not: they stay with the main thread. It ends like one that is not."""
+    """It cannot take signals there: they stay with the main thread. It ends like any other."""
     before, results = surroundings(), []
 
     def work():
