@@ -1,6 +1,7 @@
-"""A ball on a line that shall be at a place which only its rewards tell. `python ball.py` makes the data.
+"""A ball on a line that shall be at a place which only its rewards tell.
 
-The README, "Your own tasks", says how to use it. Copy it and put your own environment in.
+`python ball.py` makes the data. The README, "Your own tasks", says how to use it. Copy this file,
+and put your own environment in.
 """
 
 import gymnasium as gym
@@ -12,7 +13,11 @@ import envs
 
 
 class Ball(gym.Env):
-    """Observation (2,): place, velocity. Action (1,): force, in [-1, 1]. Task (1,): where the ball shall be."""
+    """A ball that a force pushes along a line.
+
+    Observation (2,): place, velocity. Action (1,): force, in [-1, 1]. Task (1,): where the ball
+    shall be. Reward: minus the distance to it.
+    """
 
     observation_space = gym.spaces.Box(-np.inf, np.inf, (2,))
     action_space = gym.spaces.Box(-1.0, 1.0, (1,))
@@ -26,42 +31,74 @@ class Ball(gym.Env):
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
-        self.place, self.velocity = self.np_random.normal(0.0, 0.1), 0.0
+        self.place = self.np_random.normal(0.0, 0.1)
+        self.velocity = 0.0
         return np.array([self.place, self.velocity]), {}
 
     def step(self, action):
         self.velocity = 0.7 * self.velocity + 0.1 * float(action[0])
         self.place += self.velocity
-        return np.array([self.place, self.velocity]), -abs(self.place - self.goal), False, False, {}
+        reward = -abs(self.place - self.goal)
+        return np.array([self.place, self.velocity]), reward, False, False, {}
 
 
-small = dict(
-    policy_hidden=(64, 64),
-    encoder_hidden=(64, 64),
-    rl_batch=64,
-    lr=1e-3,
-    kl_coef=0.001,
-    eval_every=400,
+# --- The row of the family: its sizes, and flags for scripts in place of their defaults
+
+small = {
+    "policy_hidden": (64, 64),
+    "encoder_hidden": (64, 64),
+    "rl_batch": 64,
+    "lr": 1e-3,
+    "kl_coef": 0.001,
+    "eval_every": 400,
+}
+smac = {
+    "q_hidden": (64, 64),
+    "offline_steps": 400,
+    "online_iterations": 2,
+    "updates_per_iteration": 200,
+    "prior_steps": 60,
+    "posterior_steps": 60,
+}
+spec = envs.Spec(
+    Ball,
+    obs_dim=2,
+    action_dim=1,
+    task_dim=1,
+    horizon=20,
+    num_train_tasks=20,
+    num_test_tasks=10,
+    presets={"smac_offline_online": small | smac, "meta_bc": small | {"offline_steps": 1000}},
 )
-smac = dict(q_hidden=(64, 64), offline_steps=400, online_iterations=2, updates_per_iteration=200)
-smac |= dict(prior_steps=60, posterior_steps=60)
-presets = {"smac_offline_online": small | smac, "meta_bc": small | dict(offline_steps=1000)}
-sizes = dict(obs_dim=2, action_dim=1, task_dim=1, horizon=20, num_train_tasks=20, num_test_tasks=10)
-envs.register("Ball", envs.Spec(Ball, **sizes, presets=presets))
+envs.register("Ball", spec)
+
+
+def collect(env, rng):
+    """One episode that heads for some place, whatever the task."""
+    episodes = envs.Episodes([env], rng)
+    target = 2 * torch.rand(1, generator=rng) - 1
+    while episodes.live:
+        place, velocity = episodes.obs()[0]
+        noise = torch.randn(1, generator=rng)
+        force = 3 * (target - place) - 2 * velocity + 0.3 * noise
+        episodes.step(force.clamp(-1, 1)[None])
+    (path,) = episodes.paths()
+    return path
+
 
 if __name__ == "__main__":
-    rng, env, data = torch.Generator().manual_seed(0), envs.make("Ball"), []
-    train_tasks, test_tasks = np.split(envs.sample_tasks("Ball", 30), [20])
+    rng = torch.Generator().manual_seed(0)
+    env = envs.make("Ball")
+    tasks = envs.sample_tasks("Ball", spec.num_train_tasks + spec.num_test_tasks)
+    train_tasks, test_tasks = np.split(tasks, [spec.num_train_tasks])
+    data = []
     for number, task in enumerate(train_tasks):
         env.unwrapped.set_task(task)
-        for _ in range(5):  # episodes that head for some place, whatever the task
-            episodes, target = envs.Episodes([env], rng), 2 * torch.rand(1, generator=rng) - 1
-            while episodes.live:
-                place, velocity = episodes.obs()[0]
-                force = 3 * (target - place) - 2 * velocity + 0.3 * torch.randn(1, generator=rng)
-                episodes.step(force.clamp(-1, 1)[None])
-            data.append((number, episodes.paths()[0]))
+        for _ in range(5):
+            data.append((number, collect(env, rng)))
+
     buffers.save_dataset(
         "ball.npz", "Ball", train_tasks, test_tasks, data, encoder=[], command="python ball.py"
     )
-    print(f"ball.npz: mean return {np.mean([path['rewards'].sum() for _, path in data]):.1f}")
+    returns = [path["rewards"].sum() for _, path in data]
+    print(f"ball.npz: mean return {np.mean(returns):.1f}")

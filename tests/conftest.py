@@ -121,6 +121,9 @@ def set_sizes(monkeypatch, env_id, **sizes):
 def drawers():
     """Sawyer's environments of an evaluation, the behaviour being an open bottom drawer: for a policy that hardly moves
     it stays closed in the test task, and open in the training task."""
+    pytest.importorskip(
+        "pybullet", reason="PyBullet is missing, which is ready to install for Python 3.11 only"
+    )
     scene = dict.fromkeys(sawyer.TASK_COLUMNS, 0) | dict(
         side=1, bottom_drawer=1, button=1, object=-1
     )
