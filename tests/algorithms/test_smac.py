@@ -105,10 +105,10 @@ def snapshots(monkeypatch):
     """The agent's parameters at the start, at the switch of phases and at the end, filled in while a run goes on."""
     states, update = [], smac.update
 
-    def update_and_copy(agent, optimizer, batch, args, online):
-        if len(states) == int(online):
+    def update_and_copy(agent, optimizer, batch, args, self_supervised):
+        if len(states) == int(self_supervised):
             states.append({name: value.clone() for name, value in agent.state_dict().items()})
-        return update(agent, optimizer, batch, args, online)
+        return update(agent, optimizer, batch, args, self_supervised)
 
     monkeypatch.setattr(smac, "update", update_and_copy)
     return states
@@ -241,7 +241,7 @@ def test_curves_are_means_over_the_steps_since_the_last_point(
 def test_a_phase_may_be_left_out(dataset, tmp_path, short):
     for name, flags, steps in (
         ("offline", ["--online-iterations", 0], 14),
-        ("online", ["--offline-steps", 0], 16),
+        ("self-supervised", ["--offline-steps", 0], 16),
     ):
         run, _ = start(dataset, tmp_path / name, *flags)
         assert load(run)["step"] == steps and read_csv(run)[-1][0] == str(steps)
@@ -345,9 +345,12 @@ def test_an_iteration_explores_with_the_prior_then_the_posterior_and_then_trains
     monkeypatch.setattr(buffers.ReplayBuffer, "sample", record_sample)
     monkeypatch.setattr(smac, "rollout", record)
     monkeypatch.setattr(smac, "evaluate", mark)
-    monkeypatch.setattr(
-        smac, "update", lambda *args, online: (events.append(online), update(*args, online))[1]
-    )
+
+    def record_update(*args, self_supervised):
+        events.append(self_supervised)
+        return update(*args, self_supervised)
+
+    monkeypatch.setattr(smac, "update", record_update)
     start(dataset, tmp_path)
     # One episode with z from the prior, two from the posterior, in two tasks side by side; actions are sampled, rewards
     # not read but generated
@@ -358,6 +361,23 @@ def test_an_iteration_explores_with_the_prior_then_the_posterior_and_then_trains
         for event in ([(2, "encoder")] * (not e[1]) + [e] + 2 * [(1, "offline")])
     ]
     assert events == [False] * OFFLINE + ITERATIONS * (visit + [True] * UPDATES)
+
+
+def test_a_batch_has_noise_of_its_own_for_each_use():
+    args = smac.Args(rl_batch=50, context_batch=2, meta_batch=4, latent_dim=2)
+    buffer = buffers.ReplayBuffer(2, 4, 2, 20)
+    for task in range(2):
+        path = {"obs": torch.zeros(6, 4), "actions": torch.zeros(5, 2)}
+        buffer.add(task, path | {"rewards": torch.zeros(5), "terminals": torch.zeros(5)})
+    rng = torch.Generator().manual_seed(0)
+    batches = [smac.sample_batch(buffer, args, rng) for _ in range(2)]
+    assert batches[0]["noise_z"].shape == (4, 2)
+    noises = [batch[name] for batch in batches for name in ("noise_a", "noise_next_a")]
+    for noise in noises:
+        assert noise.shape == (4 * 50, 2)
+        assert abs(noise.mean()) < 0.2 and abs(noise.std() - 1) < 0.2
+    correlations = np.corrcoef([noise.flatten() for noise in noises])
+    assert np.abs(correlations - np.eye(4)).max() < 0.2
 
 
 # ----- Acting
