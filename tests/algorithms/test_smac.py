@@ -129,7 +129,7 @@ RETURNS = [
 ]
 RETURNS += ["charts/train/offline_context_return", "charts/train/own_context_return"]
 TAGS = {*RETURNS, "losses/critic", "losses/actor", "losses/reward", "losses/kl"}
-TAGS |= {"train/SPS", "train/q_mean", "train/q_max", "train/actor_weight_ess"}
+TAGS |= {"train/SPS", "train/phase", "train/q_mean", "train/q_max", "train/actor_weight_ess"}
 TAGS |= {"eval/decoder_loss", "eval/decoder_loss_over_reward_variance"}
 TAGS |= {"eval/generated_reward_mse", "eval/generated_reward_mse_over_reward_variance"}
 KL_TAGS = {
