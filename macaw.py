@@ -38,9 +38,7 @@ class Args:
     preset: Literal["original", "matched", "short"] = "original"  # [M], SMAC's sizes, or few steps
     seed: int = 1  # seed of the networks, of exploration and of sampling
     dataset: Optional[str] = None  # offline dataset; by default datasets/{env_id}.npz
-    offline_steps: int = (
-        25_000  # gradient steps: 64 million transitions, 51 in SMAC's offline phase
-    )
+    offline_steps: int = 25_000  # gradient steps: 64 million transitions (SMAC offline: 51)
     eval_every: int = 4_000  # gradient steps between two evaluations, each with a checkpoint
     run_dir: str = "runs"  # results go to RUN_DIR/{env_id}__{script}__{seed}/
     resume: Optional[str] = None  # folder of a run: continue it from its checkpoint
