@@ -192,7 +192,8 @@ def policy_of(theta, obs):
     """
     *hidden, last, _, _ = theta  # without the two layers of the advantage head
     h = F.relu(mlp_of(hidden, obs))
-    return torch.tanh(linear(h, last)), h
+    mean = torch.tanh(linear(h, last))
+    return mean, h
 
 
 def advantage_of(theta, h, actions):
@@ -223,10 +224,10 @@ class Agent(nn.Module):
         self.raw_adv_coef = nn.Parameter(torch.tensor(math.log(args.adv_coef)))  # lambda
 
 
-# ===== Losses, one for each of T tasks. D is a batch of them: obs (T, B, o), actions (T, B, a) and
-# returns (T, B, 1). The returns are R_D(s, a), the discounted sum of rewards to the end of the
-# trajectory, as in the paper. The authors' code adds the discounted value of the trajectory's last
-# observation, but not in the inner L_V; with the matched flags that diverges.
+# ===== Losses, one for each of T tasks. A batch D has B transitions of each: obs (T, B, o), actions
+# (T, B, a), returns (T, B, 1). The returns are R_D(s, a), the discounted sum of rewards to the end
+# of the trajectory, as in the paper. The authors' code adds the discounted value of the
+# trajectory's last observation, but not in the inner L_V; with the matched flags that diverges.
 
 
 def value_loss(phi, batch):
