@@ -1,9 +1,18 @@
-"""MACAW, meta-actor critic with advantage weighting: one gradient step adapts it to a task (a baseline of Figure 5).
+"""MACAW: meta-actor critic with advantage weighting, an offline baseline of Figure 5.
 
-Paper: Mitchell, Rafailov, Peng, Levine, Finn, "Offline Meta-Reinforcement Learning with Advantage Weighting",
-ICML 2021, https://arxiv.org/abs/2008.06043: this is what PAPER means below. SMAC's Section 6 and C.3 compare with it.
-To adapt is a gradient step on a value function, then one on a policy, both on the same few transitions of the task (the
-inner steps). Meta-training differentiates through them (the outer losses).
+Mitchell, Rafailov, Peng, Levine, Finn, "Offline Meta-Reinforcement Learning with Advantage
+Weighting", ICML 2021, https://arxiv.org/abs/2008.06043. PAPER below means this paper; SMAC's
+Section 6 and C.3 compare with MACAW.
+
+MACAW adapts to a task by one gradient step on its value function and then one on its policy, both
+on the same few transitions of the task (the inner steps). Meta-training differentiates through
+these steps (the outer losses). The code follows the paper's Algorithm 1 and keeps its symbols:
+phi are the weights of the value function, theta those of the policy, D_tr the transitions of the
+inner steps and D_ts those of the outer losses.
+
+Start at the end: `main` is meta-training. What it calls stands before it: networks, losses in the
+order of Algorithm 1, one gradient step, acting, evaluation. Where the code departs from the
+published algorithm a comment says `PAPER: ... CODE: ...`; PAPER.md lists all departures.
 
 Run: python macaw.py --env-id HopperParam [--preset matched]
 """
@@ -21,97 +30,113 @@ import buffers
 import envs
 
 
+# [M] marks the values of the configuration that the authors published their results with.
 @dataclasses.dataclass
 class Args:
     # --- Run
-    env_id: str = "HopperParam"  # a key of envs.SPECS, or module:key of one's own; its PRESETS replace what follows
+    env_id: str = "HopperParam"  # a key of envs.SPECS, or module:key of your own
+    preset: Literal["original", "matched", "short"] = "original"  # [M], SMAC's sizes, or few steps
     seed: int = 1  # seed of the networks, of exploration and of sampling
-    dataset: Optional[str] = None  # offline dataset; default datasets/{env_id}.npz beside this file
-    offline_steps: int = 25_000  # gradient steps; of 5 x (256 + 256) transitions, 64 million, SMAC's offline phase 51
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # where networks and buffers live
-    run_dir: str = "runs"  # results go to RUN_DIR/{env_id}__{script}__{seed}/
-    resume: Optional[str] = None  # folder of a run: continue it from its checkpoint, with its flags
+    dataset: Optional[str] = None  # offline dataset; by default datasets/{env_id}.npz
+    offline_steps: int = 25_000  # gradient steps: 64 million transitions (SMAC offline: 51)
     eval_every: int = 4_000  # gradient steps between two evaluations, each with a checkpoint
+    run_dir: str = "runs"  # results go to RUN_DIR/{env_id}__{script}__{seed}/
+    resume: Optional[str] = None  # folder of a run: continue it from its checkpoint
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # where networks and buffers live
     compile: bool = False  # torch.compile the gradient step; needs a C++ compiler
     cuda_graph: bool = True  # on a GPU, record the gradient step once and replay it
 
-    # --- Algorithm. [M]: the authors' configuration of their published results
-    preset: Literal["original", "matched", "short"] = (
-        "original"  # its values, SMAC's, or fewer steps
-    )
-    rl_batch: int = 256  # transitions a task for the outer losses [M]
-    context_batch: int = 256  # transitions a task for the inner steps [M]
-    meta_batch: int = 5  # tasks a gradient step [M]
+    # --- Networks
     policy_hidden: tuple[int, ...] = (100, 100, 100)  # hidden sizes of the policy [M]
     value_hidden: tuple[int, ...] = (100, 100, 100)  # hidden sizes of the value function [M]
-    weight_transform: bool = True  # make the layers of weight transforms [M]
-    policy_lr: float = 1e-4  # Adam's learning rate, policy [M]
-    value_lr: float = 1e-5  # Adam's learning rate, value function [M]
-    inner_lr: float = (
-        1e-3  # initial learning rate of the inner steps; every tensor learns its own [M]
-    )
-    lr_lr: float = 1e-3  # Adam's learning rate, inner learning rates and weight of L_ADV [M]
-    adv_coef: float = 0.01  # initial weight of L_ADV; it is learned as well [M]
+    weight_transform: bool = True  # make the weights of each layer by a weight transform [M]
+
+    # --- Gradient step
+    rl_batch: int = 256  # transitions a task for the outer losses, D_ts [M]
+    context_batch: int = 256  # transitions a task for the inner steps, D_tr [M]
+    meta_batch: int = 5  # tasks a gradient step [M]
     gamma: float = 0.99  # discount [M]
+    policy_lr: float = 1e-4  # alpha_2: Adam's learning rate, policy [M]
+    value_lr: float = 1e-5  # eta_2: Adam's learning rate, value function [M]
+    inner_lr: float = 1e-3  # alpha_1 and eta_1 at the start: every tensor learns its own [M]
+    lr_lr: float = 1e-3  # Adam's learning rate, alpha_1, eta_1 and lambda [M]
+    adv_coef: float = 0.01  # lambda, the weight of L_ADV, at the start: it is learned too [M]
 
 
-# What differs from the defaults above. PointDirection is not in the papers: small networks, a short run.
-# --preset matched stands for SMAC's network sizes, learning rate and RL batch (also of the inner steps).
-# PAPER: weight transforms. CODE: plain layers in this preset; at width 300 a weight transform would take 19 million
-# parameters a network.
+# --- What differs from these defaults in an environment, and with --preset matched or short
+# `matched` has SMAC's network sizes, learning rate and batch.
 PRESETS = {
     "AntDirection": dict(eval_every=8_000),
-    "PointDirection": dict(policy_hidden=(64, 64), value_hidden=(64, 64), offline_steps=3_000, eval_every=1_000),
+    "PointDirection": dict(  # a point mass, which is not in the papers
+        policy_hidden=(64, 64),
+        value_hidden=(64, 64),
+        offline_steps=3_000,
+        eval_every=1_000,
+    ),
     "matched": dict(
-        weight_transform=False, policy_hidden=(300, 300, 300), value_hidden=(300, 300, 300),
-        policy_lr=3e-4, value_lr=3e-4, meta_batch=4,
+        policy_hidden=(300, 300, 300),
+        value_hidden=(300, 300, 300),
+        # PAPER: weight transforms. CODE: plain layers in this preset; at width 300 a weight
+        # transform would take 19 million parameters a network.
+        weight_transform=False,
+        policy_lr=3e-4,
+        value_lr=3e-4,
+        meta_batch=4,
     ),
     "short": dict(offline_steps=10_000, eval_every=5_000),
     "PointDirection matched": dict(
-        policy_hidden=(128, 128), value_hidden=(128, 128), policy_lr=1e-3, value_lr=1e-3, rl_batch=128,
+        policy_hidden=(128, 128),
+        value_hidden=(128, 128),
+        policy_lr=1e-3,
+        value_lr=1e-3,
+        rl_batch=128,
         context_batch=128,
     ),
-}  # fmt: skip
-LATENT_DIM, HEAD_HIDDEN = (
-    100,
-    32,
-)  # size of a weight transform's latent; hidden size of the advantage head [M]
-SIGMA, MAX_WEIGHT = 0.2, 20.0  # standard deviation of an action; largest weight in L_AWR [M]
+}
+
+# --- What no flag changes
+LATENT_DIM = 100  # size of a weight transform's latent vector z [M]
+HEAD_HIDDEN = 32  # hidden size of the advantage head [M]
+SIGMA = 0.2  # standard deviation of an action [M]
+MAX_WEIGHT = 20.0  # largest weight in L_AWR [M]
 
 
-# ===== Layers. Their weights are data: theta (T, P), one row for each of T tasks, is a matrix (n_in, n_out), flattened,
-# and a bias (n_out,). A network is a list of thetas. A layer makes the theta before adaptation and the one after it.
+# ===== Layers. After an inner step each of T tasks has weights of its own, so that weights are
+# data here: (T, P), one row for each task, is a matrix (n_in, n_out), flattened, and a bias
+# (n_out,). A network is a list of these, one for each layer. An nn.Module of a layer holds what
+# is meta-learned and makes the weights before adaptation and those after it.
 
 
 class WeightTransform(nn.Module):
-    """theta as a linear function of a latent vector. Latent, matrix and bias are all meta-learned, and all adapted.
+    """Weights as a linear function of a latent vector z: W z + b (weight transform layer).
+
+    z, W and b are all meta-learned, and the inner step adapts all three.
 
     Args:
         n_in, n_out: sizes of the layer, hence P = (n_in + 1) * n_out.
-        inner_lr: first value of the learning rate of each of the three.
+        inner_lr: first value of the inner learning rate of each of the three.
     """
 
     def __init__(self, n_in, n_out, inner_lr):
         super().__init__()
         self.latent = nn.Parameter(torch.randn(LATENT_DIM) / n_out)
-        # PAPER: theta = W z. CODE: W z + b, as in the authors' code.
         self.generate = nn.Linear(LATENT_DIM, (n_in + 1) * n_out)
         self.raw_lr = nn.Parameter(torch.full((3,), math.log(inner_lr)))
 
     def forward(self):
-        """theta (P,) before adaptation."""
+        """The weights before adaptation, (P,)."""
+        # PAPER: W z. CODE: W z + b, as in the authors' code.
         return self.generate(self.latent)
 
     def step(self, grad):
-        """theta after a gradient step on latent, matrix and bias.
+        """The weights after a gradient step on z, W and b.
 
-        Args:
-            grad: (T, P), gradient of each task's loss with respect to theta.
+        grad: the gradient of each task's loss with respect to the weights. (T, P) -> (T, P).
         """
         lr_latent, lr_matrix, lr_bias = F.softplus(self.raw_lr)
         latent = self.latent - lr_latent * grad @ self.generate.weight  # (T, LATENT_DIM)
-        # The matrix moves by -lr * outer(grad, old latent). Times the new latent this is a multiple of grad, so that no
-        # task needs a matrix of its own.
+        # W moves by -lr_matrix * outer(grad, old z). Times the new z this is a multiple of grad,
+        # so that no task needs a matrix of its own. b moves by -lr_bias * grad.
         moved = lr_matrix * latent @ self.latent + lr_bias  # (T,)
         return self.generate(latent) - moved[:, None] * grad
 
@@ -122,45 +147,63 @@ class Plain(nn.Module):
     def __init__(self, n_in, n_out, inner_lr):
         super().__init__()
         layer = nn.Linear(n_in, n_out)  # for its initial values
-        self.weight, self.bias = nn.Parameter(layer.weight.detach().t().flatten()), layer.bias
+        self.weight = nn.Parameter(layer.weight.detach().t().flatten())
+        self.bias = layer.bias
         self.raw_lr = nn.Parameter(torch.full((2,), math.log(inner_lr)))
 
     def forward(self):
         return torch.cat([self.weight, self.bias])
 
     def step(self, grad):
-        lr = torch.cat(
-            [r.expand(len(p)) for r, p in zip(F.softplus(self.raw_lr), (self.weight, self.bias))]
-        )  # (P,)
+        lr_weight, lr_bias = F.softplus(self.raw_lr)
+        lr_weight = lr_weight.expand(len(self.weight))
+        lr_bias = lr_bias.expand(len(self.bias))
+        lr = torch.cat([lr_weight, lr_bias])  # (P,)
         return self() - lr * grad
 
 
-def linear(x, theta):
-    """One layer: x (T, B, n_in), theta (T, P) -> (T, B, n_out)."""
+def linear(x, weights):
+    """One layer: x (T, B, n_in), weights (T, P) -> (T, B, n_out)."""
     n_in = x.shape[-1]
-    n_out = theta.shape[-1] // (n_in + 1)
-    weight, bias = theta.split([n_in * n_out, n_out], dim=-1)
-    return torch.baddbmm(bias[:, None], x, weight.unflatten(-1, (n_in, n_out)))
+    n_out = weights.shape[-1] // (n_in + 1)
+    matrix, bias = weights.split([n_in * n_out, n_out], dim=-1)
+    matrix = matrix.unflatten(-1, (n_in, n_out))  # (T, n_in, n_out)
+    return torch.baddbmm(bias[:, None], x, matrix)
 
 
-def mlp_of(thetas, x):
-    """ReLU network: list of (T, P), x (T, B, n_in) -> (T, B, n_out)."""
-    for theta in thetas[:-1]:
-        x = F.relu(linear(x, theta))
-    return linear(x, thetas[-1])
+# ===== Networks
 
 
-def policy_of(policy, obs):
-    """pi = N(mean, SIGMA^2): obs (T, B, o) -> mean (T, B, a) and the last hidden layer (T, B, h)."""
-    *hidden, last, _, _ = policy
+def mlp_of(network, x):
+    """ReLU network: list of (T, P), x (T, B, n_in) -> (T, B, n_out).
+
+    The value function is such a network: mlp_of(phi, obs) is V_phi(s), (T, B, 1).
+    """
+    *hidden, last = network
+    for weights in hidden:
+        x = F.relu(linear(x, weights))
+    return linear(x, last)
+
+
+def policy_of(theta, obs):
+    """pi_theta(a | s) = N(mean, SIGMA^2).
+
+    obs (T, B, o) -> mean (T, B, a), and the last hidden layer after its ReLU, h (T, B, n).
+    """
+    *hidden, last, _, _ = theta  # without the two layers of the advantage head
     h = F.relu(mlp_of(hidden, obs))
-    return torch.tanh(linear(h, last)), h
+    mean = torch.tanh(linear(h, last))
+    return mean, h
 
 
-def advantage_of(policy, h, actions):
-    """The advantage head A(s, a), on the policy's last hidden layer (T, B, h): (T, B, 1)."""
+def advantage_of(theta, h, actions):
+    """The advantage head A_theta(s, a).
+
+    h (T, B, n) of `policy_of`, actions (T, B, a) -> (T, B, 1).
+    """
     # PAPER: a ReLU on the actions too, which cuts off what is below 0 (code). CODE: on h alone.
-    return mlp_of(policy[-2:], torch.cat([h, actions], dim=-1))
+    inputs = torch.cat([h, actions], dim=-1)
+    return mlp_of(theta[-2:], inputs)
 
 
 class Agent(nn.Module):
@@ -171,48 +214,67 @@ class Agent(nn.Module):
         layer = WeightTransform if args.weight_transform else Plain
 
         def layers(*sizes):
-            return nn.ModuleList(
-                layer(n_in, n_out, args.inner_lr) for n_in, n_out in zip(sizes[:-1], sizes[1:])
-            )
+            pairs = zip(sizes[:-1], sizes[1:])
+            return nn.ModuleList(layer(n_in, n_out, args.inner_lr) for n_in, n_out in pairs)
 
-        self.value = layers(obs_dim, *args.value_hidden, 1)
-        self.policy = layers(obs_dim, *args.policy_hidden, action_dim)
-        self.policy += layers(args.policy_hidden[-1] + action_dim, HEAD_HIDDEN, 1)  # advantage head
-        self.raw_adv_coef = nn.Parameter(torch.tensor(math.log(args.adv_coef)))
-
-
-# ===== Losses, one for each of T tasks. A batch: obs (T, B, o), actions (T, B, a), returns (T, B, 1). The returns are
-# R(s, a), the discounted sum of rewards to the end of the trajectory, as in the paper. The authors' code adds the
-# discounted value of its last observation, but not in the inner L_V; with the matched flags that diverges.
+        self.value = layers(obs_dim, *args.value_hidden, 1)  # phi
+        self.policy = layers(obs_dim, *args.policy_hidden, action_dim)  # theta
+        head = layers(args.policy_hidden[-1] + action_dim, HEAD_HIDDEN, 1)  # A_theta
+        self.policy += head
+        self.raw_adv_coef = nn.Parameter(torch.tensor(math.log(args.adv_coef)))  # lambda
 
 
-def value_loss(value, batch):
-    """L_V: (T,)."""
-    return (mlp_of(value, batch["obs"]) - batch["returns"]).square().mean((1, 2))
+# ===== Losses, one for each of T tasks. A batch D has B transitions of each: obs (T, B, o), actions
+# (T, B, a), returns (T, B, 1). The returns are R_D(s, a), the discounted sum of rewards to the end
+# of the trajectory, as in the paper. The authors' code adds the discounted value of the
+# trajectory's last observation, but not in the inner L_V; with the matched flags that diverges.
 
 
-def advantages(value, batch):
-    """R(s, a) - V(s), no gradient: (T, B, 1)."""
-    return (batch["returns"] - mlp_of(value, batch["obs"])).detach()
+def value_loss(phi, batch):
+    """L_V(phi, D) = mean of (V_phi(s) - R_D(s, a))^2: (T,)."""
+    value = mlp_of(phi, batch["obs"])  # (T, B, 1)
+    return (value - batch["returns"]).square().mean((1, 2))
+
+
+def advantages(phi, batch):
+    """R_D(s, a) - V_phi(s), a constant to the losses that use it: (T, B, 1)."""
+    value = mlp_of(phi, batch["obs"])
+    return (batch["returns"] - value).detach()
 
 
 def awr_loss(mean, batch, adv):
-    """L_AWR = -log pi(a | s) exp(A): (T,)."""
-    # PAPER: exp(A / temperature). CODE: A with mean 0 and standard deviation 1 over a task's batch, and exp(A) at most
-    # MAX_WEIGHT, as in the authors' code.
-    adv = (adv - adv.mean(1, keepdim=True)) / (adv.std(1, keepdim=True) + 1e-6)
-    weight = adv.clamp(max=math.log(MAX_WEIGHT)).exp()
-    log_prob = -0.5 * ((batch["actions"] - mean) / SIGMA).square() - math.log(
-        SIGMA * math.sqrt(2 * math.pi)
-    )
-    return -(weight * log_prob.sum(-1, keepdim=True)).mean((1, 2))
+    """L_AWR(theta, phi', D) = mean of -log pi_theta(a | s) exp(A / temperature): (T,).
+
+    mean (T, B, a) of pi_theta; adv (T, B, 1), the advantages A = R_D(s, a) - V_phi'(s).
+    """
+    # PAPER: exp(A / temperature). CODE: A with mean 0 and standard deviation 1 over a task's batch,
+    # and exp(A) at most MAX_WEIGHT, as in the authors' code.
+    deviation = adv - adv.mean(1, keepdim=True)
+    adv = deviation / (adv.std(1, keepdim=True) + 1e-6)
+    weight = adv.clamp(max=math.log(MAX_WEIGHT)).exp()  # (T, B, 1)
+
+    standardised = (batch["actions"] - mean) / SIGMA  # (T, B, a)
+    log_prob = -0.5 * standardised.square() - math.log(SIGMA * math.sqrt(2 * math.pi))
+    log_prob = log_prob.sum(-1, keepdim=True)  # (T, B, 1)
+    return -(weight * log_prob).mean((1, 2))
 
 
-def inner_policy_loss(policy, batch, adv, coef):
-    """L_AWR + coef * L_ADV, where L_ADV is the squared error of the advantage head: (T,)."""
-    mean, h = policy_of(policy, batch["obs"])
-    error = advantage_of(policy, h, batch["actions"]) - adv
-    return awr_loss(mean, batch, adv) + coef * error.square().mean((1, 2))
+def adv_loss(predicted, adv):
+    """L_ADV(theta, phi', D) = mean of (A_theta(s, a) - (R_D(s, a) - V_phi'(s)))^2: (T,)."""
+    return (predicted - adv).square().mean((1, 2))
+
+
+def policy_loss(theta, batch, adv, adv_coef):
+    """L_pi = L_AWR + lambda * L_ADV, the loss of the policy's inner step: (T,).
+
+    adv (T, B, 1): the advantages of the adapted value function; adv_coef: lambda.
+    """
+    mean, h = policy_of(theta, batch["obs"])
+    predicted = advantage_of(theta, h, batch["actions"])
+    return awr_loss(mean, batch, adv) + adv_coef * adv_loss(predicted, adv)
+
+
+# ===== Algorithm 1, inner loop
 
 
 def unadapted(layers, num_tasks):
@@ -221,36 +283,67 @@ def unadapted(layers, num_tasks):
 
 
 def inner_step(layers, loss, num_tasks):
-    """The network after a gradient step on `loss`, a function from thetas to (num_tasks,): list of (num_tasks, P)."""
-    grads = torch.func.grad(lambda thetas: loss(thetas).sum())(unadapted(layers, num_tasks))
+    """The network after one gradient step on `loss`, for each task: list of (num_tasks, P).
+
+    loss: a function from a network, list of (num_tasks, P), to (num_tasks,).
+    """
+
+    def summed(network):
+        return loss(network).sum()  # the tasks' weights are apart, and so are their gradients
+
+    grads = torch.func.grad(summed)(unadapted(layers, num_tasks))
     return [layer.step(grad) for layer, grad in zip(layers, grads)]
 
 
 def inner_steps(agent, batch):
-    """Adapt to each of T tasks: thetas of the policy and of the value function, lists of (T, P)."""
-    num_tasks, coef = len(batch["obs"]), F.softplus(agent.raw_adv_coef)
-    value = inner_step(agent.value, lambda value: value_loss(value, batch), num_tasks)
-    adv = advantages(value, batch)
-    policy = inner_step(
-        agent.policy, lambda policy: inner_policy_loss(policy, batch, adv, coef), num_tasks
-    )
-    return policy, value
+    """Adapt to each of T tasks: theta' of the policy and phi' of the value function.
+
+    batch: D_tr. Returns two lists of (T, P).
+    """
+    num_tasks = len(batch["obs"])
+    adv_coef = F.softplus(agent.raw_adv_coef)
+
+    # phi' = phi - eta_1 grad L_V(phi, D_tr)
+    def l_value(phi):
+        return value_loss(phi, batch)
+
+    phi_adapted = inner_step(agent.value, l_value, num_tasks)
+
+    # theta' = theta - alpha_1 grad L_pi(theta, phi', D_tr)
+    adv = advantages(phi_adapted, batch)
+
+    def l_policy(theta):
+        return policy_loss(theta, batch, adv, adv_coef)
+
+    theta_adapted = inner_step(agent.policy, l_policy, num_tasks)
+    return theta_adapted, phi_adapted
+
+
+# ===== Algorithm 1, outer loop
 
 
 def outer_losses(agent, inner, outer):
-    """L_V and L_AWR of the adapted networks on other draws of the same tasks: scalars."""
-    policy, value = inner_steps(agent, inner)
-    mean, _ = policy_of(policy, outer["obs"])
-    return value_loss(value, outer).mean(), awr_loss(mean, outer, advantages(value, outer)).mean()
+    """L_V(phi', D_ts) and L_AWR(theta', phi', D_ts), each the mean over tasks: two scalars.
+
+    inner: D_tr. outer: D_ts, another draw of the same tasks.
+    """
+    theta_adapted, phi_adapted = inner_steps(agent, inner)
+    l_value = value_loss(phi_adapted, outer).mean()
+
+    mean, _ = policy_of(theta_adapted, outer["obs"])
+    adv = advantages(phi_adapted, outer)
+    l_actor = awr_loss(mean, outer, adv).mean()
+    return l_value, l_actor
 
 
 def update(agent, optimizer, batch, args):
-    """One gradient step through the inner steps. Returns scalars to log, as tensors.
+    """One gradient step on phi, theta, their inner learning rates and lambda.
 
-    Args:
-        batch: "inner" and "outer", each as described above.
+    On a GPU the step is recorded once and replayed: no `.item()` and no `if` on a tensor.
+
+    batch: "inner" (D_tr) and "outer" (D_ts). Returns scalars to log, as tensors.
     """
-    # One backward pass: advantages have no gradient, so that each loss reaches its own network only.
+    # One backward pass: advantages have no gradient, so that each loss reaches its own network.
     l_value, l_actor = outer_losses(agent, batch["inner"], batch["outer"])
     optimizer.zero_grad(set_to_none=True)
     (l_value + l_actor).backward()
@@ -258,121 +351,168 @@ def update(agent, optimizer, batch, args):
     return {"losses/value": l_value.detach(), "losses/actor": l_actor.detach()}
 
 
+# ===== Data
+
+
+def discounted_returns(rewards, gamma):
+    """R_D(s, a) of each step of a trajectory, the discounted rewards to its end: (L,) -> (L,)."""
+    returns = np.empty(len(rewards), np.float32)
+    total = 0.0
+    for t in reversed(range(len(rewards))):
+        total = float(rewards[t]) + gamma * total
+        returns[t] = total
+    return returns
+
+
 def transitions(paths, args, device):
     """All transitions of some trajectories: obs (L, o), actions (L, a), returns (L, 1)."""
-    returns = []
-    for path in paths:
-        total = 0.0
-        backwards = [
-            total := reward + args.gamma * total for reward in path["rewards"][::-1].tolist()
-        ]
-        returns.append(np.array(backwards[::-1], np.float32)[:, None])
     columns = buffers.join(paths, device)
+    returns = [discounted_returns(path["rewards"], args.gamma) for path in paths]
     returns = torch.from_numpy(np.concatenate(returns)).to(device)
-    return {"obs": columns["obs"], "actions": columns["actions"], "returns": returns}
+    return {"obs": columns["obs"], "actions": columns["actions"], "returns": returns[:, None]}
 
 
 def sample_batch(buffer, args, rng):
-    """Different tasks, and two independent draws from each one's data."""
-    tasks = torch.rand(len(buffer.sizes["rl"]), generator=rng, device=rng.device).argsort()[
-        : args.meta_batch
-    ]
-    # PAPER: the inner batch is consecutive transitions (code). CODE: any, as in the fork that SMAC's authors used.
-    sizes = {"inner": args.context_batch, "outer": args.rl_batch}
-    return {name: buffer.sample(tasks, size, rng) for name, size in sizes.items()}
+    """Different tasks, and of each two independent draws, D_tr and D_ts, which may overlap."""
+    num_tasks = len(buffer.sizes["rl"])
+    order = torch.rand(num_tasks, generator=rng, device=rng.device).argsort()
+    tasks = order[: args.meta_batch]
+    # PAPER: the inner batch is consecutive transitions (code). CODE: any, as in the fork that
+    # SMAC's authors used.
+    inner = buffer.sample(tasks, args.context_batch, rng)  # D_tr
+    outer = buffer.sample(tasks, args.rl_batch, rng)  # D_ts
+    return {"inner": inner, "outer": outer}
 
 
 # ===== Acting
 
 
 @torch.no_grad()
-def play(env_list, policy, rng, deterministic=False):
-    """One episode in each of E environments, side by side, with a policy of its own: list of (E, P).
+def rollout(env_list, theta, rng, deterministic=False):
+    """One episode in each of E environments, side by side, each with a policy of its own.
 
-    Returns E trajectories: obs (L+1, o), actions (L, a), terminals (L,), rewards (L,).
+    theta: list of (E, P). Returns E trajectories: obs (L+1, o), actions (L, a), terminals (L,),
+    rewards (L,).
     """
-    episodes, device = envs.Episodes(env_list, rng), policy[0].device
-    while episodes.live:
-        mean = policy_of(
-            [theta[episodes.live] for theta in policy], episodes.obs().to(device)[:, None]
-        )[0][:, 0]
-        noise = torch.zeros(mean.shape) if deterministic else torch.randn(mean.shape, generator=rng)
-        episodes.step((mean + SIGMA * noise.to(device)).clamp(-1, 1))
+    device = theta[0].device
+    episodes = envs.Episodes(env_list, rng)
+    while episodes.live:  # the numbers of the episodes that have not ended
+        live_theta = [weights[episodes.live] for weights in theta]  # (live, P) each
+        obs = episodes.obs().to(device)  # (live, o)
+        mean, _ = policy_of(live_theta, obs[:, None])  # (live, 1, a)
+        actions = mean[:, 0]
+        if not deterministic:
+            noise = torch.randn(actions.shape, generator=rng).to(device)
+            actions = actions + SIGMA * noise
+        episodes.step(actions.clamp(-1, 1))
     return episodes.paths()
 
 
 @torch.no_grad()
-def meta_episode(env_list, agent, args, rng):
-    """T = 3 episodes: two with the policy before adaptation, then a deterministic one with the policy adapted to both.
+def adapt(env_list, agent, args, rng):
+    """The meta-episode, T = 3 (SMAC's Section 6): two exploration episodes with the policy before
+    adaptation, then a deterministic one with the policy that is adapted to both.
 
-    Returns for each of E environments the third trajectory and the two of exploration.
+    Returns for each of E environments its third trajectory, and its two of exploration.
     """
-    # PAPER: adapts to offline data of the test task. CODE: to all of its own exploration, with true rewards, as C.3 of
-    # SMAC evaluates every method. MACAW learns no exploration: all it has at that point is the unadapted policy.
-    policy = unadapted(agent.policy, len(env_list))
-    exploration = list(zip(*(buffers.on_cores(play, env_list, policy, rng) for _ in range(2))))
-    batches = [
-        transitions(paths, args, policy[0].device) for paths in exploration
-    ]  # their lengths differ
-    adapted = [
-        inner_steps(agent, {name: x[None] for name, x in batch.items()})[0] for batch in batches
-    ]
-    policy = [torch.cat(thetas) for thetas in zip(*adapted)]
-    return buffers.on_cores(play, env_list, policy, rng, deterministic=True), exploration
+    # PAPER: adapts to offline data of the test task. CODE: to all of its own exploration, with
+    # true rewards, as C.3 of SMAC evaluates every method. MACAW learns no exploration: all it has
+    # at that point is the policy before adaptation.
+    theta = unadapted(agent.policy, len(env_list))
+    first = buffers.on_cores(rollout, env_list, theta, rng)
+    second = buffers.on_cores(rollout, env_list, theta, rng)
+    exploration = list(zip(first, second))
+
+    # Episodes differ in length, so that the policy is adapted to each environment's alone.
+    adapted = []
+    for pair in exploration:
+        batch = transitions(pair, args, theta[0].device)
+        batch = {name: values[None] for name, values in batch.items()}  # T = 1 task
+        theta_adapted, _ = inner_steps(agent, batch)  # list of (1, P)
+        adapted.append(theta_adapted)
+    theta_adapted = [torch.cat(weights) for weights in zip(*adapted)]  # (E, P) each
+    final = buffers.on_cores(rollout, env_list, theta_adapted, rng, deterministic=True)
+    return final, exploration
+
+
+# ===== Evaluation
 
 
 @torch.no_grad()
 def evaluate(agent, buffer, eval_envs, args):
-    """Post-adaptation episodes, with generators of their own: evaluating changes nothing in training.
+    """Post-adaptation returns.
 
-    Returns what Run.write takes: a list of evaluations, "test" first; no scalars; trajectories of the
-    dataset to draw.
+    The generators are its own: evaluating changes nothing in training.
+
+    Returns what `Run.write` takes: a list of `Evaluation`, no scalars, and the trajectories of the
+    dataset in the training tasks, to be drawn.
     """
-    rng, buffer_rng = (
-        torch.Generator().manual_seed(args.seed),
-        torch.Generator(buffer.device).manual_seed(args.seed),
-    )
+    rng = torch.Generator().manual_seed(args.seed)
+    buffer_rng = torch.Generator(buffer.device).manual_seed(args.seed)
     evaluations = []
-    for split, (tasks, env_list) in eval_envs.items():  # "train" comes last, and is used below
-        final, exploration = meta_episode(env_list, agent, args, rng)
+
+    # --- Own context: adapted to what the agent itself explores
+    for split in ("test", "train"):
+        tasks, env_list = eval_envs[split]
+        final, exploration = adapt(env_list, agent, args, rng)
         evaluations.append(buffers.Evaluation(split, "own", tasks, final, exploration))
-    # The same training tasks, adapted to offline data instead
-    policy, _ = inner_steps(agent, buffer.sample(tasks, args.context_batch, buffer_rng))
-    final = buffers.on_cores(play, env_list, policy, rng, deterministic=True)
+
+    # --- Offline context: the same training tasks, adapted to data of theirs instead
+    batch = buffer.sample(tasks, args.context_batch, buffer_rng)
+    theta_adapted, _ = inner_steps(agent, batch)
+    final = buffers.on_cores(rollout, env_list, theta_adapted, rng, deterministic=True)
     evaluations.append(buffers.Evaluation("train", "offline", tasks, final, exploration))
-    return evaluations, {}, [path for task in set(tasks) for path in buffer.offline_paths(task)]
+
+    dataset_paths = []
+    for task in set(tasks):
+        dataset_paths += buffer.offline_paths(task)
+    return evaluations, {}, dataset_paths
 
 
-# ===== Meta-training on the dataset
+# ===== Meta-training: Algorithm 1
 
 
 def main(args):
-    """Train. Returns the trained agent. Raises InputError."""
-    spec, device = envs.lookup(args.env_id), buffers.choose_device(args)
-    rng = torch.Generator(device).manual_seed(args.seed)
+    """Meta-train on the dataset. Returns the trained agent. Raises InputError."""
+    spec = envs.lookup(args.env_id)
+    device = buffers.choose_device(args)
     torch.manual_seed(args.seed)
+    rng = torch.Generator(device).manual_seed(args.seed)
 
-    dataset = buffers.load_dataset(args.env_id, args.dataset) | {
-        "encoder": []
-    }  # no encoder, no data for it
+    # The buffers D_i, with the return of each transition. MACAW has no encoder and uses no data
+    # that are for one (Cheetah).
+    dataset = buffers.load_dataset(args.env_id, args.dataset)
+    dataset["encoder"] = []
     buffer = buffers.from_dataset(dataset, args.env_id, device)
-    buffer.fields |= transitions(
-        [path for _, path in dataset["rl"]], args, device
-    )  # adds the returns
+    paths = [path for _, path in dataset["rl"]]  # in the order in which the buffer has them
+    buffer.fields["returns"] = transitions(paths, args, device)["returns"]
+
+    # theta, phi, their inner learning rates and lambda: three learning rates, one Adam
     agent = Agent(spec.obs_dim, spec.action_dim, args).to(device)
-    rates = {"policy": args.policy_lr, "value": args.value_lr, "raw": args.lr_lr}
-    groups = {name: {"params": [], "lr": lr} for name, lr in rates.items()}
+    policy = {"params": [], "lr": args.policy_lr}
+    value = {"params": [], "lr": args.value_lr}
+    rates = {"params": [], "lr": args.lr_lr}
     for name, parameter in agent.named_parameters():
-        groups["raw" if "raw_" in name else name.split(".")[0]]["params"].append(parameter)
-    optimizer = torch.optim.Adam(groups.values(), fused=True, capturable=device.type == "cuda")
+        if "raw_" in name:
+            rates["params"].append(parameter)
+        elif name.startswith("policy"):
+            policy["params"].append(parameter)
+        else:
+            value["params"].append(parameter)
+    on_gpu = device.type == "cuda"
+    optimizer = torch.optim.Adam([policy, value, rates], fused=True, capturable=on_gpu)
 
     eval_envs = envs.make_evaluation(args.env_id, dataset["train_tasks"], dataset["test_tasks"])
-    with buffers.Run(
-        args, __file__, dataset["sha256"], agent=agent, optimizer=optimizer, rng=rng
-    ) as run:
-        sample, learn = run.fast(sample_batch), run.fast(update, args.compile)
+    state = dict(agent=agent, optimizer=optimizer, rng=rng)
+    with buffers.Run(args, __file__, dataset["sha256"], **state) as run:
+        # The same functions, faster: a CUDA graph on a GPU, the best exact precision on a CPU
+        sample = run.fast(sample_batch)
+        learn = run.fast(update, args.compile)
+
         for _ in run.steps(args.offline_steps, "offline"):
-            run.log(learn(agent, optimizer, sample(buffer, args, rng), args))
+            batch = sample(buffer, args, rng)  # tasks T_i; D_tr and D_ts of each
+            info = learn(agent, optimizer, batch, args)  # inner loop, then outer loop
+            run.log(info)
             if run.evaluation_due:
                 run.write(*evaluate(agent, buffer, eval_envs, args))
     return agent

@@ -193,34 +193,87 @@ def test_hyper_states_at_the_starts_and_ends_of_episodes():
     )  # the dataset is as it was
 
 
+def make_flat_batch(noise_a, noise_next_a):
+    """Two transitions, the second a fall, as the losses of stage 2 get them."""
+    return {
+        "obs": torch.zeros(2, OBS),
+        "belief": torch.zeros(2, 2 * DZ),
+        "next_obs": torch.zeros(2, OBS),
+        "next_belief": torch.zeros(2, 2 * DZ),
+        "actions": torch.zeros(2, ACTION),
+        "rewards": torch.tensor([1.0, -1.0]),
+        "terminals": torch.tensor([0.0, 1.0]),
+        "noise_a": noise_a,
+        "noise_next_a": noise_next_a,
+    }
+
+
 def test_sac_losses_by_hand():
-    """Two transitions, the second a fall. The policy's action is (0, 0), with log density -log(2 pi)."""
+    """The policy's action is (0, 0), with log density -log(2 pi)."""
     args = borel.Args(gamma=0.5, alpha=0.1)
     agent = SimpleNamespace(
         policy=lambda obs, belief: (torch.zeros(2, 2), torch.zeros(2, 2)),
         q=lambda obs, actions, belief, frozen=False: torch.tensor([[1.0, 2.0], [3.0, 5.0]]),
         q_target=lambda obs, actions, belief: torch.tensor([[4.0, 9.0], [6.0, 9.0]]),
     )
-    pair = (torch.zeros(2, OBS), torch.zeros(2, 2 * DZ))
-    batch = {
-        "obs": pair,
-        "next_obs": pair,
-        "actions": torch.zeros(2, 2),
-        "rewards": torch.tensor([1.0, -1.0]),
-    }
-    batch |= {
-        "terminals": torch.tensor([0.0, 1.0]),
-        "noise_a": torch.zeros(2, 2),
-        "noise_next_a": torch.zeros(2, 2),
-    }
+    batch = make_flat_batch(torch.zeros(2, 2), torch.zeros(2, 2))
     log_prob = -math.log(2 * math.pi)
     y = [1 + 0.5 * (4 - 0.1 * log_prob), -1.0]
     critic, _ = borel.sac_critic_loss(agent, batch, args)
     actor, _ = borel.sac_actor_loss(agent, batch, args)
-    assert critic.item() == pytest.approx(
-        ((1 - y[0]) ** 2 + (2 - y[1]) ** 2 + (3 - y[0]) ** 2 + (5 - y[1]) ** 2) / 2
-    )
+    errors = [1 - y[0], 2 - y[1], 3 - y[0], 5 - y[1]]
+    assert critic.item() == pytest.approx(sum(error**2 for error in errors) / 2)
     assert actor.item() == pytest.approx(0.1 * log_prob - (1 + 2) / 2)
+
+
+def test_the_actor_and_the_target_draw_actions_with_noise_of_their_own():
+    """Each loss passes on the action of its own noise, at its own state: a, and a' for the target."""
+    seen = {}
+
+    def policy(obs, belief):
+        return torch.cat([obs[:, :1], belief[:, :1]], dim=1), torch.full((2, 2), math.log(0.5))
+
+    def q(name):
+        def values(obs, actions, belief, frozen=False):
+            seen[name] = actions
+            return torch.zeros(2, 2)
+
+        return values
+
+    noise_a, noise_next_a = torch.randn(2, 2, 2, generator=torch.Generator().manual_seed(0))
+    batch = make_flat_batch(noise_a, noise_next_a)
+    for i, name in enumerate(("obs", "belief", "next_obs", "next_belief")):
+        batch[name] += 0.1 * (i + 1)
+    agent = SimpleNamespace(policy=policy, q=q("q"), q_target=q("target"))
+    borel.sac_critic_loss(agent, batch, borel.Args())
+    assert torch.equal(seen["q"], batch["actions"])
+    borel.sac_actor_loss(agent, batch, borel.Args())
+    expected = torch.tanh(torch.tensor([0.1, 0.2]) + 0.5 * noise_a)
+    expected_next = torch.tanh(torch.tensor([0.3, 0.4]) + 0.5 * noise_next_a)
+    torch.testing.assert_close(seen["q"], expected)
+    torch.testing.assert_close(seen["target"], expected_next)
+
+
+def test_the_noises_of_an_update_are_independent():
+    """Both standard normal, and nothing in common."""
+    agent, args = make_agent(rl_batch=1000)
+    buffer = borel.make_hyper_buffer(agent, [[[make_episode(5)]]], OBS, ACTION)
+    batch = borel.sample_batch(buffer, args, torch.Generator().manual_seed(0))
+    pair = torch.stack([batch["noise_a"].flatten(), batch["noise_next_a"].flatten()])
+    assert pair.shape == (2, args.meta_batch * args.rl_batch * ACTION)
+    assert pair.mean(1).abs().max() < 0.06 and (pair.std(1) - 1).abs().max() < 0.06
+    assert torch.corrcoef(pair)[0, 1].abs() < 0.06
+
+
+def test_a_meta_trajectory_is_three_episodes_of_a_task_in_the_order_of_the_dataset():
+    paths = [{"number": number} for number in range(9)]
+    tasks = [1, 0, 1, 1, 1, 0, 1, 1, 1]
+    dataset = {"train_tasks": np.zeros((3, 1)), "rl": list(zip(tasks, paths))}
+    numbers = [
+        [[path["number"] for path in episodes] for episodes in of_task]
+        for of_task in borel.meta_trajectories(dataset)
+    ]
+    assert numbers == [[[1, 5]], [[0, 2, 3], [4, 6, 7], [8]], []]
 
 
 def test_each_stage_trains_its_own_networks():

@@ -118,7 +118,7 @@ def test_inner_steps_are_gradient_steps_on_every_parameter(tiny, weight_transfor
         new_value = descend(by_hand.value, lambda value: macaw.value_loss(value, data))
         adv = data["returns"] - macaw.mlp_of(new_value, data["obs"]).detach()
         new_policy = descend(
-            by_hand.policy, lambda policy: macaw.inner_policy_loss(policy, data, adv, coef)
+            by_hand.policy, lambda policy: macaw.policy_loss(policy, data, adv, coef)
         )
         before = [*macaw.unadapted(agent.value, 1), *macaw.unadapted(agent.policy, 1)]
         for old, new, ours in zip(
@@ -277,21 +277,69 @@ def test_the_batch_holds_the_returns_of_its_own_transitions(tmp_path, small, mon
     )  # the same tasks, each once
 
 
+def environments(num):
+    """PointDirection in `num` test tasks."""
+    train, test = np.array([[0.0]]), np.arange(1.0, num + 1)[:, None]
+    eval_envs = envs.make_evaluation("PointDirection", train, test, repeats=1)
+    return eval_envs["test"][1]
+
+
+def test_an_episode_has_the_policys_actions_with_noise_within_the_box():
+    """Means near 1 and -1, so that the noise of .2 leads out of the box; each environment has a policy of its own."""
+    torch.manual_seed(0)
+    weights = 0.1 * torch.randn(2, (OBS + 1) * 8)
+    last = 0.1 * torch.randn(2, (8 + 1) * ACTION)
+    last[:, -ACTION:] = torch.tensor([[1.5, -1.5], [-1.5, 0.0]])  # biases, before the tanh
+    theta = [weights, last, torch.zeros(2, 1), torch.zeros(2, 1)]  # the head is not asked
+    paths = macaw.rollout(environments(2), theta, torch.Generator().manual_seed(3))
+    exact = macaw.rollout(
+        environments(2), theta, torch.Generator().manual_seed(3), deterministic=True
+    )
+
+    generator = torch.Generator().manual_seed(3)
+    torch.randint(2**31 - 1, (2,), generator=generator)  # the seeds of the two resets
+    steps = len(paths[0]["actions"])
+    noise = torch.stack([torch.randn(2, ACTION, generator=generator) for _ in range(steps)], dim=1)
+    for i in range(2):
+        own = [part[i : i + 1] for part in theta]
+        for path, scale in ((paths[i], 0.2), (exact[i], 0.0)):
+            mean, _ = macaw.policy_of(own, torch.from_numpy(path["obs"][None, :-1]))
+            expected = (mean[0] + scale * noise[i]).numpy().clip(-1, 1)
+            np.testing.assert_allclose(path["actions"], expected, rtol=1e-5, atol=1e-6)
+        outside = np.abs(paths[i]["actions"]) >= 1
+        assert outside.any() and not outside.all()
+
+
+def test_the_outer_losses_have_other_draws_than_the_inner_steps():
+    buffer = buffers.ReplayBuffer(3, OBS, ACTION, 300)
+    for task in range(3):
+        path = {"obs": np.arange(101.0)[:, None] + np.zeros(OBS), "rewards": np.zeros(100)}
+        path |= {"actions": np.zeros((100, ACTION)), "terminals": np.zeros(100)}
+        buffer.add(task, path)
+    args = macaw.Args(meta_batch=2, context_batch=20, rl_batch=20)
+    batch = macaw.sample_batch(buffer, args, torch.Generator().manual_seed(0))
+    same = batch["inner"]["obs"][..., 0] == batch["outer"]["obs"][..., 0]
+    assert same.shape == (2, 20) and same.float().mean() < 0.2
+
+
 def test_the_third_episode_is_of_the_policy_adapted_to_the_first_two(monkeypatch):
     torch.manual_seed(0)
     sizes = {"policy_hidden": (6,), "value_hidden": (6,), "weight_transform": False}
     args = macaw.Args(env_id="PointDirection", inner_lr=0.1, **sizes)
-    agent, played, play = macaw.Agent(OBS, ACTION, args), [], macaw.play
+    agent = macaw.Agent(OBS, ACTION, args)
+    played = []
+    rollout = macaw.rollout
 
-    def record(env_list, policy, rng, deterministic=False):
-        played.append((policy, deterministic, play(env_list, policy, rng, deterministic)))
-        return played[-1][-1]
+    def record(env_list, theta, rng, deterministic=False):
+        paths = rollout(env_list, theta, rng, deterministic)
+        played.append((theta, deterministic, paths))
+        return paths
 
-    monkeypatch.setattr(macaw, "play", record)
+    monkeypatch.setattr(macaw, "rollout", record)
     _, env_list = envs.make_evaluation(
         "PointDirection", np.array([[0.0]]), np.array([[1.0], [2.0]]), repeats=1
     )["test"]
-    final, exploration = macaw.meta_episode(env_list, agent, args, torch.Generator().manual_seed(0))
+    final, exploration = macaw.adapt(env_list, agent, args, torch.Generator().manual_seed(0))
     (first, _, one), (second, _, two), (third, _, three) = played
     assert [how for _, how, _ in played] == [False, False, True] and final == three
     for i in range(2):
@@ -331,18 +379,18 @@ def test_an_evaluation_plays_each_split_in_its_own_environments_and_adapts_to_th
     buffer.fields["returns"] = torch.zeros(50, 1)
     train, test = np.arange(5)[:, None] / 10.0, np.array([[3.0], [2.0]])
     eval_envs = envs.make_evaluation("PointDirection", train, test, num_train=3, repeats=2)
-    inner_steps, play = macaw.inner_steps, macaw.play
+    inner_steps, rollout = macaw.inner_steps, macaw.rollout
 
     def record_steps(agent, batch):
         asked.append(batch)
         return inner_steps(agent, batch)
 
-    def record_play(env_list, *rest, **flags):
+    def record_rollout(env_list, *rest, **flags):
         acted.append(env_list)
-        return play(env_list, *rest, **flags)
+        return rollout(env_list, *rest, **flags)
 
     monkeypatch.setattr(macaw, "inner_steps", record_steps)
-    monkeypatch.setattr(macaw, "play", record_play)
+    monkeypatch.setattr(macaw, "rollout", record_rollout)
     evaluations, scalars, paths = macaw.evaluate(agent, buffer, eval_envs, args)
     groups = [(evaluation.split, evaluation.context) for evaluation in evaluations]
     assert groups == [("test", "own"), ("train", "own"), ("train", "offline")]
@@ -465,6 +513,6 @@ def test_adaptation_raises_the_return_on_unseen_tasks_if_the_data_explore(traine
         ]
         batch = {name: x[None] for name, x in macaw.transitions(paths, args, "cpu").items()}
         policy, _ = macaw.inner_steps(agent, batch)
-        (path,) = macaw.play([env], policy, torch.Generator().manual_seed(0), deterministic=True)
+        (path,) = macaw.rollout([env], policy, torch.Generator().manual_seed(0), deterministic=True)
         returns.append(path["rewards"].sum())
     assert np.mean(returns) > 5
