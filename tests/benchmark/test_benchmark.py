@@ -18,7 +18,8 @@ from matplotlib.figure import Figure
 
 import buffers
 import smac_offline_online as smac
-from benchmark import gpu, plot, run, watch
+from benchmark import plot, run, watch
+from benchmark.speed import gpu
 from plumbing.files import CSV_COLUMNS
 from plumbing.flags import parse_args
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from benchmark.hostile import (
+from benchmark.robustness.hostile import (
     Hostile,
     agent,
     archive,

@@ -1,4 +1,4 @@
-"""Kill runs at random moments, resume them, compare: python benchmark/kill.py
+"""Kill runs at random moments, resume them, compare: python benchmark/robustness/kill.py
 
 Every run is a process forked from this one, on six tasks of PointDirection with small networks. SIGKILL hits it at a
 random time, or as soon after it as checkpoint.npz.tmp is there: within the write of a checkpoint. It is resumed and
@@ -24,7 +24,7 @@ import torch
 import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import buffers
 import envs
@@ -208,7 +208,7 @@ def main(args):
             if not all(equal):
                 sys.exit(f"{name}.py: {equal.count(False)} of {len(equal)} runs differ")
     found = versions()
-    text = f"`python benchmark/kill.py --kills {' '.join(map(str, args.kills))} --seed {args.seed}`, one thread of "
+    text = f"`python benchmark/robustness/kill.py --kills {' '.join(map(str, args.kills))} --seed {args.seed}`, one thread of "
     text += f"{found['cpu']}; Python {found['python']}, PyTorch {found['torch']}\n\n"
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     Path(args.out).write_text(text + "\n".join([*ended, "", *lines]) + "\n")

@@ -1,4 +1,4 @@
-"""The same gradient step as `update` in smac_offline_online.py, written plainly: the yardstick of benchmark/speed.py.
+"""The same gradient step as `update` in smac_offline_online.py, written plainly: the yardstick of benchmark/speed/speed.py.
 
 Two separate Q-functions, several optimizers, one backward pass for each loss, a loop over parameters for the target
 update. A test (tests/runs/test_speed.py) checks that it ends at the same parameters.

@@ -1,4 +1,4 @@
-"""Draw training tasks (blue) and test tasks (orange), as in Figure 4: python benchmark/sawyer_picture.py
+"""Draw training tasks (blue) and test tasks (orange), as in Figure 4: python benchmark/experiments/sawyer_picture.py
 
 Writes benchmark/results/sawyer/tasks.png.
 """
@@ -11,7 +11,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import envs
 import sawyer

@@ -1,4 +1,4 @@
-"""Where the time of a SMAC run goes: python benchmark/shares.py
+"""Where the time of a SMAC run goes: python benchmark/speed/shares.py
 
 Measures for each environment, at the default flags: gradient steps of the second phase, the steps of an iteration's
 exploration (its tasks side by side, and in turn) and of an evaluation's episodes, by an agent of initial weights, and
@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 import tyro
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import envs
 import smac_offline_online as smac
-from benchmark import speed
+from benchmark.speed import speed
 from plumbing.flags import preset
 from plumbing.machine import matmul_precision, versions
 

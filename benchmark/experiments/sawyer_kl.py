@@ -1,4 +1,4 @@
-"""What the KL weight of Eq. 3 does on SawyerManipulation: python benchmark/sawyer_kl.py
+"""What the KL weight of Eq. 3 does on SawyerManipulation: python benchmark/experiments/sawyer_kl.py
 
 In SMAC's offline phase encoder and decoder learn from Eq. 3 alone, whatever policy and critic do: here they are
 trained without them, for a quarter of that phase. Then z is inferred from 64 transitions of a task, and the decoder
@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "datasets")]
 import make_sawyer
 

@@ -1,4 +1,4 @@
-"""Which behaviours does a Sawyer agent know? python benchmark/sawyer_behaviours.py RUN_OR_FILE [--dataset FILE]
+"""Which behaviours does a Sawyer agent know? python benchmark/experiments/sawyer_behaviours.py RUN_OR_FILE [--dataset FILE]
 
 Plays meta-episodes of a SMAC or meta-BC agent. For each behaviour, among the meta-episodes in which it is not achieved
 from the start: how often it happens in an exploration episode, in any of the two, in the third episode, and in the
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import tyro
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import buffers
 import envs

@@ -1,4 +1,4 @@
-"""Memory of a replay buffer with a dataset in it, against the number of tasks: python benchmark/memory.py
+"""Memory of a replay buffer with a dataset in it, against the number of tasks: python benchmark/robustness/memory.py
 
 500,000 transitions of 20 numbers and actions of 6, in trajectories of 50 steps, spread over 10, 100 and 1000 tasks, in
 a process each; writes benchmark/results/memory.md. Resident memory is measured before the data are made, with the data,
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import buffers
 import plumbing.machine
 
@@ -84,12 +84,14 @@ def main():
     fields = TRANSITIONS * 4 * (2 * OBS_DIM + ACTION_DIM + 2) / MIB
     lines = [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
     versions = plumbing.machine.versions()
-    note = f"""`python benchmark/memory.py` on {versions["cpu"]}, torch {versions["torch"]}.
+    note = f"""`python benchmark/robustness/memory.py` on {versions["cpu"]}, torch {versions["torch"]}.
 
 A replay buffer of {TRANSITIONS:,} transitions ({OBS_DIM} numbers, actions of {ACTION_DIM}), filled from a dataset:
 {fields:.0f} MiB are the transitions themselves, and the index takes 8 bytes of each, at most 32 after it has grown.
 At the peak all trajectories are joined to one, once."""
-    (Path(__file__).parent / "results" / "memory.md").write_text("\n".join([note, "", *lines, ""]))
+    (Path(__file__).parents[1] / "results" / "memory.md").write_text(
+        "\n".join([note, "", *lines, ""])
+    )
     print("\n".join(lines))
 
 

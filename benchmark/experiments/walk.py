@@ -1,4 +1,4 @@
-"""Does PEARL learn where to go? python benchmark/walk.py RUN
+"""Does PEARL learn where to go? python benchmark/experiments/walk.py RUN
 
 Of all that a PEARL run of AntDirection or HumanoidDirection has collected up to its checkpoint, in the order in which
 it was collected: the reward, the velocity along the task's direction, the speed, and the squared actions, each a mean
@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import buffers
 import envs
 import pearl_online_oracle as pearl
-from benchmark import speed
+from benchmark.speed import speed
 from plumbing.files import read_npz
 from plumbing.flags import read_flags, say
 

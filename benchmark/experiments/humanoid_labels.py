@@ -1,4 +1,4 @@
-"""Why SMAC's labels fail on HumanoidDirection: python benchmark/humanoid_labels.py
+"""Why SMAC's labels fail on HumanoidDirection: python benchmark/experiments/humanoid_labels.py
 
 Trains encoder and decoder alone, by Eq. 3, on three quarters of the trajectories of each task, and compares the decoder
 with the true rewards of the others, z being inferred from 64 transitions of these: with the short preset's sizes, then
@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import buffers
 import envs
@@ -152,5 +152,5 @@ if __name__ == "__main__":
         lines.append([name, *(f"{figure:.2f}" for figure in figures)])
         print(*lines[-1], sep=" | ", flush=True)
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    text = f"`python benchmark/humanoid_labels.py`: seed {SEED}, {STEPS} gradient steps of Eq. 3.\n\n{table}\n"
+    text = f"`python benchmark/experiments/humanoid_labels.py`: seed {SEED}, {STEPS} gradient steps of Eq. 3.\n\n{table}\n"
     OUT.write_text(text)

@@ -1,4 +1,4 @@
-"""What the scripts do on a GPU: python benchmark/gpu.py, a part of benchmark/gpu.sh; under three minutes
+"""What the scripts do on a GPU: python benchmark/speed/gpu.py, a part of benchmark/speed/gpu.sh; under three minutes
 
 Of each script: gradient steps a second at its default sizes, with the step recorded as a CUDA graph and without; how
 far apart both end after 20 steps of each phase (in SMAC's second phase after the buffer grew); whether a run that is
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import tyro
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import borel
 import buffers
@@ -31,7 +31,7 @@ import macaw
 import meta_bc
 import pearl_online_oracle as pearl
 import smac_offline_online as smac
-from benchmark import speed
+from benchmark.speed import speed
 from plumbing.files import read_npz
 from plumbing.flags import preset
 from plumbing.machine import versions

@@ -1,4 +1,4 @@
-"""How long an evaluation takes, in one process and on several cores: python benchmark/evaluation.py, ten minutes
+"""How long an evaluation takes, in one process and on several cores: python benchmark/speed/evaluation.py, ten minutes
 
 SMAC's `evaluate` with an agent of agents/, trained with --preset short, in one process and in as many as --cores, in
 turn, so that what disturbs one disturbs the other. Appends the medians to benchmark/results/speed/evaluation.md.
@@ -13,12 +13,13 @@ from pathlib import Path
 import torch
 import tyro
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import buffers
 import envs
 import smac_offline_online as smac
-from benchmark import speed, watch
+from benchmark import watch
+from benchmark.speed import speed
 from plumbing.machine import versions
 
 

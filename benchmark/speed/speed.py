@@ -1,6 +1,6 @@
-"""How fast a gradient step of SMAC is, against this machine's limit: python benchmark/speed.py
+"""How fast a gradient step of SMAC is, against this machine's limit: python benchmark/speed/speed.py
 
-On the same random data, in one run: a plain version of the same step (benchmark/plain_update.py) and the shipped one
+On the same random data, in one run: a plain version of the same step (benchmark/speed/plain_update.py) and the shipped one
 at PyTorch's defaults; then, with the settings of `matmul_precision`, the shipped step, and the matrix products
 of the step alone at the better of both precisions (the ceiling). Then how the cost grows. Writes
 benchmark/results/speed/{name}.md and prints it.
@@ -18,12 +18,12 @@ import numpy as np
 import torch
 import tyro
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import buffers
 import envs
 import smac_offline_online as smac
-from benchmark.plain_update import PlainAgent, plain_update
+from benchmark.speed.plain_update import PlainAgent, plain_update
 from plumbing.machine import matmul_precision, versions
 
 

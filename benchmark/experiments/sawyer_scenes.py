@@ -1,4 +1,4 @@
-"""Do more training tasks help on new scenes? python benchmark/sawyer_scenes.py
+"""Do more training tasks help on new scenes? python benchmark/experiments/sawyer_scenes.py
 
 Eq. 3 alone, as in sawyer_kl.py and with the preset's KL weight, on the dataset (50 tasks of 50 trajectories) and on as
 many transitions from four times as many tasks (200 of 12), collected here. Both are measured on the same 10 test tasks.

@@ -1,4 +1,4 @@
-"""Measure speed and memory of SawyerManipulation: python benchmark/sawyer_speed.py
+"""Measure speed and memory of SawyerManipulation: python benchmark/speed/sawyer_speed.py
 
 Writes benchmark/results/sawyer/speed.md. Times are processor times of one process, whatever else the machine does.
 """
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "datasets")]
 from sawyer_policy import SawyerPolicy
 

@@ -1,4 +1,4 @@
-"""Attack the scripts by their command lines: python benchmark/attack.py
+"""Attack the scripts by their command lines: python benchmark/robustness/attack.py
 
 Whatever a run may meet, of the kinds that once did harm: files made to hang or to write, other data, NaN, streams that
 close, signals, flags and paths that can not be (attacks.py). Each attack is a command of the shell in a temporary
@@ -28,11 +28,11 @@ from pathlib import Path
 import matplotlib
 import tyro
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-from benchmark.attacks import FLAGS, KINDS, MINE, SITES
-from benchmark.hostile import dataset, write
-from benchmark.kill import content
+from benchmark.robustness.attacks import FLAGS, KINDS, MINE, SITES
+from benchmark.robustness.hostile import dataset, write
+from benchmark.robustness.kill import content
 from plumbing.files import write_file
 from plumbing.machine import versions
 
@@ -191,7 +191,7 @@ def write_table(file, rows):
         (sum(float(cells[x]) for cells in rows) / 60 for x in (5, 6)),
     )
     processor, memory = (max(float(cells[column]) for cells in rows) for column in (5, 7))
-    text = f"`python benchmark/attack.py`, one thread of {told['cpu']}; Python {told['python']}, "
+    text = f"`python benchmark/robustness/attack.py`, one thread of {told['cpu']}; Python {told['python']}, "
     text += f"""PyTorch {told["torch"]}, NumPy {told["numpy"]}
 
 - {len(rows)} attacks, {sum(map(behaved, rows))} of them ended as they should

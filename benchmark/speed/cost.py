@@ -1,4 +1,4 @@
-"""What it costs never to lose a run: python benchmark/cost.py
+"""What it costs never to lose a run: python benchmark/speed/cost.py
 
 SMAC on HopperParam at the paper's sizes, but with few gradient steps and without evaluations: 50 self-supervised
 iterations of 5 x 1000 transitions, a checkpoint after each, the last ones with the buffer as full as it gets. Writes
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import buffers
 import smac_offline_online as smac
@@ -83,7 +83,7 @@ def main(flags=FLAGS, out=OUT):
         np.median(updates[UPDATES:]),
         smac.Args().eval_every,
     )
-    text = f"""`python benchmark/cost.py`, one thread, {versions()["cpu"]}: `smac_offline_online.py {flags}`
+    text = f"""`python benchmark/speed/cost.py`, one thread, {versions()["cpu"]}: `smac_offline_online.py {flags}`
 
 - a checkpoint of {rows[-1][-1]:.1f} MB takes {write:.2f} s (median of the last ten; wall clock, fsync included)
 - the {every} gradient steps between two take {every * step:.0f} s, {1000 * step:.0f} ms each (median; CPU time)

@@ -1,6 +1,6 @@
-"""The shipped gradient step against a plain one, at both precisions: python benchmark/precision.py, five minutes
+"""The shipped gradient step against a plain one, at both precisions: python benchmark/speed/precision.py, five minutes
 
-A plain version of SMAC's step (benchmark/plain_update.py) and the shipped one, each with matrix products at "highest"
+A plain version of SMAC's step (benchmark/speed/plain_update.py) and the shipped one, each with matrix products at "highest"
 and at "medium" precision, and the shipped one with --compile at the precision that `Run.fast` takes; in one process, in
 turn, so that what disturbs one disturbs all, and in another order each time, as what a step finds in the caches is of
 the one before. Appends a table of medians to benchmark/results/speed/precision.md.
@@ -21,12 +21,12 @@ os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = (
 )
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import envs
 import smac_offline_online as smac
-from benchmark import speed
-from benchmark.plain_update import PlainAgent, plain_update
+from benchmark.speed import speed
+from benchmark.speed.plain_update import PlainAgent, plain_update
 from plumbing.flags import preset
 from plumbing.machine import versions
 
