@@ -234,7 +234,7 @@ def draw_benchmark(name):
 def draw_methods():
     """The picture of README.md: each method over six environments, normalised, with its interval."""
     rows = tables.normalised_means()
-    figure, axes = plt.subplots(figsize=(8, 0.42 * len(rows) + 1.2), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8, 0.42 * len(rows) + 1.6), layout="constrained")
     for place, (label, mean, interval, _) in enumerate(reversed(rows)):
         colour = STYLES[label][0]
         if mean is None:
@@ -254,8 +254,9 @@ def draw_methods():
     for level in (0, 1):
         axes.axvline(level, color="0.8", linewidth=1, zorder=0)
     axes.set_xlabel(
-        "normalised return on test tasks (0: the data, 1: the best method of each environment)\n"
-        "interquartile mean over six environments; bar: 95 % interval; hollow: one seed somewhere",
+        "normalised return on test tasks\n(0: the data, 1: the best method of each environment)\n"
+        "interquartile mean over six environments, bar: its 95 % interval\n"
+        "(hollow, no bar: a single seed on some environment)",
         fontsize=9,
     )
     save(figure, evidence.RESULTS / "methods.png")

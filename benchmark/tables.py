@@ -57,9 +57,9 @@ SHORT_NAMES = {  # of the columns of wide tables
     "CheetahVelocity": "Cheetah",
     "AntDirection": "Ant",
     "HumanoidDirection": "Humanoid",
-    SCENES: "Sawyer, 200 scenes",
-    "SawyerManipulation": "Sawyer, 50 scenes",
-    "SawyerManipulation8": "Sawyer, 8 behaviours",
+    SCENES: "Sawyer (200 scenes)",
+    "SawyerManipulation": "Sawyer (50 scenes)",
+    "SawyerManipulation8": "Sawyer (8 behaviours)",
     "PointDirection": "point mass",
 }
 SIX = list(FOLDERS)[:6]  # the paper's domains
@@ -228,20 +228,6 @@ def runs_table(name):
     return markdown(head, rows)
 
 
-def gains_table():
-    """SMAC's second phase against its first, and against the control, by seed."""
-    head = "environment", "SMAC, after - before", "SMAC, after - control", "control - SMAC, before"
-    rows = []
-    for environment, folder in FOLDERS.items():
-        found = evidence.load(folder)
-        digits = places(environment)
-        before, after = (scores(found["smac"], phase) for phase in (OFFLINE, SECOND))
-        control = best(found, CONTROL)[1]
-        pairs = (after, before), (after, control), (control, before)
-        rows.append([environment, *(mean_words(paired(*pair), digits, "+") for pair in pairs)])
-    return markdown(head, rows)
-
-
 # ===== Over environments
 
 OVERALL = {  # method: its labels, of which the better counts on an environment
@@ -320,6 +306,7 @@ def chance_words(firsts, seconds):
 class Claim:
     """Something that the paper says: the first is better than the second, or near it."""
 
+    key: str
     title: str
     first: tuple  # (labels, phase)
     second: tuple  # (labels, phase); labels None: the oracle
@@ -331,20 +318,22 @@ SMAC_AFTER = ["smac"], SECOND
 ABLATED = "HopperParam", "WalkerParam", "HumanoidDirection", "PointDirection"
 EXPLORED = "SawyerManipulation8", "PointDirection"
 CLAIMS = [
-    Claim("after > before", SMAC_AFTER, (["smac"], OFFLINE), environments=tuple(FOLDERS)),
-    Claim("> control", SMAC_AFTER, (CONTROL, OFFLINE)),
-    Claim("> actor ablation", SMAC_AFTER, (RIVALS["actor ablation"], SECOND)),
-    Claim("> meta-BC", SMAC_AFTER, (RIVALS["meta-BC"], OFFLINE)),
-    Claim("> MACAW", SMAC_AFTER, (RIVALS["MACAW"], OFFLINE)),
-    Claim("> BOReL", SMAC_AFTER, (RIVALS["BOReL"], OFFLINE)),
-    Claim("near the oracle", SMAC_AFTER, (None, SECOND), near=True),
+    Claim("after", "after > before", SMAC_AFTER, (["smac"], OFFLINE), environments=tuple(FOLDERS)),
+    Claim("control", "> control", SMAC_AFTER, (CONTROL, OFFLINE), environments=tuple(FOLDERS)),
+    Claim("actor", "> actor ablation", SMAC_AFTER, (RIVALS["actor ablation"], SECOND)),
+    Claim("meta_bc", "> meta-BC", SMAC_AFTER, (RIVALS["meta-BC"], OFFLINE)),
+    Claim("macaw", "> MACAW", SMAC_AFTER, (RIVALS["MACAW"], OFFLINE)),
+    Claim("borel", "> BOReL", SMAC_AFTER, (RIVALS["BOReL"], OFFLINE)),
+    Claim("oracle", "near the oracle", SMAC_AFTER, (None, SECOND), near=True),
     Claim(
+        "q_both",
         "Figure 7: > only Q-loss, both phases",
         SMAC_AFTER,
         (["smac_encoder_q"], SECOND),
         environments=ABLATED,
     ),
     Claim(
+        "q_second",
         "Figure 7: only Q-loss, second phase, is on par",
         (["smac_encoder_reward_then_q"], SECOND),
         SMAC_AFTER,
@@ -352,12 +341,14 @@ CLAIMS = [
         environments=ABLATED,
     ),
     Claim(
+        "test_tasks",
         "Figure 9: exploring test tasks > training tasks",
         (["smac_test_tasks"], SECOND),
         SMAC_AFTER,
         environments=EXPLORED,
     ),
     Claim(
+        "test_rewards",
         "Figure 9: exploring test tasks is near true rewards",
         (["smac_test_tasks"], SECOND),
         (["smac_test_tasks_oracle_rewards"], SECOND),
@@ -365,13 +356,14 @@ CLAIMS = [
         environments=EXPLORED,
     ),
     Claim(
+        "test_one",
         "Figure 9, one task an iteration: test > training tasks",
         (["smac_test_tasks_one_task"], SECOND),
         (["smac_one_task"], SECOND),
         environments=EXPLORED[:1],
     ),
 ]
-HOLDS, DOES_NOT, UNKNOWN = "holds", "does not", "cannot be told"
+HOLDS, DOES_NOT, UNKNOWN, NOT_RUN = "holds", "does not", "cannot be told", "not run"
 
 
 def verdict(differences, margin=0.0):
@@ -448,7 +440,7 @@ def claims_of(environment):
     titles = "adapts: own context > another task's", "adapts: own context > the prior"
     for title, some in zip(titles, differences):
         rows.append([title, verdict(some), *difference_words(some, environment)])
-    rows = [row if row[-1] != "0" else [row[0], "not run", "", "", ""] for row in rows]
+    rows = [row if row[-1] != "0" else [row[0], NOT_RUN, "", "", ""] for row in rows]
     return markdown(head, rows)
 
 
@@ -570,11 +562,36 @@ def at_step(folder, label, last):
     return f"{np.mean(means):.0f}"
 
 
+def ant_after_1000_steps():
+    """The lowest and the highest seed of SMAC on the Ant after 1,000 steps of the second phase."""
+    runs = evidence.load(FOLDERS["AntDirection"])["smac"].values()
+    returns = [run.curves[TEST][16_000] for run in runs]
+    return f"{min(returns):.0f} and {max(returns):.0f}"
+
+
+def where(key, word):
+    """The environments on which the verdict on a claim is a word, or on which it was not run."""
+    verdicts = {}
+    if key == "adapts":
+        for environment in FOLDERS:
+            verdict_here, differences = judge_adaptation(environment)
+            verdicts[environment] = verdict_here if len(differences[0]) else NOT_RUN
+    else:
+        claim = next(claim for claim in CLAIMS if claim.key == key)
+        for environment in claim.environments:
+            verdict_here, differences = judge(claim, environment)
+            verdicts[environment] = verdict_here if len(differences) else NOT_RUN
+    names = [SHORT_NAMES[name] for name, found in verdicts.items() if found == word]
+    if len(names) < 2:
+        return names[0] if names else "none"
+    return f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+WORDS = {"holds": HOLDS, "does-not": DOES_NOT, "unknown": UNKNOWN, "not-run": NOT_RUN}
 TABLES = {
     "glance": lambda: glance_table({name: FOLDERS[name] for name in COMPARED}),
     "larger": lambda: glance_table(LARGER),
     "methods": methods_table,
-    "gains": gains_table,
     "overall": overall_table,
     "claims": claims_table,
     "adaptation": adaptation_table,
@@ -586,6 +603,7 @@ TABLES_OF = {
     "claims": claims_of,
 }  # claims/AntDirection
 NUMBERS = {
+    "ant_after_1000_steps": ant_after_1000_steps,
     "labels_share": labels_share,
     "frozen_belief": frozen_belief,
     "hopper_at_100k": lambda: at_step("hopper_small", "smac", 100_000),
@@ -604,7 +622,10 @@ def table(name):
 
 
 def number(name):
-    """The number of a mark. Raises InputError: there is none of that name."""
+    """The number, or the few words, of a mark. Raises InputError: there is none of that name."""
+    kind, *rest = name.split("/")
+    if kind == "where" and len(rest) == 2 and rest[1] in WORDS:
+        return where(rest[0], WORDS[rest[1]])
     if name not in NUMBERS:
         raise InputError(f"there is no number {name}")
     return NUMBERS[name]()
