@@ -3,7 +3,7 @@
 python benchmark/plot.py all       all pictures, and the tables and numbers in all texts
 python benchmark/plot.py texts     the texts alone
 python benchmark/plot.py figure5   one picture: figure5, figure7, figure9, methods, ant, point
-python benchmark/plot.py NAME      of the benchmark NAME of run.py: results/NAME/curve.png, and its table
+python benchmark/plot.py NAME      of a benchmark of run.py: results/NAME/curve.png, and its table
 
 In README.md and in the texts of benchmark/results a table stands between `<!-- table: NAME -->` and
 `<!-- end -->`, a number between `<!-- number: NAME -->` and `<!-- /number -->`. What stands there is

@@ -1,9 +1,10 @@
 """Run a benchmark and keep its evidence: python benchmark/run.py point_direction
 
-Starts the runs of one row of BENCHMARKS with one thread each, --parallel at a time, and copies eval.csv, args.json and
-the diagnostics in TensorBoard's files of each into benchmark/results/{name}/, of a run that was stopped as well. Called
-again, it goes on with runs that have a checkpoint, and does not make results again that are there already; it says so
-where they are of a run that did not end. With --ray the runs are tasks of a Ray cluster, see benchmark/README.md.
+Starts the runs of one row of BENCHMARKS with one thread each, --parallel at a time. Copies eval.csv,
+args.json and the diagnostics in TensorBoard's files of each into benchmark/results/{name}/, of a run that
+was stopped as well. Called again, it goes on with runs that have a checkpoint. It does not make results
+again that are there already, and says so where they are of a run that did not end. With --ray the runs
+are tasks of a Ray cluster, see benchmark/README.md.
 """
 
 import contextlib
@@ -35,12 +36,13 @@ from benchmark import agents
 from plumbing.flags import say
 
 POINT = "smac_offline_online.py --env-id PointDirection"
+GOAL_DATA = f"{POINT} --dataset datasets/PointDirectionGoal.npz"
 HOPPER = "--env-id HopperParam"
 ONE_TASK = "--tasks-per-iteration 1"
 FIVE_TASKS = "--tasks-per-iteration 5"
 SHORT = "--rl-batch 64 --updates-per-iteration 2000"
 SAWYER = "--env-id SawyerManipulation"
-SMALL_SAWYER = f"{SAWYER} --rl-batch 128"
+SMALL_SAWYER = f"smac_offline_online.py {SAWYER} --rl-batch 128"
 ONE = (1,)
 TWO = (1, 2)
 THREE = (1, 2, 3)
@@ -54,7 +56,7 @@ def control(smac, steps):
 
 
 def small(env_id, every, pearl, smac_seeds=THREE, pearl_seeds=ONE):
-    """Methods with a quarter of the paper's batch, one to two hours a run: {label: (command, seeds)}.
+    """Methods with a quarter of the paper's batch, an hour or two a run: {label: (command, seeds)}.
 
     Args:
         every: gradient steps between two evaluations.
@@ -114,7 +116,7 @@ def others(smac, flags):
 def explored(env_id):
     """Sawyer's fifty scenes: does it matter where the second phase explores (Figure 9)?
 
-    The preset has one task an iteration; the rows without a word on it have five, as other families do.
+    The preset has one task an iteration; the rows without a word on it have five, as elsewhere.
     """
     one_task = f"smac_offline_online.py --env-id {env_id} --preset short"
     smac = f"{one_task} {FIVE_TASKS}"
@@ -135,7 +137,7 @@ def explored(env_id):
 
 
 def scenes():
-    """All methods with --preset short on Sawyer with 200 scenes; true rewards stand for the oracle."""
+    """All methods with --preset short on Sawyer with 200 scenes; true rewards are the oracle."""
     flags = (
         "--env-id SawyerManipulation --preset short --dataset datasets/SawyerManipulation200.npz"
     )
@@ -196,11 +198,9 @@ BENCHMARKS = {
         "smac_encoder_reward_then_q": (f"{POINT} --encoder-loss reward_then_q", THREE),
         "smac_test_tasks": (f"{POINT} --explore-tasks test", THREE),
         "smac_test_tasks_oracle_rewards": (f"{POINT} --explore-tasks test --oracle-rewards", THREE),
-        "smac_goal_data": (f"{POINT} --dataset datasets/PointDirectionGoal.npz", THREE),
-        "smac_goal_data_slow": (f"{POINT} --dataset datasets/PointDirectionGoal.npz --lr 3e-4", THREE),
-        "smac_goal_data_oracle_rewards": (
-            f"{POINT} --dataset datasets/PointDirectionGoal.npz --oracle-rewards", THREE
-        ),
+        "smac_goal_data": (GOAL_DATA, THREE),
+        "smac_goal_data_slow": (f"{GOAL_DATA} --lr 3e-4", THREE),
+        "smac_goal_data_oracle_rewards": (f"{GOAL_DATA} --oracle-rewards", THREE),
         "macaw": ("macaw.py --env-id PointDirection", TEN),
         "macaw_matched": ("macaw.py --env-id PointDirection --preset matched", TEN),
         "borel": ("borel.py --env-id PointDirection", TEN),
@@ -208,46 +208,56 @@ BENCHMARKS = {
     },
     "hopper_param": {
         "smac": (f"smac_offline_online.py {HOPPER}", THREE),
-        "smac_one_task": (f"smac_offline_online.py {HOPPER} {ONE_TASK}", (1,)),
+        "smac_one_task": (f"smac_offline_online.py {HOPPER} {ONE_TASK}", ONE),
         "pearl": (
             f"pearl_online_oracle.py {HOPPER} --online-iterations 50 --eval-every 16000 "
             "--save-dataset datasets/HopperParam.npz",
-            (1,),
+            ONE,
         ),
-        "meta_bc": (f"meta_bc.py {HOPPER}", (1,)),
+        "meta_bc": (f"meta_bc.py {HOPPER}", ONE),
         **baselines("HopperParam"),
     },
     "hopper_small": {
         **HOPPER_SMALL,
         "smac_one_task": (
-            f"smac_offline_online.py {HOPPER} --rl-batch 64 --eval-every 5000 {ONE_TASK} --online-iterations 25",
-            (1,),
+            f"smac_offline_online.py {HOPPER} --rl-batch 64 --eval-every 5000 {ONE_TASK} "
+            "--online-iterations 25",
+            ONE,
         ),
         **encoder_ablations(HOPPER_SMALL["smac"][0]),
     },
-    "walker_small": {**WALKER_SMALL, **baselines("WalkerParam"), **encoder_ablations(WALKER_SMALL["smac"][0])},
+    "walker_small": {
+        **WALKER_SMALL,
+        **baselines("WalkerParam"),
+        **encoder_ablations(WALKER_SMALL["smac"][0]),
+    },
     "cheetah_small": {
         **CHEETAH_SMALL,
         **baselines("CheetahVelocity"),
-        "smac_encoder_prior": (f"{CHEETAH_SMAC} --encoder-buffer prior", (1,)),
-        "smac_oracle_rewards": (CHEETAH_SMAC.replace("iterations 50", "iterations 25") + " --oracle-rewards", (1,)),
+        "smac_encoder_prior": (f"{CHEETAH_SMAC} --encoder-buffer prior", ONE),
+        "smac_oracle_rewards": (
+            CHEETAH_SMAC.replace("iterations 50", "iterations 25") + " --oracle-rewards",
+            ONE,
+        ),
     },
     "ant_small": {**ANT_SMALL, **baselines("AntDirection", "--eval-every 10000")},
     "humanoid_small": {
-        **HUMANOID_SMALL, **baselines("HumanoidDirection"), **encoder_ablations(HUMANOID_SMALL["smac"][0]),
+        **HUMANOID_SMALL,
+        **baselines("HumanoidDirection"),
+        **encoder_ablations(HUMANOID_SMALL["smac"][0]),
     },
     **SHORT_BENCHMARKS,
     "sawyer": {
-        "smac": (f"smac_offline_online.py {SAWYER} --online-iterations 20", (1,)),
-        "meta_bc": (f"meta_bc.py {SAWYER}", (1,)),
+        "smac": (f"smac_offline_online.py {SAWYER} --online-iterations 20", ONE),
+        "meta_bc": (f"meta_bc.py {SAWYER}", ONE),
     },
     "sawyer_small": {
-        "smac": (f"smac_offline_online.py {SMALL_SAWYER} --online-iterations 12", (1,)),
-        "smac_two_critics": (f"smac_offline_online.py {SMALL_SAWYER} --online-iterations 20 --num-critics 2", (1,)),
-        "smac_test_tasks": (f"smac_offline_online.py {SMALL_SAWYER} --online-iterations 12 --explore-tasks test", (1,)),
-        "meta_bc": (f"meta_bc.py {SMALL_SAWYER}", (1,)),
+        "smac": (f"{SMALL_SAWYER} --online-iterations 12", ONE),
+        "smac_two_critics": (f"{SMALL_SAWYER} --online-iterations 20 --num-critics 2", ONE),
+        "smac_test_tasks": (f"{SMALL_SAWYER} --online-iterations 12 --explore-tasks test", ONE),
+        "meta_bc": (f"meta_bc.py {SAWYER} --rl-batch 128", ONE),
     },
-}  # fmt: skip
+}
 
 
 @dataclasses.dataclass
@@ -255,48 +265,59 @@ class Args:
     name: tyro.conf.Positional[str]  # a key of BENCHMARKS, or what several begin with: short
     only: tuple[str, ...] = ()  # labels of the runs to make, in place of all of them
     parallel: int = 2  # runs side by side, one thread each
-    run_dir: str = (
-        "runs/benchmark"  # where the runs write; a run that was stopped goes on from its checkpoint
-    )
-    agents: bool = False  # of runs that end keep what acting needs, too: results/{name}/agents/{label}__{seed}.npz
+    run_dir: str = "runs/benchmark"  # where the runs write, and keep their checkpoints
+    agents: bool = False  # keep what acting needs of runs that end, in results/{name}/agents/
     results: str = "benchmark/results"  # where the evidence goes
     ray: Optional[str] = (
-        None  # address of a Ray cluster, "auto" from one of its machines, "local" for this one alone
+        None  # address of a Ray cluster; "auto" from one of its machines, or "local"
     )
     gpus_per_run: float = 0.0  # with --ray: share of a GPU for each run
 
 
 def diagnostics(result, file):
-    """Write what a run logged beside returns and losses, if anything, as a small CSV: a line for each evaluation."""
+    """Write what a run logged beside returns and losses as a CSV, a line for each evaluation."""
     events = EventAccumulator(str(result), size_guidance={"scalars": 0})
     events.Reload()
-    tags = [
-        tag for tag in events.Tags()["scalars"] if tag.startswith(("charts/", "eval/", "train/"))
-    ]
     left_out = "context_return", "exploration_return", "SPS"  # the returns are in eval.csv
-    tags = sorted(tag for tag in tags if not tag.endswith(left_out))
-    curves = {
-        tag: {point.step: f"{point.value:.4g}" for point in events.Scalars(tag)} for tag in tags
-    }
-    if curves:
-        with open(result / "eval.csv", newline="") as lines:
-            steps = sorted({int(row["gradient_step"]) for row in csv.DictReader(lines)})
-        rows = [[step, *(curve.get(step, "") for curve in curves.values())] for step in steps]
-        file.parent.mkdir(exist_ok=True)
-        with open(file, "w", newline="") as lines:
-            csv.writer(lines).writerows([["gradient_step", *curves], *rows])
+    curves = {}
+    for tag in sorted(events.Tags()["scalars"]):
+        if tag.startswith(("charts/", "eval/", "train/")) and not tag.endswith(left_out):
+            curves[tag] = {point.step: f"{point.value:.4g}" for point in events.Scalars(tag)}
+    if not curves:
+        return
+    with open(result / "eval.csv", newline="") as lines:
+        steps = sorted({int(row["gradient_step"]) for row in csv.DictReader(lines)})
+    rows = [["gradient_step", *curves]]
+    for step in steps:
+        rows.append([step, *(curve.get(step, "") for curve in curves.values())])
+    file.parent.mkdir(exist_ok=True)
+    with open(file, "w", newline="") as lines:
+        csv.writer(lines).writerows(rows)
 
 
 def is_finished(results):
-    """Whether the last evaluation in eval.csv is that of the run's last gradient step, by args.json beside it."""
+    """Whether an eval.csv ends at the last gradient step that the args.json beside it plans."""
     flags = json.loads(results.with_suffix(".json").read_text())
     planned = flags.get("vae_steps", 0) + flags.get("offline_steps", 0)
     planned += flags.get("online_iterations", 0) * flags.get("updates_per_iteration", 0)
     return results.read_text().splitlines()[-1].startswith(f"{planned},")
 
 
+def keep(result, out, name):
+    """Copy what a run wrote to its folder `result` into the folder of the evidence."""
+    if not (result / "eval.csv").exists():
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    shutil.copy(result / "eval.csv", out / f"{name}.csv")
+    shutil.copy(result / "args.json", out / f"{name}.json")
+    diagnostics(result, out / "diagnostics" / f"{name}.csv")
+
+
 def run(name, label, command, seed, args):
-    """Start or continue one run; copy what it wrote. Returns a line about it. Raises InputError: it failed."""
+    """Start or continue one run, and keep what it wrote.
+
+    Returns a line about it. Raises InputError: it failed.
+    """
     out = ROOT / args.results / name
     script, *flags = shlex.split(command)
     env_id = flags[flags.index("--env-id") + 1]
@@ -304,33 +325,28 @@ def run(name, label, command, seed, args):
     result = folder / f"{env_id}__{Path(script).stem}__{seed}"
     if args.ray:
         wait_until_free(result / "args.json")
-    line = [
-        sys.executable,
-        script,
-        *flags,
-        "--seed",
-        str(seed),
-        "--run-dir",
-        os.path.relpath(folder, ROOT),
-    ]
+
+    line = [sys.executable, script, *flags]
+    kept = out / f"{label}__{seed}.csv"
     if (result / "checkpoint.npz").exists():
-        line = [sys.executable, script, *flags, "--resume", os.path.relpath(result, ROOT)]
-    elif (kept := out / f"{label}__{seed}.csv").exists():
-        unfinished = f" is unfinished and has no checkpoint here; to start anew, delete {kept}"
-        return (
-            f"{name} {label} seed {seed}{' is there already' if is_finished(kept) else unfinished}"
-        )
+        line += ["--resume", os.path.relpath(result, ROOT)]
+    elif kept.exists() and is_finished(kept):
+        return f"{name} {label} seed {seed} is there already"
+    elif kept.exists():
+        unfinished = "is unfinished and has no checkpoint here; to start anew, delete"
+        return f"{name} {label} seed {seed} {unfinished} {kept}"
+    else:
+        line += ["--seed", str(seed), "--run-dir", os.path.relpath(folder, ROOT)]
+
     folder.mkdir(parents=True, exist_ok=True)
-    start, last = time.time(), ""
+    start = time.time()
+    last = ""
+    # One precision for all seeds of a label
+    env = os.environ | {"OMP_NUM_THREADS": "1", "MATMUL_PRECISION": "highest"}
+    end = end_with_parent if args.ray else None
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    pipe |= {"encoding": "utf-8", "errors": "replace"}
     with open(folder / f"{seed}.log", "a") as log:
-        env = os.environ | {
-            "OMP_NUM_THREADS": "1",
-            "MATMUL_PRECISION": "highest",
-        }  # one for all seeds of a label
-        end = end_with_parent if args.ray else None
-        pipe = dict(
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace"
-        )
         process = subprocess.Popen(line, cwd=ROOT, env=env, preexec_fn=end, **pipe)
         for text in process.stdout:
             log.write(text)
@@ -338,17 +354,15 @@ def run(name, label, command, seed, args):
             last = text.strip() or last
             if args.ray:  # for the dashboard
                 print(text, end="", flush=True)
-    if (result / "eval.csv").exists():
-        out.mkdir(parents=True, exist_ok=True)
-        for file, suffix in (("eval.csv", ".csv"), ("args.json", ".json")):
-            shutil.copy(result / file, out / f"{label}__{seed}{suffix}")
-        diagnostics(result, out / "diagnostics" / f"{label}__{seed}.csv")
+    keep(result, out, f"{label}__{seed}")
     if process.wait():
         raise buffers.InputError(
             f"{name} {label} seed {seed} did not end: {last or process.returncode}"
         )
     if args.agents:
-        dataset = ROOT / flags[flags.index("--dataset") + 1] if "--dataset" in flags else None
+        dataset = None
+        if "--dataset" in flags:
+            dataset = ROOT / flags[flags.index("--dataset") + 1]
         agents.main(agents.Args(result, out / "agents" / f"{label}__{seed}.npz", dataset=dataset))
     return f"{name} {label} seed {seed}: {(time.time() - start) / 60:.1f} minutes"
 
@@ -371,8 +385,11 @@ def wait_until_free(file):
 
 
 def on_ray(jobs, args):
-    """Run as tasks of a cluster whose machines share this folder; a task whose machine is lost starts again elsewhere,
-    and goes on from the run's checkpoint. Yields, as tasks end, a function that gives what `run` returned or raised."""
+    """Run as tasks of a cluster whose machines share this folder.
+
+    A task whose machine is lost starts again elsewhere, and goes on from the run's checkpoint. Yields, as
+    tasks end, a function that gives what `run` returned or raised.
+    """
     if not importlib.util.find_spec("ray"):
         raise buffers.InputError(
             "--ray needs Ray: pip install -r benchmark/requirements-cluster.txt"

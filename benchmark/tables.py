@@ -113,7 +113,11 @@ def scale(folder):
     environment = "Sawyer" if "Sawyer" in folder else ""
     labels = ["smac", *CONTROL, *sum(RIVALS.values(), []), *oracle(environment)]
     _, values = best(found, labels)
-    zero = NEVER if environment else data_of(next(iter(found["smac"].values())).flags)[0]
+    if environment == "Sawyer":
+        zero = NEVER
+    else:
+        levels = [data_of(next(iter(runs.values())).flags)[0] for runs in found.values()]
+        zero = next(level for level in levels if not math.isnan(level))
     return zero, float(np.mean(list(values.values())))
 
 
@@ -386,8 +390,10 @@ def judge(claim, environment):
     for labels, phase in (claim.first, claim.second):
         sides.append(best(found, labels or oracle(environment), phase)[1])
     differences = paired(*sides)
-    zero, one = scale(folder)
-    margin = NEAR * (one - zero) if claim.near else 0.0
+    margin = 0.0
+    if claim.near and len(differences):
+        zero, one = scale(folder)
+        margin = NEAR * (one - zero)
     return verdict(differences, margin), differences
 
 
