@@ -1,7 +1,8 @@
 """What the runs in benchmark/results say: their scores, differences between them, intervals.
 
-A run is a pair of files, {label}__{seed}.csv (its eval.csv) and .json (its flags), in the folder of a
-benchmark. There is one measure: the score of a phase is the mean return of its last three evaluations.
+A run is a pair of files, {label}__{seed}.csv (its eval.csv) and .json (its flags), in the folder of
+a benchmark. There is one measure: the score of a phase is the mean return of its last three
+evaluations.
 """
 
 import csv
@@ -41,7 +42,7 @@ class Run:
 
     @functools.cached_property
     def offline_end(self):
-        """The last step without new transitions: the end of the offline phase; 0 if there is none."""
+        """The end of the offline phase: the last step without new transitions; 0 if none."""
         return max((step for step, new in self.transitions.items() if new == 0), default=0)
 
     @functools.cached_property
@@ -93,8 +94,8 @@ def read(file):
 def load(name):
     """The runs of a benchmark: {label: {seed: Run}}.
 
-    Of a label there are the seeds that have come farthest: a run that was stopped, or goes on, is no
-    seed beside runs that have ended.
+    Of a label there are the seeds that have come farthest: a run that was stopped, or goes on, is
+    no seed beside runs that have ended.
     """
     return _load(RESULTS, name)
 
@@ -173,9 +174,9 @@ def _data(file, horizon):
 def data_of(flags):
     """The RL part of a run's dataset, by the run's flags.
 
-    Returns the mean over tasks of the mean return of a task's trajectories, up to the horizon; the mean
-    length of three trajectories in a row; the number of transitions, of the encoder's part too. All are
-    NaN if there is no dataset, as the Online Oracle has none.
+    Returns the mean over tasks of the mean return of a task's trajectories, up to the horizon; the
+    mean length of three trajectories in a row; the number of transitions, of the encoder's part
+    too. All are NaN if there is no dataset, as the Online Oracle has none.
     """
     env_id = flags["env_id"]
     file = RESULTS.parent.parent / (flags.get("dataset") or f"datasets/{env_id}.npz")
@@ -185,7 +186,7 @@ def data_of(flags):
 
 
 def drawn_transitions(flags, step):
-    """Millions of transitions drawn for training up to a step: (by critic and actor, as context)."""
+    """Millions of transitions drawn for training: (by critic and actor, as context)."""
     vae_steps = min(step, flags.get("vae_steps", 0))
     tasks = (step - vae_steps) * flags["meta_batch"]
     context = tasks * flags.get("context_batch", 0)
@@ -217,12 +218,12 @@ def paired(first, second):
 
 
 def interquartile_mean(samples):
-    """Over environments: the mean of the middle half of all normalised scores, and its 95 % interval.
+    """The mean of the middle half of all scores, and its 95 % interval.
 
     Args:
         samples: for each environment its seeds' scores.
-    The bootstrap draws seeds within each environment (Agarwal et al., 2021). The interval is None where
-    an environment has one seed only.
+    The bootstrap draws seeds within each environment (Agarwal et al., 2021). The interval is None
+    where an environment has one seed only.
     """
 
     def statistic(*drawn, axis=-1):
@@ -250,7 +251,10 @@ def probability_of_improvement(firsts, seconds):
 
 
 def bootstrap(samples, statistic):
-    """The 95 % interval of a statistic of independent samples, (low, high); None if one has one value."""
+    """The 95 % interval of a statistic of independent samples, (low, high).
+
+    It is None if a sample has one value.
+    """
     if min(map(len, samples)) < 2:
         return None
     rng = np.random.default_rng(0)

@@ -1,10 +1,10 @@
-"""Figures 2, 6 and 8 of a run: python benchmark/figures.py runs/PointDirection__smac_offline_online__1
+"""Figures 2, 6 and 8 of a run: python benchmark/figures.py RUN
 
-A row for each figures_{step}.npz of the run, one after each phase. First how far the posterior is from
-the prior, with offline and with own context on the same training tasks (Figure 2). In the Direction
-families then the paths over ground after adaptation, with offline and with own context (Figure 6): each
-task has a shade, and a dot of that shade on the rim shows where the task asks the agent to go. Last the
-same paths with the exploration and the dataset (Figure 8).
+A row for each figures_{step}.npz of the run, one after each phase. First how far the posterior is
+from the prior, with offline and with own context on the same training tasks (Figure 2). In the
+Direction families then the paths over ground after adaptation, with offline and with own context
+(Figure 6): each task has a shade, and a dot of that shade on the rim shows where the task asks the
+agent to go. Last the same paths with the exploration and the dataset (Figure 8).
 """
 
 import csv
@@ -43,8 +43,9 @@ def read(folder, flags_file, csv_file):
 
     Args:
         flags_file, csv_file: args.json and eval.csv of the run.
-    Returns {step: {name: KLs (E,), or paths (., L+1, 2)}}, and the angles of the training tasks of an
-    evaluation in the order of the paths, (T,): None where tasks are no directions. Raises InputError.
+    Returns {step: {name: KLs (E,), or paths (., L+1, 2)}}, and the angles of the training tasks of
+    an evaluation in the order of the paths, (T,): None where tasks are no directions. Raises
+    InputError.
     """
     figures = read_figures(folder)
     if not figures:

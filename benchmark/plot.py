@@ -6,8 +6,8 @@ python benchmark/plot.py figure5   one picture: figure5, figure7, figure9, metho
 python benchmark/plot.py NAME      of a benchmark of run.py: results/NAME/curve.png, and its table
 
 In README.md and in the texts of benchmark/results a table stands between `<!-- table: NAME -->` and
-`<!-- end -->`, a number between `<!-- number: NAME -->` and `<!-- /number -->`. What stands there is
-written here, and is never written by hand.
+`<!-- end -->`, a number between `<!-- number: NAME -->` and `<!-- /number -->`. What stands there
+is written here, and is never written by hand.
 """
 
 import math
@@ -28,8 +28,9 @@ from benchmark.evidence import SECOND, TEST, data_of
 from benchmark.tables import FOLDERS, NAMES, SCENES, SIX
 from buffers import InputError
 
-# What a run is drawn with. A colour means one thing: black has true rewards after the offline phase,
-# green explores the test tasks, red is SMAC as it is. A style tells apart what shares a colour.
+# What a run is drawn with. A colour means one thing: black has true rewards after the offline
+# phase, green explores the test tasks, red is SMAC as it is. A style tells apart what shares a
+# colour.
 STYLES = {
     "smac": ("tab:red", "-"),
     "smac_more_offline": ("tab:orange", "-"),
@@ -232,7 +233,7 @@ def draw_benchmark(name):
 
 
 def draw_methods():
-    """The picture of README.md: each method over six environments, normalised, with its interval."""
+    """The picture of README.md: each method over six environments, with its interval."""
     rows = tables.normalised_means()
     figure, axes = plt.subplots(figsize=(8, 0.42 * len(rows) + 1.6), layout="constrained")
     for place, (label, mean, interval, _) in enumerate(reversed(rows)):

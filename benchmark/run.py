@@ -1,10 +1,11 @@
 """Run a benchmark and keep its evidence: python benchmark/run.py point_direction
 
-Starts the runs of one row of BENCHMARKS with one thread each, --parallel at a time. Copies eval.csv,
-args.json and the diagnostics in TensorBoard's files of each into benchmark/results/{name}/, of a run that
-was stopped as well. Called again, it goes on with runs that have a checkpoint. It does not make results
-again that are there already, and says so where they are of a run that did not end. With --ray the runs
-are tasks of a Ray cluster, see benchmark/README.md.
+Starts the runs of one row of BENCHMARKS with one thread each, --parallel at a time. Copies
+eval.csv, args.json and the diagnostics in TensorBoard's files of each into
+benchmark/results/{name}/, of a run that was stopped as well. Called again, it goes on with runs
+that have a checkpoint. It does not make results again that are there already, and says so where
+they are of a run that did not end. With --ray the runs are tasks of a Ray cluster, see
+benchmark/README.md.
 """
 
 import contextlib
@@ -387,8 +388,8 @@ def wait_until_free(file):
 def on_ray(jobs, args):
     """Run as tasks of a cluster whose machines share this folder.
 
-    A task whose machine is lost starts again elsewhere, and goes on from the run's checkpoint. Yields, as
-    tasks end, a function that gives what `run` returned or raised.
+    A task whose machine is lost starts again elsewhere, and goes on from the run's checkpoint.
+    Yields, as tasks end, a function that gives what `run` returned or raised.
     """
     if not importlib.util.find_spec("ray"):
         raise buffers.InputError(

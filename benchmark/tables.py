@@ -1,4 +1,4 @@
-"""The tables and numbers that benchmark/plot.py writes into the texts: what evidence.py finds, in words."""
+"""The tables and numbers that plot.py writes into the texts: what evidence.py finds, in words."""
 
 import dataclasses
 import functools
@@ -32,15 +32,15 @@ NAMES = {  # label of a run: its name in pictures and texts, in this order
     "smac_five_tasks": "five tasks an iteration",
     "smac_lambda_pearl": "lambda_pearl 1",
     "smac_test_tasks": "explores test tasks",
-    "smac_test_tasks_one_task": "explores test tasks, one an iteration",
+    "smac_test_tasks_one_task": "explores test tasks, one task",
     "smac_test_tasks_oracle_rewards": "explores test tasks, true rewards",
-    "smac_test_tasks_oracle_rewards_one_task": "explores test tasks, true rewards, one an iteration",
+    "smac_test_tasks_oracle_rewards_one_task": "explores test tasks, true rewards, one task",
     "smac_goal_data": "goal-directed data",
     "smac_goal_data_slow": "goal-directed data, lr 3e-4",
     "smac_goal_data_oracle_rewards": "goal-directed data, true rewards",
 }
 SCENES = "SawyerManipulation, 200 scenes"  # the default data have fifty
-FOLDERS = {  # of the runs of an environment with --preset short; PointDirection's own sizes are small
+FOLDERS = {  # of an environment's runs with --preset short; PointDirection's own sizes are small
     "HopperParam": "short/HopperParam",
     "WalkerParam": "short/WalkerParam",
     "CheetahVelocity": "short/CheetahVelocity",
@@ -93,7 +93,10 @@ def oracle(environment):
 
 
 def best(found, labels, phase="last"):
-    """Of some labels of {label: {seed: Run}} the best one, and its {seed: score}; None, {} if there is none."""
+    """The best of some labels of {label: {seed: Run}}.
+
+    Returns the label and its {seed: score}; None and {} if none of them was run.
+    """
     candidates = {label: scores(found[label], phase) for label in labels if label in found}
     candidates = {label: values for label, values in candidates.items() if values}
     if not candidates:
@@ -257,7 +260,11 @@ def normalised(label, phase="last"):
 
 
 def normalised_means():
-    """[(method, interquartile mean, its interval or None, numbers of seeds)]; None, None, () if one is missing."""
+    """The interquartile mean of each method.
+
+    Returns [(method, mean, its interval or None, numbers of seeds)]; None, None, () in place of the
+    last three where the method has not been run on all environments.
+    """
     rows = []
     for label in OVERALL:
         samples = normalised(label)
@@ -398,7 +405,7 @@ def judge(claim, environment):
 
 
 def judge_adaptation(environment):
-    """The verdict on "its own context is worth more than another task's, and more than the prior"."""
+    """The verdict on "own context is worth more than another task's, and than the prior"."""
     found = evidence.adaptation(FOLDERS[environment])
     rows = np.array(list(found.values())).reshape(-1, 3)
     differences = [rows[:, 0] - rows[:, other] for other in (1, 2)]
@@ -493,7 +500,7 @@ def spread(values, digits):
 
 
 def labels_table():
-    """How wrong the labels are, and how large Q grows: all seeds of SMAC, all evaluations of a phase."""
+    """How wrong the labels of SMAC are, and how large its Q-values grow."""
     head = "environment", "error on the data", "error on exploration, second phase"
     head += "mean Q, first to last of the second phase", "seeds"
     rows = []
@@ -516,7 +523,7 @@ def labels_table():
 
 
 def success_table(name):
-    """Sawyer: the share of third episodes that end with the behaviour achieved, scored as returns are."""
+    """Sawyer: the share of third episodes that end with the behaviour achieved, as a score."""
     titles = [f"{tasks} tasks, {context} context" for tasks, context in GROUPS]
     rows = []
     found = evidence.load(name)
@@ -540,7 +547,7 @@ def success_table(name):
 
 
 def labels_share():
-    """Of the gain that true rewards give on PointDirection, the part that labels give, in per cent."""
+    """The part of the gain of true rewards that labels give on PointDirection, in per cent."""
     found = evidence.load("point_direction")
     before = np.mean(list(scores(found["smac"], OFFLINE).values()))
     with_labels = np.mean(list(scores(found["smac"], SECOND).values()))
@@ -549,7 +556,7 @@ def labels_share():
 
 
 def frozen_belief():
-    """BOReL's return at its end on PointDirection with a belief that reads nothing of the scored episode."""
+    """BOReL's score on PointDirection with a belief that reads nothing of the scored episode."""
     column = "charts/test/frozen_belief_return"
     ends = []
     for seed in evidence.load("point_direction")["borel"]:

@@ -1,4 +1,4 @@
-"""What benchmark/evidence.py, tables.py and plot.py make of runs; and that nothing is written by hand."""
+"""What benchmark/evidence.py, tables.py and plot.py make of runs."""
 
 import json
 import math
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def write_run(folder, label, seed, rows, **flags):
-    """Files of a run; rows of (gradient step, new transitions, return), on test tasks with own context."""
+    """Files of a run; rows of (gradient step, new transitions, return on test tasks)."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = [f"{step},{env_steps},test,own,0,{value},0" for step, env_steps, value in rows]
     (folder / f"{label}__{seed}.csv").write_text("\n".join([",".join(CSV_COLUMNS), *lines, ""]))
@@ -100,7 +100,7 @@ def test_the_interquartile_mean_by_hand():
 
 
 def test_the_probability_of_improvement_by_hand():
-    """On the first environment three of four pairs are won; on the second one is, and one is a tie."""
+    """On the first environment three of four pairs are won; on the second two, and two are ties."""
     firsts = [np.array([2.0, 4.0]), np.array([1.0, 1.0])]
     seconds = [np.array([1.0, 3.0]), np.array([1.0, 0.0])]
     chance, (low, high) = evidence.probability_of_improvement(firsts, seconds)
@@ -127,7 +127,7 @@ def test_drawn_transitions_by_hand(results):
     assert evidence.drawn_transitions(smac, 3_000) == pytest.approx((1.536, 0.768))
     borel = {"env_id": "PointDirection", "dataset": None, "meta_batch": 16, "rl_batch": 128}
     borel |= {"vae_steps": 1_000, "vae_tasks": 4, "vae_trajectories": 2}
-    # The data have 50 x 6 trajectories of 50 steps, 150 in three; 2,000 of the 3,000 steps are SAC's
+    # The data have trajectories of 50 steps, 150 in three; 2,000 of the 3,000 steps are SAC's
     assert evidence.drawn_transitions(borel, 3_000) == pytest.approx((4.096, 1.2))
     assert evidence.drawn_transitions(borel, 500) == pytest.approx((0, 0.6))
 
@@ -238,9 +238,8 @@ def test_marks_are_filled_and_the_rest_stays(monkeypatch):
     monkeypatch.setitem(tables.NUMBERS, "six", lambda: "6")
     text = "x\n<!-- table: two -->\nold\n<!-- end -->\n<!-- number: six -->5<!-- /number --> y\n"
     filled = plot.fill(text)
-    assert filled == (
-        "x\n<!-- table: two -->\n\n| a |\n| b |\n\n<!-- end -->\n<!-- number: six -->6<!-- /number --> y\n"
-    )
+    table = "<!-- table: two -->\n\n| a |\n| b |\n\n<!-- end -->"
+    assert filled == f"x\n{table}\n<!-- number: six -->6<!-- /number --> y\n"
     assert plot.fill(filled) == filled
 
 
