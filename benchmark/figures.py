@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import buffers
 import envs
+from plumbing.files import write_file
 from plumbing.pictures import read_figures
 
 COLOURS = {  # as in the paper's figures
@@ -52,14 +53,23 @@ def read(folder, flags_file, csv_file):
         raise buffers.InputError(f"there is no figures_*.npz in {folder}")
     if not flags_file.exists() or not csv_file.exists():
         return figures, None
-    flags = json.loads(flags_file.read_text())
-    if not issubclass(envs.lookup(flags["env_id"]).env_class, envs.Direction):
+    try:
+        flags = json.loads(flags_file.read_text())
+        env_id = flags["env_id"]
+        is_own_family = ":" in env_id
+        with open(csv_file, newline="") as lines:
+            rows = [row for row in csv.DictReader(lines) if row["split"] == "train"]
+        tasks = list(dict.fromkeys(int(row["task"]) for row in rows))
+    except (ValueError, KeyError, TypeError, AttributeError, csv.Error):
+        words = f"{flags_file} or {csv_file} is not what a run writes"
+        raise buffers.InputError(words) from None
+    # A family of one's own is a module, and a file must not run code
+    if is_own_family or not issubclass(envs.lookup(env_id).env_class, envs.Direction):
         return figures, None
-    with open(csv_file, newline="") as lines:
-        rows = [row for row in csv.DictReader(lines) if row["split"] == "train"]
-    tasks = list(dict.fromkeys(int(row["task"]) for row in rows))
-    dataset = buffers.load_dataset(flags["env_id"], flags.get("dataset"))
-    return figures, dataset["train_tasks"][tasks, 0]
+    train_tasks = buffers.load_dataset(env_id, flags.get("dataset"))["train_tasks"]
+    if not tasks or not 0 <= min(tasks) <= max(tasks) < len(train_tasks):
+        raise buffers.InputError(f"{csv_file} has training tasks that its dataset has not")
+    return figures, train_tasks[tasks, 0]
 
 
 def draw_kls(axes, arrays):
@@ -110,7 +120,7 @@ def draw_contexts(panels, arrays, angles, radius):
         if context not in arrays:
             continue
         paths = arrays[context]
-        if angles is None:
+        if angles is None or len(paths) % len(angles):
             draw_paths(axes, paths, COLOURS[context])
         else:
             for angle, some in zip(angles, np.split(paths, len(angles))):
@@ -154,8 +164,10 @@ def draw(figures, angles):
 def main(args):
     """Draw. Raises InputError."""
     found = read(args.run, args.run / "args.json", args.run / "eval.csv")
-    # Without the room for what is not drawn
-    draw(*found).savefig(args.out, dpi=100, bbox_inches="tight")
+    figure = draw(*found)
+    # "tight": without the room for what is not drawn
+    style = {"format": args.out.suffix[1:] or "png", "dpi": 100, "bbox_inches": "tight"}
+    write_file(args.out, lambda file: figure.savefig(file, **style))
 
 
 if __name__ == "__main__":
