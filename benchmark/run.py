@@ -1,9 +1,11 @@
 """Run a benchmark and keep its evidence: python benchmark/run.py point_direction
 
-Starts the runs of one row of BENCHMARKS with one thread each, --parallel at a time, and copies eval.csv, args.json and
-the diagnostics in TensorBoard's files of each into benchmark/results/{name}/, of a run that was stopped as well. Called
-again, it goes on with runs that have a checkpoint, and does not make results again that are there already; it says so
-where they are of a run that did not end. With --ray the runs are tasks of a Ray cluster, see benchmark/README.md.
+Starts the runs of one row of BENCHMARKS with one thread each, --parallel at a time. Copies
+eval.csv, args.json and the diagnostics in TensorBoard's files of each into
+benchmark/results/{name}/, of a run that was stopped as well. Called again, it goes on with runs
+that have a checkpoint. It does not make results again that are there already, and says so where
+they are of a run that did not end. With --ray the runs are tasks of a Ray cluster, see
+benchmark/README.md.
 """
 
 import contextlib
@@ -35,174 +37,228 @@ from benchmark import agents
 from plumbing.flags import launch_tool, print_safely
 
 POINT = "smac_offline_online.py --env-id PointDirection"
+GOAL_DATA = f"{POINT} --dataset datasets/PointDirectionGoal.npz"
 HOPPER = "--env-id HopperParam"
 ONE_TASK = "--tasks-per-iteration 1"
+FIVE_TASKS = "--tasks-per-iteration 5"
 SHORT = "--rl-batch 64 --updates-per-iteration 2000"
 SAWYER = "--env-id SawyerManipulation"
+SMALL_SAWYER = f"smac_offline_online.py {SAWYER} --rl-batch 128"
+ONE = (1,)
+TWO = (1, 2)
+THREE = (1, 2, 3)
 FOUR = (1, 2, 3, 4)
-SMALL_SAWYER = f"{SAWYER} --rl-batch 128"
+TEN = tuple(range(1, 11))
 
 
-def small(env_id, every, pearl, seeds=(1,)):
-    """Methods with a quarter of the paper's batch, one to two hours a run: {label: (command, seeds)}.
+def control(smac, steps):
+    """As many gradient steps as SMAC makes in both phases, all of them offline, no new data."""
+    return f"{smac} --offline-steps {steps} --online-iterations 0"
+
+
+def small(env_id, every, pearl, smac_seeds=THREE, pearl_seeds=ONE):
+    """Methods with a quarter of the paper's batch, an hour or two a run: {label: (command, seeds)}.
 
     Args:
         every: gradient steps between two evaluations.
         pearl: further flags of the Online Oracle, whose run makes the dataset.
-        seeds: of the Online Oracle.
     """
     flags = f"--env-id {env_id} --rl-batch 64 --eval-every {every}"
-    smac = f"smac_offline_online.py {flags} --updates-per-iteration 2000 --online-iterations 50"
+    offline = f"smac_offline_online.py {flags} --updates-per-iteration 2000"
+    smac = f"{offline} --online-iterations 50"
     return {
-        "smac": (smac, (1, 2, 3)),
-        "smac_actor_ablation": (f"{smac} --actor-ablation", (1,)),
-        "meta_bc": (f"meta_bc.py {flags}", (1,)),
-        "pearl": (f"pearl_online_oracle.py --env-id {env_id} {SHORT} {pearl}", seeds),
+        "smac": (smac, smac_seeds),
+        "smac_more_offline": (control(offline, 150_000), TWO),
+        "smac_actor_ablation": (f"{smac} --actor-ablation", ONE),
+        "meta_bc": (f"meta_bc.py {flags}", ONE),
+        "pearl": (f"pearl_online_oracle.py --env-id {env_id} {SHORT} {pearl}", pearl_seeds),
     }
 
 
 def baselines(env_id, flags=""):
     """The two published baselines, at their own budget."""
-    return {
-        name: (f"{name}.py --env-id {env_id} {flags}".strip(), (1,)) for name in ("macaw", "borel")
-    }
+    names = "macaw", "borel"
+    return {name: (f"{name}.py --env-id {env_id} {flags}".strip(), ONE) for name in names}
 
 
-def encoder_ablations(rows):
-    """The two of Figure 7, of a table with a row "smac"."""
-    losses = ("q", "reward_then_q")
+def encoder_ablations(smac):
+    """The two of Figure 7, of a command of SMAC."""
     return {
-        f"smac_encoder_{loss}": (f"{rows['smac'][0]} --encoder-loss {loss}", FOUR)
-        for loss in losses
+        "smac_encoder_q": (f"{smac} --encoder-loss q", FOUR),
+        "smac_encoder_reward_then_q": (f"{smac} --encoder-loss reward_then_q", FOUR),
     }
 
 
 def short(env_id):
     """All methods with --preset short."""
     flags = f"--env-id {env_id} --preset short"
-    smac = f"smac_offline_online.py {flags}" + " --tasks-per-iteration 5" * env_id.startswith(
-        "Sawyer"
-    )  # its row: one
-    steps = 30_000 if env_id == "CheetahVelocity" else 35_000  # as many as both phases have
-    control = f"{smac} --offline-steps {steps} --online-iterations 0"
-    rows = {"smac": (smac, FOUR), "smac_more_offline": (control, FOUR)}
-    if (
-        env_id == "PointDirection"
-    ):  # of the rest there is a benchmark of its own: its sizes are short anyway
-        return {"smac": (smac, (1, 2, 3))}
-    if env_id.startswith("Sawyer"):  # fifty scenes: Figure 9; the other methods with 200
-        test, two = f"{smac} --explore-tasks test", (1, 2)
-        return {
-            "smac": (smac, two), "smac_one_task": (f"smac_offline_online.py {flags}", (1,)),
-            "smac_test_tasks": (test, two), "smac_test_tasks_oracle_rewards": (f"{test} --oracle-rewards", two),
-        }  # fmt: skip
-    rows |= others(smac, flags) | {"pearl": (f"pearl_online_oracle.py {flags}", FOUR)}
-    return rows | (
-        encoder_ablations(rows)
-        if env_id in ("HopperParam", "WalkerParam", "HumanoidDirection")
-        else {}
-    )
+    smac = f"smac_offline_online.py {flags}"
+    rows = {"smac": (smac, FOUR), "smac_more_offline": (control(smac, short_steps(env_id)), FOUR)}
+    rows |= others(smac, flags)
+    rows["pearl"] = (f"pearl_online_oracle.py {flags}", FOUR)
+    if env_id in ("HopperParam", "WalkerParam", "HumanoidDirection"):
+        rows |= encoder_ablations(smac)
+    return rows
+
+
+def short_steps(env_id):
+    """Gradient steps of both phases of SMAC."""
+    return 30_000 if env_id == "CheetahVelocity" else 35_000
 
 
 def others(smac, flags):
     """The actor ablation and the methods without a second phase."""
-    rows = {name: (f"{name}.py {flags}", FOUR) for name in ("meta_bc", "macaw", "borel")}
-    return {"smac_actor_ablation": (f"{smac} --actor-ablation", FOUR), **rows}
+    rows = {"smac_actor_ablation": (f"{smac} --actor-ablation", FOUR)}
+    for name in ("meta_bc", "macaw", "borel"):
+        rows[name] = (f"{name}.py {flags}", FOUR)
+    return rows
+
+
+def explored(env_id):
+    """Sawyer's fifty scenes: does it matter where the second phase explores (Figure 9)?
+
+    The preset has one task an iteration; the rows without a word on it have five, as elsewhere.
+    """
+    one_task = f"smac_offline_online.py --env-id {env_id} --preset short"
+    smac = f"{one_task} {FIVE_TASKS}"
+    test, oracle = "--explore-tasks test", "--explore-tasks test --oracle-rewards"
+    rows = {
+        "smac": (smac, TWO),
+        "smac_more_offline": (control(one_task, 35_000), TWO),
+        "smac_test_tasks": (f"{smac} {test}", TWO),
+        "smac_test_tasks_oracle_rewards": (f"{smac} {oracle}", TWO),
+        "smac_one_task": (one_task, ONE),
+    }
+    if env_id == "SawyerManipulation8":  # Figure 9's eight behaviours
+        rows["smac_one_task"] = (one_task, FOUR)
+        rows["smac_test_tasks_one_task"] = (f"{one_task} {test}", FOUR)
+        rows["smac_test_tasks_oracle_rewards_one_task"] = (f"{one_task} {oracle}", FOUR)
+        rows["smac_more_offline"] = (control(one_task, 35_000), FOUR)
+    return rows
 
 
 def scenes():
-    """All methods with --preset short on Sawyer with 200 scenes; true rewards stand for the Online Oracle."""
+    """All methods with --preset short on Sawyer with 200 scenes; true rewards are the oracle."""
     flags = (
         "--env-id SawyerManipulation --preset short --dataset datasets/SawyerManipulation200.npz"
     )
     smac = f"smac_offline_online.py {flags}"
     return {
-        "smac": (smac, FOUR), "smac_more_offline": (f"{smac} --offline-steps 35000 --online-iterations 0", FOUR),
-        "smac_oracle_rewards": (f"{smac} --oracle-rewards", FOUR), **others(smac, flags),
-        "smac_five_tasks": (f"{smac} --tasks-per-iteration 5", (3,)),
-        "smac_lambda_pearl": (f"{smac} --lambda-pearl 1", (1,)),
-    }  # fmt: skip
+        "smac": (smac, FOUR),
+        "smac_more_offline": (control(smac, 35_000), FOUR),
+        "smac_oracle_rewards": (f"{smac} --oracle-rewards", FOUR),
+        **others(smac, flags),
+        "smac_five_tasks": (f"{smac} {FIVE_TASKS}", (3,)),
+        "smac_lambda_pearl": (f"{smac} --lambda-pearl 1", ONE),
+    }
 
 
-HOPPER_SMALL = small("HopperParam", 5000, "--online-iterations 50", (1, 2, 3))
+SHORT_BENCHMARKS = {
+    "short/PointDirection": {  # its own sizes, see point_direction, are short anyway
+        "smac": (f"{POINT} --preset short", THREE),
+    },
+    "short/SawyerManipulation": explored("SawyerManipulation"),
+    "short/SawyerManipulation8": explored("SawyerManipulation8"),
+    "short/SawyerManipulation200": scenes(),
+}
+for _env_id in envs.SPECS:
+    if f"short/{_env_id}" not in SHORT_BENCHMARKS:
+        SHORT_BENCHMARKS[f"short/{_env_id}"] = short(_env_id)
+
+PEARL_50 = "--online-iterations 50"  # what the oracles of some families add to their command
+HOPPER_SMALL = small("HopperParam", 5000, PEARL_50, pearl_seeds=THREE)
 CHEETAH_SMALL = small(
-    "CheetahVelocity", 5000, "--online-iterations 50 --save-dataset datasets/CheetahVelocity.npz"
-)  # fmt: skip
-CHEETAH_SMAC = CHEETAH_SMALL["smac"][0]
-# The oracles of Walker and Humanoid also make their datasets, after 40 or 100 iterations.
-WALKER_SMALL, ANT_SMALL, HUMANOID_SMALL = (
-    small(env_id, every, f"--online-iterations {end} --eval-every 10000{save}")
-    for env_id, every, end, save in (
-        ("WalkerParam", 5000, 40, " --save-dataset datasets/WalkerParam.npz"),
-        ("AntDirection", 10_000, 100, ""),
-        ("HumanoidDirection", 5000, 100, " --save-dataset datasets/HumanoidDirection.npz"),
-    )
+    "CheetahVelocity", 5000, f"{PEARL_50} --save-dataset datasets/CheetahVelocity.npz"
 )
-TEN = tuple(range(1, 11))
+# The oracles of Walker and Humanoid also make their datasets, after 40 or 100 iterations.
+WALKER_SMALL = small(
+    "WalkerParam",
+    5000,
+    "--online-iterations 40 --eval-every 10000 --save-dataset datasets/WalkerParam.npz",
+    smac_seeds=TWO,
+)
+ANT_SMALL = small(
+    "AntDirection", 10_000, "--online-iterations 100 --eval-every 10000", smac_seeds=TWO
+)
+HUMANOID_SMALL = small(
+    "HumanoidDirection",
+    5000,
+    "--online-iterations 100 --eval-every 10000 --save-dataset datasets/HumanoidDirection.npz",
+)
+CHEETAH_SMAC = CHEETAH_SMALL["smac"][0]
 BENCHMARKS = {
     # name: {label: (command, seeds)}
     "point_direction": {
-        "smac": (POINT, TEN), "smac_more_offline": (f"{POINT} --offline-steps 12600 --online-iterations 0", TEN),
+        "smac": (POINT, TEN),
+        "smac_more_offline": (control(POINT, 12_600), TEN),
         "smac_oracle_rewards": (f"{POINT} --oracle-rewards", TEN),
         "meta_bc": ("meta_bc.py --env-id PointDirection", TEN),
         "pearl": ("pearl_online_oracle.py --env-id PointDirection", TEN),
         "smac_actor_ablation": (f"{POINT} --actor-ablation", TEN),
-        "smac_encoder_q": (f"{POINT} --encoder-loss q", (1, 2, 3)),
-        "smac_encoder_reward_then_q": (f"{POINT} --encoder-loss reward_then_q", (1, 2, 3)),
-        "smac_test_tasks": (f"{POINT} --explore-tasks test", (1, 2, 3)),
-        "smac_test_tasks_oracle_rewards": (f"{POINT} --explore-tasks test --oracle-rewards", (1, 2, 3)),
-        "smac_goal_data": (f"{POINT} --dataset datasets/PointDirectionGoal.npz", (1, 2, 3)),
-        "smac_goal_data_slow": (f"{POINT} --dataset datasets/PointDirectionGoal.npz --lr 3e-4", (1, 2, 3)),
-        "smac_goal_data_oracle_rewards": (
-            f"{POINT} --dataset datasets/PointDirectionGoal.npz --oracle-rewards", (1, 2, 3)
-        ),
+        "smac_encoder_q": (f"{POINT} --encoder-loss q", THREE),
+        "smac_encoder_reward_then_q": (f"{POINT} --encoder-loss reward_then_q", THREE),
+        "smac_test_tasks": (f"{POINT} --explore-tasks test", THREE),
+        "smac_test_tasks_oracle_rewards": (f"{POINT} --explore-tasks test --oracle-rewards", THREE),
+        "smac_goal_data": (GOAL_DATA, THREE),
+        "smac_goal_data_slow": (f"{GOAL_DATA} --lr 3e-4", THREE),
+        "smac_goal_data_oracle_rewards": (f"{GOAL_DATA} --oracle-rewards", THREE),
         "macaw": ("macaw.py --env-id PointDirection", TEN),
         "macaw_matched": ("macaw.py --env-id PointDirection --preset matched", TEN),
         "borel": ("borel.py --env-id PointDirection", TEN),
-        "borel_matched": ("borel.py --env-id PointDirection --preset matched", (1, 2, 3)),
+        "borel_matched": ("borel.py --env-id PointDirection --preset matched", THREE),
     },
     "hopper_param": {
-        "smac": (f"smac_offline_online.py {HOPPER}", (1, 2, 3)),
-        "smac_one_task": (f"smac_offline_online.py {HOPPER} {ONE_TASK}", (1,)),
+        "smac": (f"smac_offline_online.py {HOPPER}", THREE),
+        "smac_one_task": (f"smac_offline_online.py {HOPPER} {ONE_TASK}", ONE),
         "pearl": (
             f"pearl_online_oracle.py {HOPPER} --online-iterations 50 --eval-every 16000 "
             "--save-dataset datasets/HopperParam.npz",
-            (1,),
+            ONE,
         ),
-        "meta_bc": (f"meta_bc.py {HOPPER}", (1,)),
+        "meta_bc": (f"meta_bc.py {HOPPER}", ONE),
         **baselines("HopperParam"),
     },
     "hopper_small": {
         **HOPPER_SMALL,
         "smac_one_task": (
-            f"smac_offline_online.py {HOPPER} --rl-batch 64 --eval-every 5000 {ONE_TASK} --online-iterations 25",
-            (1,),
+            f"smac_offline_online.py {HOPPER} --rl-batch 64 --eval-every 5000 {ONE_TASK} "
+            "--online-iterations 25",
+            ONE,
         ),
-        **encoder_ablations(HOPPER_SMALL),
+        **encoder_ablations(HOPPER_SMALL["smac"][0]),
     },
-    "walker_small": {**WALKER_SMALL, **baselines("WalkerParam"), **encoder_ablations(WALKER_SMALL)},
+    "walker_small": {
+        **WALKER_SMALL,
+        **baselines("WalkerParam"),
+        **encoder_ablations(WALKER_SMALL["smac"][0]),
+    },
     "cheetah_small": {
         **CHEETAH_SMALL,
         **baselines("CheetahVelocity"),
-        "smac_encoder_prior": (f"{CHEETAH_SMAC} --encoder-buffer prior", (1,)),
-        "smac_oracle_rewards": (CHEETAH_SMAC.replace("iterations 50", "iterations 25") + " --oracle-rewards", (1,)),
+        "smac_encoder_prior": (f"{CHEETAH_SMAC} --encoder-buffer prior", ONE),
+        "smac_oracle_rewards": (
+            CHEETAH_SMAC.replace("iterations 50", "iterations 25") + " --oracle-rewards",
+            ONE,
+        ),
     },
     "ant_small": {**ANT_SMALL, **baselines("AntDirection", "--eval-every 10000")},
     "humanoid_small": {
-        **HUMANOID_SMALL, **baselines("HumanoidDirection"), **encoder_ablations(HUMANOID_SMALL),
+        **HUMANOID_SMALL,
+        **baselines("HumanoidDirection"),
+        **encoder_ablations(HUMANOID_SMALL["smac"][0]),
     },
-    **{f"short/{env_id}": short(env_id) for env_id in envs.SPECS}, "short/SawyerManipulation200": scenes(),
+    **SHORT_BENCHMARKS,
     "sawyer": {
-        "smac": (f"smac_offline_online.py {SAWYER} --online-iterations 20", (1,)),
-        "meta_bc": (f"meta_bc.py {SAWYER}", (1,)),
+        "smac": (f"smac_offline_online.py {SAWYER} --online-iterations 20", ONE),
+        "meta_bc": (f"meta_bc.py {SAWYER}", ONE),
     },
     "sawyer_small": {
-        "smac": (f"smac_offline_online.py {SMALL_SAWYER} --online-iterations 12", (1,)),
-        "smac_two_critics": (f"smac_offline_online.py {SMALL_SAWYER} --online-iterations 20 --num-critics 2", (1,)),
-        "smac_test_tasks": (f"smac_offline_online.py {SMALL_SAWYER} --online-iterations 12 --explore-tasks test", (1,)),
-        "meta_bc": (f"meta_bc.py {SMALL_SAWYER}", (1,)),
+        "smac": (f"{SMALL_SAWYER} --online-iterations 12", ONE),
+        "smac_two_critics": (f"{SMALL_SAWYER} --online-iterations 20 --num-critics 2", ONE),
+        "smac_test_tasks": (f"{SMALL_SAWYER} --online-iterations 12 --explore-tasks test", ONE),
+        "meta_bc": (f"meta_bc.py {SAWYER} --rl-batch 128", ONE),
     },
-}  # fmt: skip
+}
 
 
 @dataclasses.dataclass
@@ -210,48 +266,59 @@ class Args:
     name: tyro.conf.Positional[str]  # a key of BENCHMARKS, or what several begin with: short
     only: tuple[str, ...] = ()  # labels of the runs to make, in place of all of them
     parallel: int = 2  # runs side by side, one thread each
-    run_dir: str = (
-        "runs/benchmark"  # where the runs write; a run that was stopped goes on from its checkpoint
-    )
-    agents: bool = False  # of runs that end keep what acting needs, too: results/{name}/agents/{label}__{seed}.npz
+    run_dir: str = "runs/benchmark"  # where the runs write, and keep their checkpoints
+    agents: bool = False  # keep what acting needs of runs that end, in results/{name}/agents/
     results: str = "benchmark/results"  # where the evidence goes
     ray: Optional[str] = (
-        None  # address of a Ray cluster, "auto" from one of its machines, "local" for this one alone
+        None  # address of a Ray cluster; "auto" from one of its machines, or "local"
     )
     gpus_per_run: float = 0.0  # with --ray: share of a GPU for each run
 
 
 def diagnostics(result, file):
-    """Write what a run logged beside returns and losses, if anything, as a small CSV: a line for each evaluation."""
+    """Write what a run logged beside returns and losses as a CSV, a line for each evaluation."""
     events = EventAccumulator(str(result), size_guidance={"scalars": 0})
     events.Reload()
-    tags = [
-        tag for tag in events.Tags()["scalars"] if tag.startswith(("charts/", "eval/", "train/"))
-    ]
     left_out = "context_return", "exploration_return", "SPS"  # the returns are in eval.csv
-    tags = sorted(tag for tag in tags if not tag.endswith(left_out))
-    curves = {
-        tag: {point.step: f"{point.value:.4g}" for point in events.Scalars(tag)} for tag in tags
-    }
-    if curves:
-        with open(result / "eval.csv", newline="") as lines:
-            steps = sorted({int(row["gradient_step"]) for row in csv.DictReader(lines)})
-        rows = [[step, *(curve.get(step, "") for curve in curves.values())] for step in steps]
-        file.parent.mkdir(exist_ok=True)
-        with open(file, "w", newline="") as lines:
-            csv.writer(lines).writerows([["gradient_step", *curves], *rows])
+    curves = {}
+    for tag in sorted(events.Tags()["scalars"]):
+        if tag.startswith(("charts/", "eval/", "train/")) and not tag.endswith(left_out):
+            curves[tag] = {point.step: f"{point.value:.4g}" for point in events.Scalars(tag)}
+    if not curves:
+        return
+    with open(result / "eval.csv", newline="") as lines:
+        steps = sorted({int(row["gradient_step"]) for row in csv.DictReader(lines)})
+    rows = [["gradient_step", *curves]]
+    for step in steps:
+        rows.append([step, *(curve.get(step, "") for curve in curves.values())])
+    file.parent.mkdir(exist_ok=True)
+    with open(file, "w", newline="") as lines:
+        csv.writer(lines).writerows(rows)
 
 
 def is_finished(results):
-    """Whether the last evaluation in eval.csv is that of the run's last gradient step, by args.json beside it."""
+    """Whether an eval.csv ends at the last gradient step that the args.json beside it plans."""
     flags = json.loads(results.with_suffix(".json").read_text())
     planned = flags.get("vae_steps", 0) + flags.get("offline_steps", 0)
     planned += flags.get("online_iterations", 0) * flags.get("updates_per_iteration", 0)
     return results.read_text().splitlines()[-1].startswith(f"{planned},")
 
 
+def keep(result, out, name):
+    """Copy what a run wrote to its folder `result` into the folder of the evidence."""
+    if not (result / "eval.csv").exists():
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    shutil.copy(result / "eval.csv", out / f"{name}.csv")
+    shutil.copy(result / "args.json", out / f"{name}.json")
+    diagnostics(result, out / "diagnostics" / f"{name}.csv")
+
+
 def run(name, label, command, seed, args):
-    """Start or continue one run; copy what it wrote. Returns a line about it. Raises InputError: it failed."""
+    """Start or continue one run, and keep what it wrote.
+
+    Returns a line about it. Raises InputError: it failed.
+    """
     out = ROOT / args.results / name
     script, *flags = shlex.split(command)
     env_id = flags[flags.index("--env-id") + 1]
@@ -259,33 +326,28 @@ def run(name, label, command, seed, args):
     result = folder / f"{env_id}__{Path(script).stem}__{seed}"
     if args.ray:
         wait_until_free(result / "args.json")
-    line = [
-        sys.executable,
-        script,
-        *flags,
-        "--seed",
-        str(seed),
-        "--run-dir",
-        os.path.relpath(folder, ROOT),
-    ]
+
+    line = [sys.executable, script, *flags]
+    kept = out / f"{label}__{seed}.csv"
     if (result / "checkpoint.npz").exists():
-        line = [sys.executable, script, *flags, "--resume", os.path.relpath(result, ROOT)]
-    elif (kept := out / f"{label}__{seed}.csv").exists():
-        unfinished = f" is unfinished and has no checkpoint here; to start anew, delete {kept}"
-        return (
-            f"{name} {label} seed {seed}{' is there already' if is_finished(kept) else unfinished}"
-        )
+        line += ["--resume", os.path.relpath(result, ROOT)]
+    elif kept.exists() and is_finished(kept):
+        return f"{name} {label} seed {seed} is there already"
+    elif kept.exists():
+        unfinished = "is unfinished and has no checkpoint here; to start anew, delete"
+        return f"{name} {label} seed {seed} {unfinished} {kept}"
+    else:
+        line += ["--seed", str(seed), "--run-dir", os.path.relpath(folder, ROOT)]
+
     folder.mkdir(parents=True, exist_ok=True)
-    start, last = time.time(), ""
+    start = time.time()
+    last = ""
+    # One precision for all seeds of a label
+    env = os.environ | {"OMP_NUM_THREADS": "1", "MATMUL_PRECISION": "highest"}
+    end = end_with_parent if args.ray else None
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    pipe |= {"encoding": "utf-8", "errors": "replace"}
     with open(folder / f"{seed}.log", "a") as log:
-        env = os.environ | {
-            "OMP_NUM_THREADS": "1",
-            "MATMUL_PRECISION": "highest",
-        }  # one for all seeds of a label
-        end = end_with_parent if args.ray else None
-        pipe = dict(
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace"
-        )
         process = subprocess.Popen(line, cwd=ROOT, env=env, preexec_fn=end, **pipe)
         for text in process.stdout:
             log.write(text)
@@ -293,17 +355,15 @@ def run(name, label, command, seed, args):
             last = text.strip() or last
             if args.ray:  # for the dashboard
                 print(text, end="", flush=True)
-    if (result / "eval.csv").exists():
-        out.mkdir(parents=True, exist_ok=True)
-        for file, suffix in (("eval.csv", ".csv"), ("args.json", ".json")):
-            shutil.copy(result / file, out / f"{label}__{seed}{suffix}")
-        diagnostics(result, out / "diagnostics" / f"{label}__{seed}.csv")
+    keep(result, out, f"{label}__{seed}")
     if process.wait():
         raise buffers.InputError(
             f"{name} {label} seed {seed} did not end: {last or process.returncode}"
         )
     if args.agents:
-        dataset = ROOT / flags[flags.index("--dataset") + 1] if "--dataset" in flags else None
+        dataset = None
+        if "--dataset" in flags:
+            dataset = ROOT / flags[flags.index("--dataset") + 1]
         agents.main(agents.Args(result, out / "agents" / f"{label}__{seed}.npz", dataset=dataset))
     return f"{name} {label} seed {seed}: {(time.time() - start) / 60:.1f} minutes"
 
@@ -326,8 +386,11 @@ def wait_until_free(file):
 
 
 def on_ray(jobs, args):
-    """Run as tasks of a cluster whose machines share this folder; a task whose machine is lost starts again elsewhere,
-    and goes on from the run's checkpoint. Yields, as tasks end, a function that gives what `run` returned or raised."""
+    """Run as tasks of a cluster whose machines share this folder.
+
+    A task whose machine is lost starts again elsewhere, and goes on from the run's checkpoint.
+    Yields, as tasks end, a function that gives what `run` returned or raised.
+    """
     if not importlib.util.find_spec("ray"):
         raise buffers.InputError(
             "--ray needs Ray: pip install -r benchmark/requirements-cluster.txt"

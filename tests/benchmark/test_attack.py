@@ -1,13 +1,13 @@
-"""benchmark/attack.py: whether it notices what it looks for; the attacks themselves are for it to try."""
+"""benchmark/robustness/attack.py: whether it notices what it looks for; the attacks themselves are for it to try."""
 
 import math
 import re
 
 import pytest
 
-from benchmark import attack, attacks
-from benchmark.attacks import FLAGS, KINDS, Attack
-from benchmark.hostile import dataset, write, zip_tricks
+from benchmark.robustness import attack, attacks
+from benchmark.robustness.attacks import FLAGS, KINDS, Attack
+from benchmark.robustness.hostile import dataset, write, zip_tricks
 
 ERROR = "echo error: no >&2; exit 2"
 DONE = "mkdir -p RUN; touch RUN/summary.png"

@@ -551,6 +551,35 @@ def test_figures_of_a_run(runs, tmp_path):
         figures.main(figures.Args(runs[smac] / "nowhere"))
 
 
+def test_a_tasks_direction_is_drawn_in_the_shade_of_its_paths(tmp_path):
+    """A dot on the rim where each task of the evaluation points; paths of a task have its shade."""
+    angles = buffers.load_dataset("PointDirection")["train_tasks"][[3, 7], 0]
+    ways = np.stack([np.cos(angles), np.sin(angles)], axis=-1)  # each task's two paths follow it
+    paths = np.repeat(ways, 2, axis=0)[:, None] * np.linspace(0, 4, 30)[:, None]
+    np.savez(tmp_path / "figures_900.npz", **{"own context": paths.astype(np.float32)})
+    (tmp_path / "args.json").write_text('{"env_id": "PointDirection", "dataset": null}')
+    lines = [f"900,0,train,own,{task},1.0,1.0" for task in (3, 7)]
+    (tmp_path / "eval.csv").write_text("\n".join([",".join(CSV_COLUMNS), *lines, ""]))
+    found = figures.read(tmp_path, tmp_path / "args.json", tmp_path / "eval.csv")
+    assert found[1].tolist() == angles.tolist()
+
+    axes = figures.draw(*found).axes[2]  # Figure 6 with own context
+    first, second, rim = axes.lines
+    assert [first.get_color(), second.get_color()] == [figures.shade(angle) for angle in angles]
+    radius = np.hypot(*rim.get_xydata()[0])
+    assert radius > 4
+    dots = axes.collections[0]
+    assert np.asarray(dots.get_offsets()) == pytest.approx(radius * ways)
+    assert dots.get_facecolor() == pytest.approx(np.array([figures.shade(a) for a in angles]))
+
+    for text in ("{", "[]", '{"env_id": 3}'):
+        (tmp_path / "args.json").write_text(text)
+        with pytest.raises(buffers.InputError, match="is not what a run writes"):
+            figures.main(figures.Args(tmp_path, tmp_path / "figures.png"))
+    (tmp_path / "args.json").write_text('{"env_id": "ball:Ball"}')  # whose module is not imported
+    assert figures.read(tmp_path, tmp_path / "args.json", tmp_path / "eval.csv")[1] is None
+
+
 def test_the_picture_of_a_run_by_hand(tmp_path):
     """A colour for each context in all panels; the phases apart; two rows of panels beside the returns."""
     test, train = 0, 1  # as in SPLITS

@@ -40,8 +40,8 @@ import plumbing.flags
 import plumbing.pictures
 import plumbing.run
 import smac_offline_online as smac
-from benchmark import kill
-from benchmark.hostile import archive, header_tricks, write, zip_tricks
+from benchmark.robustness import kill
+from benchmark.robustness.hostile import archive, header_tricks, write, zip_tricks
 from buffers import InputError
 from plumbing.files import MAX_UNPACKED, flatten
 from plumbing.flags import check_flags, parse_args, preset, read_flags

@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 import buffers
 import envs
 import smac_offline_online as smac
-from benchmark import evaluation, precision, speed
-from benchmark.plain_update import NETWORKS, PlainAgent, plain_update, unstack
+from benchmark.speed import evaluation, precision, speed
+from benchmark.speed.plain_update import NETWORKS, PlainAgent, plain_update, unstack
 from plumbing.machine import cuda_graph, matmul_precision
 
 SMALL = dict(rl_batch=16, context_batch=8, q_hidden=(16, 16), policy_hidden=(16,), encoder_hidden=(16,))

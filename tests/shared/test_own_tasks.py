@@ -709,14 +709,14 @@ def num_bytes(buffer):
 
 
 def test_memory_is_flat_in_the_number_of_tasks():
-    """benchmark/memory.py measures it in processes, at 500,000 transitions."""
+    """benchmark/robustness/memory.py measures it in processes, at 500,000 transitions."""
     ten, thousand = (num_bytes(buffers.ReplayBuffer(tasks, 20, 6, 50_000)) for tasks in (10, 1_000))
     data = 50_000 * 4 * (2 * 20 + 6 + 2)
     assert data < ten <= thousand < 1.01 * ten and ten < 1.2 * data
 
 
 def test_the_measured_memory_is_flat_in_the_number_of_tasks():
-    """What benchmark/memory.py found: no column differs by a tenth between 10 and 1000 tasks."""
+    """What benchmark/robustness/memory.py found: no column differs by a tenth between 10 and 1000 tasks."""
     rows = re.findall(
         r"^\| ([\d,]+) \| (.*) \|$",
         (ROOT / "benchmark" / "results" / "memory.md").read_text(),

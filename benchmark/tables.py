@@ -1,0 +1,644 @@
+"""The tables and numbers that plot.py writes into the texts: what evidence.py finds, in words."""
+
+import dataclasses
+import functools
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmark import evidence
+from benchmark.evidence import GROUPS, OFFLINE, SECOND, TEST, data_of, interval, paired, scores
+from buffers import InputError
+
+NAMES = {  # label of a run: its name in pictures and texts, in this order
+    "smac": "SMAC",
+    "smac_more_offline": "control: as many steps, all offline",
+    "smac_actor_ablation": "actor ablation",
+    "meta_bc": "meta behaviour cloning",
+    "macaw": "MACAW",
+    "macaw_matched": "MACAW, SMAC's sizes",
+    "borel": "BOReL",
+    "borel_matched": "BOReL, SMAC's sizes",
+    "pearl": "Online Oracle (PEARL)",
+    "smac_oracle_rewards": "true rewards in the second phase",
+    "smac_encoder_q": "only Q-loss (both phases)",
+    "smac_encoder_reward_then_q": "only Q-loss (second phase)",
+    "smac_encoder_prior": "the encoder's buffer grows",
+    "smac_two_critics": "two critics",
+    "smac_one_task": "one task an iteration",
+    "smac_five_tasks": "five tasks an iteration",
+    "smac_lambda_pearl": "lambda_pearl 1",
+    "smac_test_tasks": "explores test tasks",
+    "smac_test_tasks_one_task": "explores test tasks, one task",
+    "smac_test_tasks_oracle_rewards": "explores test tasks, true rewards",
+    "smac_test_tasks_oracle_rewards_one_task": "explores test tasks, true rewards, one task",
+    "smac_goal_data": "goal-directed data",
+    "smac_goal_data_slow": "goal-directed data, lr 3e-4",
+    "smac_goal_data_oracle_rewards": "goal-directed data, true rewards",
+}
+SCENES = "SawyerManipulation, 200 scenes"  # the default data have fifty
+FOLDERS = {  # of an environment's runs with --preset short; PointDirection's own sizes are small
+    "HopperParam": "short/HopperParam",
+    "WalkerParam": "short/WalkerParam",
+    "CheetahVelocity": "short/CheetahVelocity",
+    "AntDirection": "short/AntDirection",
+    "HumanoidDirection": "short/HumanoidDirection",
+    SCENES: "short/SawyerManipulation200",
+    "SawyerManipulation": "short/SawyerManipulation",
+    "SawyerManipulation8": "short/SawyerManipulation8",
+    "PointDirection": "point_direction",
+}
+SHORT_NAMES = {  # of the columns of wide tables
+    "HopperParam": "Hopper",
+    "WalkerParam": "Walker",
+    "CheetahVelocity": "Cheetah",
+    "AntDirection": "Ant",
+    "HumanoidDirection": "Humanoid",
+    SCENES: "Sawyer (200 scenes)",
+    "SawyerManipulation": "Sawyer (50 scenes)",
+    "SawyerManipulation8": "Sawyer (8 behaviours)",
+    "PointDirection": "point mass",
+}
+SIX = list(FOLDERS)[:6]  # the paper's domains
+COMPARED = [*SIX, "PointDirection"]  # on which all methods have runs, or will have
+LARGER = {  # the paper's networks
+    "HopperParam": "hopper_small",
+    "WalkerParam": "walker_small",
+    "CheetahVelocity": "cheetah_small",
+    "AntDirection": "ant_small",
+    "HumanoidDirection": "humanoid_small",
+    "SawyerManipulation": "sawyer_small",
+}
+RIVALS = {  # the better of the labels counts
+    "actor ablation": ["smac_actor_ablation"],
+    "meta-BC": ["meta_bc"],
+    "MACAW": ["macaw", "macaw_matched"],
+    "BOReL": ["borel", "borel_matched"],
+}
+CONTROL = ["smac_more_offline"]
+NEVER = -50.0  # the return on Sawyer of a policy that never achieves the behaviour
+NEAR = 0.1  # of the distance from the data to the best method
+
+
+def method_name(label):
+    return "Online Oracle" if label == "pearl" else NAMES[label]
+
+
+def oracle(environment):
+    """True rewards stand for the Online Oracle on Sawyer, whose data are not of PEARL."""
+    return ["smac_oracle_rewards" if environment.startswith("Sawyer") else "pearl"]
+
+
+def best(found, labels, phase="last"):
+    """The best of some labels of {label: {seed: Run}}.
+
+    Returns the label and its {seed: score}; None and {} if none of them was run.
+    """
+    candidates = {label: scores(found[label], phase) for label in labels if label in found}
+    candidates = {label: values for label, values in candidates.items() if values}
+    if not candidates:
+        return None, {}
+    label = max(candidates, key=lambda label: np.mean(list(candidates[label].values())))
+    return label, candidates[label]
+
+
+@functools.cache
+def scale(folder):
+    """Two returns, the zero and the one of normalised returns: the data's, and of the best method.
+
+    On Sawyer the data are of a script that knows its task, so there zero is the return of never
+    achieving the behaviour.
+    """
+    found = evidence.load(folder)
+    environment = "Sawyer" if "Sawyer" in folder else ""
+    labels = ["smac", *CONTROL, *sum(RIVALS.values(), []), *oracle(environment)]
+    _, values = best(found, labels)
+    if environment == "Sawyer":
+        zero = NEVER
+    else:
+        levels = [data_of(next(iter(runs.values())).flags)[0] for runs in found.values()]
+        zero = next(level for level in levels if not math.isnan(level))
+    return zero, float(np.mean(list(values.values())))
+
+
+# ===== Words
+
+
+def places(environment):
+    """Digits after the point: returns of the robots that walk are hundreds."""
+    return 1 if environment.startswith(("Sawyer", "Point")) else 0
+
+
+def rounded(value, digits, sign=""):
+    text = f"{value:{sign}.{digits}f}"
+    return text.replace("-0.0", "0.0") if float(text) == 0 else text
+
+
+def mean_words(values, digits=1, sign=""):
+    """Values of several seeds as a cell: "12.3 ± 4.5 (3)"."""
+    values = list(values)
+    if not values:
+        return ""
+    mean, half = interval(values)
+    width = "" if math.isnan(half) else f" ± {half:.{digits}f}"
+    return f"{rounded(mean, digits, sign)}{width} ({len(values)})"
+
+
+def phase_words(runs, group=TEST, digits=1):
+    """Scores of both phases of {seed: Run} as a cell: "12.3 ± 4.5 → 23.4 ± 5.6 (3)"."""
+    cells = []
+    for phase in (OFFLINE, SECOND):
+        if values := scores(runs, phase, group).values():
+            cells.append(mean_words(values, digits))
+    return " → ".join([cell.rpartition(" (")[0] for cell in cells[:-1]] + cells[-1:])
+
+
+def markdown(head, rows):
+    lines = [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
+    return "\n".join(lines)
+
+
+# ===== Tables of methods
+
+
+def data_words(found, digits):
+    for runs in found.values():
+        level = data_of(next(iter(runs.values())).flags)[0]
+        if not math.isnan(level):
+            return rounded(level, digits)
+    return ""
+
+
+def rival_words(found, digits):
+    """The best rival and its score, as a cell."""
+    label, values = best(found, sum(RIVALS.values(), []))
+    if label is None:
+        return ""
+    name = next(name for name, labels in RIVALS.items() if label in labels)
+    return f"{name} {mean_words(values.values(), digits)}"
+
+
+def glance_table(folders):
+    head = "environment", "data", "SMAC, offline", "SMAC, after", "control", "best rival", "oracle"
+    rows = []
+    for environment, folder in folders.items():
+        found = evidence.load(folder)
+        if not found:
+            continue
+        digits = places(environment)
+        row = [environment, data_words(found, digits)]
+        for phase in (OFFLINE, SECOND):
+            row.append(mean_words(scores(found.get("smac", {}), phase).values(), digits))
+        row.append(mean_words(best(found, CONTROL)[1].values(), digits))
+        row.append(rival_words(found, digits))
+        row.append(mean_words(best(found, oracle(environment))[1].values(), digits))
+        rows.append(row)
+    return markdown(head, rows)
+
+
+def methods_table():
+    """Every method on every environment."""
+    head = ["environment", "SMAC, offline", "SMAC, after", "control", *RIVALS, "oracle"]
+    rows = []
+    for environment in COMPARED:
+        found = evidence.load(FOLDERS[environment])
+        digits = places(environment)
+        row = [environment]
+        for phase in (OFFLINE, SECOND):
+            row.append(mean_words(scores(found["smac"], phase).values(), digits))
+        for labels in (CONTROL, *RIVALS.values(), oracle(environment)):
+            row.append(mean_words(best(found, labels)[1].values(), digits))
+        rows.append(row)
+    return markdown(head, rows)
+
+
+def runs_table(name):
+    """Every label of a benchmark: its returns, and what they cost."""
+    titles = [f"{tasks} tasks, {context} context" for tasks, context in GROUPS]
+    head = ["run", "data", *titles, "gradient steps", "drawn", "new"]
+    rows = []
+    found = evidence.load(name)
+    for label in sorted(found, key=[*NAMES, *found].index):
+        runs = found[label]
+        run = next(iter(runs.values()))
+        row = [f"`{label}`", data_words({label: runs}, 1)]
+        row += [phase_words(runs, group) for group in GROUPS]
+        moments = dict.fromkeys((run.offline_end or run.end, run.end))
+        drawn = [evidence.drawn_transitions(run.flags, step) for step in moments]
+        row.append(" → ".join(f"{step:,}" for step in moments))
+        row.append(" → ".join(f"{rl:.1f} + {context:.1f}" for rl, context in drawn))
+        row.append(f"{np.mean([run.transitions[run.end] for run in runs.values()]):,.0f}")
+        rows.append(row)
+    return markdown(head, rows)
+
+
+# ===== Over environments
+
+OVERALL = {  # method: its labels, of which the better counts on an environment
+    "smac": ["smac"],
+    "smac_more_offline": CONTROL,
+    "smac_actor_ablation": RIVALS["actor ablation"],
+    "meta_bc": RIVALS["meta-BC"],
+    "macaw": RIVALS["MACAW"],
+    "borel": RIVALS["BOReL"],
+    "pearl": None,  # see `oracle`
+}
+
+
+def normalised(label, phase="last"):
+    """A method's normalised scores on the paper's six domains: for each an array of its seeds."""
+    samples = []
+    for environment in SIX:
+        found = evidence.load(FOLDERS[environment])
+        zero, one = scale(FOLDERS[environment])
+        _, values = best(found, OVERALL[label] or oracle(environment), phase)
+        samples.append((np.array(list(values.values())) - zero) / (one - zero))
+    return samples
+
+
+def normalised_means():
+    """The interquartile mean of each method.
+
+    Returns [(method, mean, its interval or None, numbers of seeds)]; None, None, () in place of the
+    last three where the method has not been run on all environments.
+    """
+    rows = []
+    for label in OVERALL:
+        samples = normalised(label)
+        numbers = [len(sample) for sample in samples]
+        if min(numbers) == 0:
+            rows.append((label, None, None, ()))
+        else:
+            rows.append((label, *evidence.interquartile_mean(samples), numbers))
+    return rows
+
+
+def interval_words(value, interval):
+    if value is None:
+        return ""
+    width = "" if interval is None else f" [{interval[0]:.2f}, {interval[1]:.2f}]"
+    return f"{value:.2f}{width}"
+
+
+def overall_table():
+    """Interquartile means, and how often a seed of SMAC beats one of the other method."""
+    head = "method", "seeds", "interquartile mean", "probability that SMAC is better"
+    rows = []
+    smac = normalised("smac")
+    for label, mean, width, numbers in normalised_means():
+        seeds = "" if not numbers else f"{min(numbers)}"
+        if numbers and max(numbers) > min(numbers):
+            seeds = f"{min(numbers)} to {max(numbers)}"
+        chance = ""
+        if label != "smac" and numbers:
+            chance = interval_words(*evidence.probability_of_improvement(smac, normalised(label)))
+        if label != "smac" and not numbers:
+            chance = chance_words(smac, normalised(label))
+        rows.append([method_name(label), seeds, interval_words(mean, width), chance])
+    return markdown(head, rows)
+
+
+def chance_words(firsts, seconds):
+    """The probability of improvement on the environments that the second method has been run on."""
+    pairs = [(first, second) for first, second in zip(firsts, seconds) if len(second)]
+    if not pairs:
+        return ""
+    value, width = evidence.probability_of_improvement(*map(list, zip(*pairs)))
+    return f"{interval_words(value, width)}, on {len(pairs)} of 6"
+
+
+# ===== Claims
+
+
+@dataclasses.dataclass
+class Claim:
+    """Something that the paper says: the first is better than the second, or near it."""
+
+    key: str
+    title: str
+    first: tuple  # (labels, phase)
+    second: tuple  # (labels, phase); labels None: the oracle
+    near: bool = False
+    environments: tuple = tuple(COMPARED)
+
+
+SMAC_AFTER = ["smac"], SECOND
+ABLATED = "HopperParam", "WalkerParam", "HumanoidDirection", "PointDirection"
+EXPLORED = "SawyerManipulation8", "PointDirection"
+CLAIMS = [
+    Claim("after", "after > before", SMAC_AFTER, (["smac"], OFFLINE), environments=tuple(FOLDERS)),
+    Claim("control", "> control", SMAC_AFTER, (CONTROL, OFFLINE), environments=tuple(FOLDERS)),
+    Claim("actor", "> actor ablation", SMAC_AFTER, (RIVALS["actor ablation"], SECOND)),
+    Claim("meta_bc", "> meta-BC", SMAC_AFTER, (RIVALS["meta-BC"], OFFLINE)),
+    Claim("macaw", "> MACAW", SMAC_AFTER, (RIVALS["MACAW"], OFFLINE)),
+    Claim("borel", "> BOReL", SMAC_AFTER, (RIVALS["BOReL"], OFFLINE)),
+    Claim("oracle", "near the oracle", SMAC_AFTER, (None, SECOND), near=True),
+    Claim(
+        "q_both",
+        "Figure 7: > only Q-loss, both phases",
+        SMAC_AFTER,
+        (["smac_encoder_q"], SECOND),
+        environments=ABLATED,
+    ),
+    Claim(
+        "q_second",
+        "Figure 7: only Q-loss, second phase, is on par",
+        (["smac_encoder_reward_then_q"], SECOND),
+        SMAC_AFTER,
+        near=True,
+        environments=ABLATED,
+    ),
+    Claim(
+        "test_tasks",
+        "Figure 9: exploring test tasks > training tasks",
+        (["smac_test_tasks"], SECOND),
+        SMAC_AFTER,
+        environments=EXPLORED,
+    ),
+    Claim(
+        "test_rewards",
+        "Figure 9: exploring test tasks is near true rewards",
+        (["smac_test_tasks"], SECOND),
+        (["smac_test_tasks_oracle_rewards"], SECOND),
+        near=True,
+        environments=EXPLORED,
+    ),
+    Claim(
+        "test_one",
+        "Figure 9, one task an iteration: test > training tasks",
+        (["smac_test_tasks_one_task"], SECOND),
+        (["smac_one_task"], SECOND),
+        environments=EXPLORED[:1],
+    ),
+]
+HOLDS, DOES_NOT, UNKNOWN, NOT_RUN = "holds", "does not", "cannot be told", "not run"
+
+
+def verdict(differences, margin=0.0):
+    """One word on "the difference is above -margin", by its 95 % interval over seeds."""
+    if len(differences) < 2:
+        return UNKNOWN
+    mean, half = interval(differences)
+    if mean - half > -margin:
+        return HOLDS
+    if mean + half < -margin:
+        return DOES_NOT
+    return UNKNOWN
+
+
+def judge(claim, environment):
+    """The verdict on a claim, and the paired differences by seed (none: not run)."""
+    folder = FOLDERS[environment]
+    found = evidence.load(folder)
+    sides = []
+    for labels, phase in (claim.first, claim.second):
+        sides.append(best(found, labels or oracle(environment), phase)[1])
+    differences = paired(*sides)
+    margin = 0.0
+    if claim.near and len(differences):
+        zero, one = scale(folder)
+        margin = NEAR * (one - zero)
+    return verdict(differences, margin), differences
+
+
+def judge_adaptation(environment):
+    """The verdict on "own context is worth more than another task's, and than the prior"."""
+    found = evidence.adaptation(FOLDERS[environment])
+    rows = np.array(list(found.values())).reshape(-1, 3)
+    differences = [rows[:, 0] - rows[:, other] for other in (1, 2)]
+    verdicts = [verdict(some) for some in differences]
+    if DOES_NOT in verdicts:
+        return DOES_NOT, differences
+    return (HOLDS if verdicts == [HOLDS, HOLDS] else UNKNOWN), differences
+
+
+def claims_table():
+    """A row for each claim, a column for each environment."""
+    head = ["SMAC", *SHORT_NAMES.values()]
+    rows = []
+    for claim in CLAIMS:
+        row = [claim.title]
+        for environment in FOLDERS:
+            cell = ""
+            if environment in claim.environments:
+                word, differences = judge(claim, environment)
+                if len(differences):
+                    numbers = mean_words(differences, places(environment), "+")
+                    cell = f"{word}<br>{numbers}"
+            row.append(cell)
+        rows.append(row)
+    row = ["adapts: own context > another task's; > prior"]
+    for environment in FOLDERS:
+        word, differences = judge_adaptation(environment)
+        cell = ""
+        if len(differences[0]):
+            parts = [mean_words(some, places(environment), "+") for some in differences]
+            cell = f"{word}<br>{'; '.join(parts)}"
+        row.append(cell)
+    return markdown(head, [*rows, row])
+
+
+def claims_of(environment):
+    """The claims on one environment, a row each."""
+    head = "claim on SMAC", "", "difference by seed", "95 % interval", "seeds"
+    rows = []
+    for claim in CLAIMS:
+        if environment in claim.environments:
+            word, differences = judge(claim, environment)
+            rows.append([claim.title, word, *difference_words(differences, environment)])
+    word, differences = judge_adaptation(environment)
+    titles = "adapts: own context > another task's", "adapts: own context > the prior"
+    for title, some in zip(titles, differences):
+        rows.append([title, verdict(some), *difference_words(some, environment)])
+    rows = [row if row[-1] != "0" else [row[0], NOT_RUN, "", "", ""] for row in rows]
+    return markdown(head, rows)
+
+
+def difference_words(differences, environment):
+    if not len(differences):
+        return "", "", "0"
+    digits = places(environment)
+    mean, half = interval(differences)
+    low, high = rounded(mean - half, digits, "+"), rounded(mean + half, digits, "+")
+    width = "" if math.isnan(half) else f"{low} to {high}"
+    return rounded(mean, digits, "+"), width, str(len(differences))
+
+
+# ===== What explains the returns
+
+
+def adaptation_table():
+    """SMAC at its end with z from three sources."""
+    head = "environment", "own context", "another task's", "the prior"
+    head += "own - another's", "own - prior", "adapts"
+    rows = []
+    for environment, folder in FOLDERS.items():
+        found = evidence.adaptation(folder)
+        if not found:
+            continue
+        digits = places(environment)
+        columns = zip(*found.values())
+        word, differences = judge_adaptation(environment)
+        row = [environment, *(mean_words(column, digits) for column in columns)]
+        row += [mean_words(some, digits, "+") for some in differences]
+        rows.append([*row, word])
+    return markdown(head, rows)
+
+
+LABEL_ERROR = "eval/generated_reward_mse_over_reward_variance"
+DATA_ERROR = "eval/decoder_loss_over_reward_variance"
+
+
+def spread(values, digits):
+    values = list(values)
+    if not values:
+        return ""
+    return f"{min(values):.{digits}f} to {max(values):.{digits}f}"
+
+
+def labels_table():
+    """How wrong the labels of SMAC are, and how large its Q-values grow."""
+    head = "environment", "error on the data", "error on exploration, second phase"
+    head += "mean Q, first to last of the second phase", "seeds"
+    rows = []
+    for environment, folder in FOLDERS.items():
+        runs = evidence.load(folder)["smac"]
+        on_data, explored, first_q, last_q = [], [], [], []
+        for seed, run in runs.items():
+            offline = evidence.diagnostics(folder, "smac", seed, DATA_ERROR)
+            on_data += [x for step, x in offline.items() if step == run.offline_end]
+            errors = evidence.diagnostics(folder, "smac", seed, LABEL_ERROR)
+            explored += [x for step, x in errors.items() if step > run.offline_end]
+            q_means = evidence.diagnostics(folder, "smac", seed, "train/q_mean")
+            later = [x for step, x in sorted(q_means.items()) if step > run.offline_end]
+            first_q += later[:1]
+            last_q += later[-1:]
+        q_words = f"{np.mean(first_q):.0f} → {np.mean(last_q):.0f}" if last_q else ""
+        row = [environment, spread(on_data, 2), spread(explored, 2), q_words, str(len(runs))]
+        rows.append(row)
+    return markdown(head, rows)
+
+
+def success_table(name):
+    """Sawyer: the share of third episodes that end with the behaviour achieved, as a score."""
+    titles = [f"{tasks} tasks, {context} context" for tasks, context in GROUPS]
+    rows = []
+    found = evidence.load(name)
+    for label in sorted(found, key=[*NAMES, *found].index):
+        runs = found[label]
+        row = [f"`{label}`"]
+        for group in GROUPS:
+            column = f"charts/{group[0]}/{group[1]}_context_success"
+            successes = {}
+            for seed, run in runs.items():
+                curve = evidence.diagnostics(name, label, seed, column)
+                if curve:
+                    curves = {TEST: curve}
+                    successes[seed] = dataclasses.replace(run, curves=curves)
+            row.append(phase_words(successes, digits=2))
+        rows.append(row)
+    return markdown(["success", *titles], rows)
+
+
+# ===== Single numbers
+
+
+def labels_share():
+    """The part of the gain of true rewards that labels give on PointDirection, in per cent."""
+    found = evidence.load("point_direction")
+    before = np.mean(list(scores(found["smac"], OFFLINE).values()))
+    with_labels = np.mean(list(scores(found["smac"], SECOND).values()))
+    with_rewards = np.mean(list(scores(found["smac_oracle_rewards"], SECOND).values()))
+    return f"{100 * (with_labels - before) / (with_rewards - before):.0f}"
+
+
+def frozen_belief():
+    """BOReL's score on PointDirection with a belief that reads nothing of the scored episode."""
+    column = "charts/test/frozen_belief_return"
+    ends = []
+    for seed in evidence.load("point_direction")["borel"]:
+        curve = evidence.diagnostics("point_direction", "borel", seed, column)
+        ends.append(np.mean([curve[step] for step in sorted(curve)[-evidence.EVALUATIONS :]]))
+    return f"{np.mean(ends):.1f}"
+
+
+def at_step(folder, label, last):
+    """The mean of the three evaluations up to a gradient step, mean over seeds."""
+    means = []
+    for run in evidence.load(folder)[label].values():
+        curve = run.curves[TEST]
+        steps = sorted(step for step in curve if step <= last)[-evidence.EVALUATIONS :]
+        means.append(np.mean([curve[step] for step in steps]))
+    return f"{np.mean(means):.0f}"
+
+
+def ant_after_1000_steps():
+    """The lowest and the highest seed of SMAC on the Ant after 1,000 steps of the second phase."""
+    runs = evidence.load(FOLDERS["AntDirection"])["smac"].values()
+    returns = [run.curves[TEST][16_000] for run in runs]
+    return f"{min(returns):.0f} and {max(returns):.0f}"
+
+
+def where(key, word):
+    """The environments on which the verdict on a claim is a word, or on which it was not run."""
+    verdicts = {}
+    if key == "adapts":
+        for environment in FOLDERS:
+            verdict_here, differences = judge_adaptation(environment)
+            verdicts[environment] = verdict_here if len(differences[0]) else NOT_RUN
+    else:
+        claim = next(claim for claim in CLAIMS if claim.key == key)
+        for environment in claim.environments:
+            verdict_here, differences = judge(claim, environment)
+            verdicts[environment] = verdict_here if len(differences) else NOT_RUN
+    names = [SHORT_NAMES[name] for name, found in verdicts.items() if found == word]
+    if len(names) < 2:
+        return names[0] if names else "none"
+    return f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+WORDS = {"holds": HOLDS, "does-not": DOES_NOT, "unknown": UNKNOWN, "not-run": NOT_RUN}
+TABLES = {
+    "glance": lambda: glance_table({name: FOLDERS[name] for name in COMPARED}),
+    "larger": lambda: glance_table(LARGER),
+    "methods": methods_table,
+    "overall": overall_table,
+    "claims": claims_table,
+    "adaptation": adaptation_table,
+    "labels": labels_table,
+}
+TABLES_OF = {
+    "runs": runs_table,
+    "success": success_table,
+    "claims": claims_of,
+}  # claims/AntDirection
+NUMBERS = {
+    "ant_after_1000_steps": ant_after_1000_steps,
+    "labels_share": labels_share,
+    "frozen_belief": frozen_belief,
+    "hopper_at_100k": lambda: at_step("hopper_small", "smac", 100_000),
+    "hopper_oracle_at_100k": lambda: at_step("hopper_small", "pearl", 100_000),
+}
+
+
+def table(name):
+    """The table of a mark. Raises InputError: there is none of that name."""
+    kind, _, rest = name.partition("/")
+    if name in TABLES:
+        return TABLES[name]()
+    if kind in TABLES_OF:
+        return TABLES_OF[kind](SCENES if rest == "SawyerManipulation200" else rest)
+    raise InputError(f"there is no table {name}")
+
+
+def number(name):
+    """The number, or the few words, of a mark. Raises InputError: there is none of that name."""
+    kind, *rest = name.split("/")
+    if kind == "where" and len(rest) == 2 and rest[1] in WORDS:
+        return where(rest[0], WORDS[rest[1]])
+    if name not in NUMBERS:
+        raise InputError(f"there is no number {name}")
+    return NUMBERS[name]()
