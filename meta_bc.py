@@ -1,9 +1,12 @@
-"""Meta behaviour cloning: SMAC's offline phase with imitation in place of reinforcement learning (Figure 5's baseline).
+"""Meta behaviour cloning: SMAC's offline phase with imitation in place of reinforcement learning.
 
-Paper: Pong, Nair, Smith, Huang, Levine, "Offline Meta-Reinforcement Learning with Online Self-Supervision", ICML 2022,
-https://arxiv.org/abs/2107.03974, Section 6: "replaces the actor update in Equation (2) with simply maximizing
-log pi(a | s, z)". Encoder and reward decoder train as in SMAC (Eq. 3); there is no critic and no second phase.
-It explores as SMAC does, with z from the prior, and adapts as SMAC does, with z from q(z | h).
+It is a baseline of Figure 5 of Pong, Nair, Smith, Huang, Levine, "Offline Meta-Reinforcement
+Learning with Online Self-Supervision", ICML 2022, https://arxiv.org/abs/2107.03974, Section 6:
+"replaces the actor update in Equation (2) with simply maximizing log pi(a | s, z)".
+
+Encoder and reward decoder train as in smac_offline_online.py (Eq. 3). There is no critic, and no
+second phase. It explores as SMAC does, with z from the prior, and adapts as SMAC does, with z from
+q(z | h).
 
 Run: python meta_bc.py --env-id HopperParam
 """
@@ -23,45 +26,56 @@ import envs
 @dataclasses.dataclass
 class Args:
     # --- Run
-    env_id: str = "HopperParam"  # a key of envs.SPECS, or module:key of one's own; its PRESETS replace what follows
-    preset: Literal["paper", "short"] = (
-        "paper"  # the paper's sizes, or small ones: 8 to 20 minutes of one core
-    )
+    env_id: str = "HopperParam"  # a key of envs.SPECS, or module:key of your own
+    preset: Literal["paper", "short"] = "paper"  # the paper's sizes, or 8 to 20 minutes of a core
     seed: int = 1  # seed of the networks, of exploration and of sampling
-    dataset: Optional[str] = None  # offline dataset; default datasets/{env_id}.npz beside this file
+    dataset: Optional[str] = None  # offline dataset; by default datasets/{env_id}.npz
     offline_steps: int = 50_000  # gradient steps [C.3]
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # where networks and buffers live
-    run_dir: str = "runs"  # results go to RUN_DIR/{env_id}__{script}__{seed}/
-    resume: Optional[str] = None  # folder of a run: continue it from its checkpoint, with its flags
     eval_every: int = 4_000  # gradient steps between two evaluations, each with a checkpoint
+    run_dir: str = "runs"  # results go to RUN_DIR/{env_id}__{script}__{seed}/
+    resume: Optional[str] = None  # folder of a run: continue it from its checkpoint
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # where networks and buffers live
     compile: bool = False  # torch.compile the gradient step; needs a C++ compiler
     cuda_graph: bool = True  # on a GPU, record the gradient step once and replay it
 
-    # --- Algorithm
-    rl_batch: int = 256  # transitions a task for policy and decoder [Table 1]
-    context_batch: int = 64  # transitions a task in a history h [Table 1, encoder batch size]
-    meta_batch: int = 4  # tasks a gradient step [Table 1]
+    # --- Networks
     policy_hidden: tuple[int, ...] = (300, 300, 300)  # hidden sizes of the policy [Table 1]
     encoder_hidden: tuple[int, ...] = (200, 200, 200)  # hidden sizes of the encoder [Table 1]
     decoder_hidden: tuple[int, ...] = (64, 64)  # hidden sizes of the reward decoder [Table 1]
     latent_dim: int = 5  # size of z [Table 1]
+    next_obs_in_context: bool = False  # the encoder sees s' (in h in Section 3, not in C.3)
+
+    # --- Gradient step
+    rl_batch: int = 256  # transitions a task for policy and decoder [Table 1]
+    context_batch: int = 64  # transitions a task in a history h [Table 1, encoder batch size]
+    meta_batch: int = 4  # tasks a gradient step [Table 1]
     lr: float = 3e-4  # Adam's learning rate, all networks [Table 1]
-    kl_coef: float = 0.1  # weight of the KL term of Eq. 3 (the authors' code; it must fit the size of the rewards)
-    next_obs_in_context: bool = (
-        False  # the encoder sees s' as well (Section 3 lists it in h, C.3 does not)
-    )
+    kl_coef: float = 0.1  # weight of the KL term of Eq. 3 (authors' code); it must fit the rewards
 
 
+# --- What differs from these defaults in an environment, and with --preset short
 SMALL = dict(policy_hidden=(128, 128), encoder_hidden=(128, 128), lr=1e-3)
-# What differs from the defaults above. The KL weight must fit the rewards, as in smac_offline_online.py. PointDirection
-# is not in the paper: small networks and a short run.
 PRESETS = {
-    "AntDirection": dict(eval_every=8_000), "SawyerManipulation": dict(kl_coef=1 / 256, eval_every=8_000),
-    "PointDirection": SMALL | dict(rl_batch=128, kl_coef=0.002, offline_steps=3_000, eval_every=1_200),
+    "AntDirection": dict(eval_every=8_000),
+    "SawyerManipulation": dict(
+        kl_coef=1 / 256,  # Eq. 3 as written, a sum over 256 transitions: rewards are 0 or -1
+        eval_every=8_000,
+    ),
+    "PointDirection": SMALL  # a point mass, which is not in the paper
+    | dict(
+        rl_batch=128,
+        kl_coef=0.002,  # its rewards are .1 to .5
+        offline_steps=3_000,
+        eval_every=1_200,
+    ),
     "short": SMALL | dict(rl_batch=64, offline_steps=15_000, eval_every=5_000),
-    "CheetahVelocity short": dict(
-        policy_hidden=(300, 300, 300), encoder_hidden=(200, 200, 200), lr=3e-4, offline_steps=20_000),
-}  # fmt: skip
+    "CheetahVelocity short": dict(  # with small networks SMAC learned nothing here
+        policy_hidden=(300, 300, 300),
+        encoder_hidden=(200, 200, 200),
+        lr=3e-4,
+        offline_steps=20_000,
+    ),
+}
 PRESETS["SawyerManipulation8"] = PRESETS["SawyerManipulation"]
 
 
@@ -69,15 +83,18 @@ PRESETS["SawyerManipulation8"] = PRESETS["SawyerManipulation"]
 
 
 def mlp(sizes, last_init=3e-3):
-    """ReLU network of the given layer sizes; initial values of rlkit: hidden U(+-1/sqrt(out)), biases 0."""
+    """ReLU network of the given layer sizes, with the initial weights of rlkit."""
     layers = []
-    for i, (n_in, n_out) in enumerate(zip(sizes[:-1], sizes[1:])):
-        linear = nn.Linear(n_in, n_out)
-        bound = last_init if i == len(sizes) - 2 else 1 / math.sqrt(n_out)
+    last = len(sizes) - 2
+    for i in range(len(sizes) - 1):
+        linear = nn.Linear(sizes[i], sizes[i + 1])
+        bound = last_init if i == last else 1 / math.sqrt(sizes[i + 1])
         nn.init.uniform_(linear.weight, -bound, bound)
         nn.init.zeros_(linear.bias)
-        layers += [linear, nn.ReLU(inplace=True)]
-    return nn.Sequential(*layers[:-1])
+        layers.append(linear)
+        if i < last:
+            layers.append(nn.ReLU(inplace=True))
+    return nn.Sequential(*layers)
 
 
 class Encoder(nn.Module):
@@ -88,12 +105,16 @@ class Encoder(nn.Module):
         self.net = mlp([in_dim, *hidden, 2 * latent_dim])
 
     def forward(self, context):
-        """context h (T, C, in_dim), of any length C -> mean and standard deviation of z, (T, dz) each."""
+        """History h (T, C, in_dim), of any length C -> mean, standard deviation of z, (T, dz)."""
         mu, raw = self.net(context).chunk(2, dim=-1)  # (T, C, dz) each
-        # Softplus gives each factor's standard deviation (the authors' code: its variance).
-        precision = F.softplus(raw).square().clamp(min=1e-7).reciprocal()  # (T, C, dz)
-        variance = precision.sum(1).reciprocal()  # (T, dz)
-        return variance * (precision * mu).sum(1), variance.sqrt()
+        # As in C.3, softplus gives each factor's standard deviation; in the authors' code it
+        # gives the variance.
+        variance = F.softplus(raw).square().clamp(min=1e-7)  # (T, C, dz)
+        precision = variance.reciprocal()
+        # A product of Gaussians: precisions add up, means are weighted by them.
+        posterior_variance = precision.sum(1).reciprocal()  # (T, dz)
+        posterior_mean = posterior_variance * (precision * mu).sum(1)
+        return posterior_mean, posterior_variance.sqrt()
 
 
 class Decoder(nn.Module):
@@ -104,8 +125,9 @@ class Decoder(nn.Module):
         self.net = mlp([obs_dim + action_dim + latent_dim, *hidden, 1])
 
     def forward(self, obs, actions, z):
-        """obs (N, o), actions (N, a), z (N, dz) -> (N,)."""
-        return self.net(torch.cat([obs, actions, z], dim=-1)).squeeze(-1)
+        """obs (N, o), actions (N, a), z (N, dz) -> predicted rewards (N,)."""
+        inputs = torch.cat([obs, actions, z], dim=-1)
+        return self.net(inputs).squeeze(-1)
 
 
 class Policy(nn.Module):
@@ -117,7 +139,8 @@ class Policy(nn.Module):
 
     def forward(self, obs, z):
         """obs (N, o), z (N, dz) -> mean and log standard deviation before tanh, (N, a) each."""
-        mean, log_std = self.net(torch.cat([obs, z], dim=-1)).chunk(2, dim=-1)
+        inputs = torch.cat([obs, z], dim=-1)
+        mean, log_std = self.net(inputs).chunk(2, dim=-1)
         return mean, log_std.clamp(-20, 2)
 
 
@@ -126,23 +149,33 @@ class Agent(nn.Module):
 
     def __init__(self, obs_dim, action_dim, args):
         super().__init__()
-        context_dim = obs_dim + action_dim + 1 + obs_dim * args.next_obs_in_context
-        self.encoder = Encoder(context_dim, args.encoder_hidden, args.latent_dim)
-        self.decoder = Decoder(obs_dim, action_dim, args.decoder_hidden, args.latent_dim)
-        self.policy = Policy(obs_dim, action_dim, args.policy_hidden, args.latent_dim)
+        dz = args.latent_dim
+        context_dim = obs_dim + action_dim + 1
+        if args.next_obs_in_context:
+            context_dim += obs_dim
+        self.encoder = Encoder(context_dim, args.encoder_hidden, dz)
+        self.decoder = Decoder(obs_dim, action_dim, args.decoder_hidden, dz)
+        self.policy = Policy(obs_dim, action_dim, args.policy_hidden, dz)
+
+
+# ===== What the losses are made of
 
 
 def make_context(data, args):
-    """A history h as the encoder reads it: (s, a, r) or (s, a, r, s') of each transition, (..., in_dim)."""
-    names = ["obs", "actions", "rewards"] + ["next_obs"] * args.next_obs_in_context
-    return torch.cat([data[name] for name in names], dim=-1)
+    """A history h as the encoder reads it: (s, a, r) of each transition, or (s, a, r, s').
+
+    data: obs (..., o), actions (..., a), rewards (..., 1), next_obs (..., o) -> (..., in_dim).
+    """
+    parts = [data["obs"], data["actions"], data["rewards"]]
+    if args.next_obs_in_context:
+        parts.append(data["next_obs"])
+    return torch.cat(parts, dim=-1)
 
 
 def tanh_gaussian_log_prob(u, mean, log_std):
-    """log density of a = tanh(u) with u ~ N(mean, std): (N, a) each -> (N,)."""
-    gaussian = (
-        -0.5 * ((u - mean) * (-log_std).exp()).square() - log_std - 0.5 * math.log(2 * math.pi)
-    )
+    """Log density of a = tanh(u) with u ~ N(mean, std^2): (N, a) each -> (N,)."""
+    standardised = (u - mean) * (-log_std).exp()
+    gaussian = -0.5 * standardised.square() - log_std - 0.5 * math.log(2 * math.pi)
     log_derivative = 2 * (math.log(2) - u - F.softplus(-2 * u))  # log(1 - a^2), exact for any u
     return (gaussian - log_derivative).sum(-1)
 
@@ -152,153 +185,202 @@ def kl_to_prior(mu, sigma):
     return 0.5 * (mu.square() + sigma.square() - 2 * sigma.log() - 1).sum(-1)
 
 
-# ===== Losses. T tasks, B transitions a task, N = T * B; all pure functions of networks and data
+# ===== Losses: pure functions of networks and a flat batch of N = T * B transitions,
+# B of each of T tasks
 
 
 def cloning_loss(agent, batch, z):
-    """-log pi(a | s, z) of the dataset's actions, mean. z (N, dz)."""
+    """The mean of -log pi(a | s, z) over the dataset's actions.
+
+    z (N, dz) -> scalar.
+    """
     mean, log_std = agent.policy(batch["obs"], z)  # (N, a)
     data_u = torch.atanh(batch["actions"].clamp(-1 + 1e-6, 1 - 1e-6))
     return -tanh_gaussian_log_prob(data_u, mean, log_std).mean()
 
 
 def reward_loss(agent, batch, z):
-    """The squared error of L_reward (Eq. 3), on unscaled rewards of h'; `update` adds the KL. z (N, dz) -> scalar."""
+    """The squared error of L_reward (Eq. 3), on the unscaled rewards of h'; `update` adds the KL.
+
+    z (N, dz) -> scalar.
+    """
     # PAPER: sum over h, KL weight 1. CODE: mean over transitions and tasks, KL weight kl_coef.
-    return (agent.decoder(batch["obs"], batch["actions"], z) - batch["rewards"]).square().mean()
+    predicted = agent.decoder(batch["obs"], batch["actions"], z)
+    return (predicted - batch["rewards"]).square().mean()
+
+
+# ===== One gradient step
+
+
+def sample_batch(buffer, args, rng):
+    """Buffers D_i ~ D, of each two histories h and h' (as Alg. 1 of SMAC, l. 3), and all noise."""
+    num_tasks = len(buffer.sizes["rl"])
+    tasks = torch.randint(num_tasks, (args.meta_batch,), generator=rng, device=rng.device)  # (T,)
+
+    batch = buffer.sample(tasks, args.rl_batch, rng)  # h'
+    h = buffer.sample(tasks, args.context_batch, rng, "encoder")
+    batch["context"] = make_context(h, args)
+
+    z_shape = (args.meta_batch, args.latent_dim)
+    batch["noise_z"] = torch.randn(z_shape, generator=rng, device=rng.device)
+    return batch
 
 
 def update(agent, optimizer, batch, args):
     """One gradient step.
 
-    Args:
-        batch: context h (T, C, in_dim); of the second history h': obs (T, B, o), actions (T, B, a), rewards (T, B, 1);
-            standard normal noise_z (T, dz).
-    Returns:
-        scalars to log, as tensors.
-    """
-    repeat = batch["obs"].shape[1]
-    batch = batch | {name: batch[name].flatten(0, 1) for name in ("obs", "actions")}  # (N, .)
-    batch["rewards"] = batch["rewards"].flatten()  # (N,)
+    On a GPU the step is recorded once and replayed: no `.item()`, no `if` on a tensor, and all
+    noise comes with the batch.
 
-    # One backward pass: the detached z keeps the policy's loss out of the encoder.
+    Args:
+        batch: the history h that the encoder reads, context (T, C, in_dim); the second history h':
+            obs (T, B, o), actions (T, B, a), rewards (T, B, 1); standard normal noise_z (T, dz).
+
+    Returns scalars to log, as tensors.
+    """
+    # --- h' as flat rows: N = T * B
+    transitions = batch["obs"].shape[1]
+    flat = dict(batch)
+    for name in ("obs", "actions"):
+        flat[name] = batch[name].flatten(0, 1)  # (N, .)
+    flat["rewards"] = batch["rewards"].flatten()  # (N,)
+
+    # --- z ~ q(z | h), one for each task
     mu, sigma = agent.encoder(batch["context"])  # (T, dz)
     kl = kl_to_prior(mu, sigma).mean()
-    z = (mu + sigma * batch["noise_z"]).repeat_interleave(repeat, dim=0)  # (N, dz)
-    l_reward = reward_loss(agent, batch, z)
-    l_actor = cloning_loss(agent, batch, z.detach())
+    z = mu + sigma * batch["noise_z"]
+    z = z.repeat_interleave(transitions, dim=0)  # (N, dz)
 
+    # --- Losses: Eq. 3, and imitation. The detached z keeps the policy's loss out of the encoder.
+    l_reward = reward_loss(agent, flat, z)
+    l_actor = cloning_loss(agent, flat, z.detach())
+
+    # --- One backward pass for all
+    loss = l_actor + l_reward + args.kl_coef * kl
     optimizer.zero_grad(set_to_none=True)
-    (l_actor + l_reward + args.kl_coef * kl).backward()
+    loss.backward()
     optimizer.step()
-    return {
-        "losses/actor": l_actor.detach(),
-        "losses/reward": l_reward.detach(),
-        "losses/kl": kl.detach(),
+    info = {
+        "losses/actor": l_actor,
+        "losses/reward": l_reward,
+        "losses/kl": kl,
     }
-
-
-def sample_batch(buffer, args, rng):
-    """Buffers D_i ~ D, two histories h, h' of each, and the noise of one update."""
-    tasks = torch.randint(
-        len(buffer.sizes["rl"]), (args.meta_batch,), generator=rng, device=rng.device
-    )
-    batch = buffer.sample(tasks, args.rl_batch, rng)
-    batch["context"] = make_context(buffer.sample(tasks, args.context_batch, rng, "encoder"), args)
-    batch["noise_z"] = torch.randn(
-        args.meta_batch, args.latent_dim, generator=rng, device=rng.device
-    )
-    return batch
+    return {name: value.detach() for name, value in info.items()}
 
 
 # ===== Acting: Section 3
 
 
-@torch.no_grad()
-def rollout(env_list, agent, mu, sigma, rng, deterministic=False, read_rewards=True):
-    """One episode in each of E environments, side by side; z ~ N(mu, sigma^2), (E, dz), is drawn anew at every step.
-
-    Returns E trajectories: obs (L+1, o), actions (L, a), terminals (L,), and rewards (L,) if they may be read.
-    """
-    episodes = envs.Episodes(env_list, rng, read_rewards)
-    while episodes.live:
-        z = mu + sigma * torch.randn(mu.shape, generator=rng).to(mu.device)
-        mean, log_std = agent.policy(episodes.obs().to(mu.device), z[episodes.live])
-        noise = torch.zeros(mean.shape) if deterministic else torch.randn(mean.shape, generator=rng)
-        episodes.step(torch.tanh(mean + log_std.exp() * noise.to(mu.device)))
-    return episodes.paths()
-
-
 def prior(num, args, device):
     """p(z) = N(0, 1): mean and standard deviation, (num, dz) each."""
-    return torch.zeros(num, args.latent_dim, device=device), torch.ones(
-        num, args.latent_dim, device=device
-    )
+    mu = torch.zeros(num, args.latent_dim, device=device)
+    sigma = torch.ones(num, args.latent_dim, device=device)
+    return mu, sigma
+
+
+@torch.no_grad()
+def rollout(env_list, agent, mu, sigma, rng, deterministic=False, read_rewards=True):
+    """One episode in each of E environments, side by side.
+
+    A new z ~ N(mu, sigma^2) is drawn at every step; mu, sigma (E, dz).
+
+    Returns E trajectories: obs (L+1, o), actions (L, a), terminals (L,), and rewards (L,) if they
+    may be read.
+    """
+    episodes = envs.Episodes(env_list, rng, read_rewards)
+    while episodes.live:  # the numbers of the episodes that have not ended
+        z = mu + sigma * torch.randn(mu.shape, generator=rng).to(mu.device)
+        obs = episodes.obs().to(mu.device)  # (live, o)
+        mean, log_std = agent.policy(obs, z[episodes.live])
+        if deterministic:
+            u = mean
+        else:
+            noise = torch.randn(mean.shape, generator=rng).to(mu.device)
+            u = mean + log_std.exp() * noise
+        episodes.step(torch.tanh(u))
+    return episodes.paths()
 
 
 @torch.no_grad()
 def adapt(env_list, agent, args, rng):
-    """The meta-episode, T = 3: two exploration episodes with z ~ p(z), then one with z ~ q(z | both).
+    """The meta-episode, T = 3: two exploration episodes with z ~ p(z), then one with z ~ q(z | h),
+    where h is both of them.
 
-    Returns for each of E environments the third trajectory and the two of exploration; mu, sigma (E, dz) of q.
+    Returns for each of E environments its third trajectory, and its two of exploration; then mu
+    and sigma (E, dz) of q.
     """
     # PAPER: adapts between all episodes. CODE: once, before the third, as the authors' code does.
     device = next(agent.parameters()).device
     mu, sigma = prior(len(env_list), args, device)
-    exploration = list(zip(*(rollout(env_list, agent, mu, sigma, rng) for _ in range(2))))
-    posteriors = [
-        agent.encoder(make_context(buffers.join(paths, device), args)[None])
-        for paths in exploration
-    ]
-    mu, sigma = (torch.cat(parts) for parts in zip(*posteriors))  # (E, dz)
-    return rollout(env_list, agent, mu, sigma, rng, deterministic=True), exploration, mu, sigma
+    first = rollout(env_list, agent, mu, sigma, rng)
+    second = rollout(env_list, agent, mu, sigma, rng)
+    exploration = list(zip(first, second))
+
+    # Histories differ in length, so that each is encoded alone.
+    posteriors = []
+    for pair in exploration:
+        h = buffers.join(pair, device)
+        posteriors.append(agent.encoder(make_context(h, args)[None]))  # (1, dz) each
+    mu = torch.cat([mu for mu, _ in posteriors])  # (E, dz)
+    sigma = torch.cat([sigma for _, sigma in posteriors])
+    final = rollout(env_list, agent, mu, sigma, rng, deterministic=True)
+    return final, exploration, mu, sigma
+
+
+# ===== Evaluation
 
 
 @torch.no_grad()
 def evaluate(agent, buffer, eval_envs, args):
-    """Post-adaptation episodes and diagnostics, with generators of their own: evaluating changes nothing in training.
+    """Post-adaptation returns and diagnostics [Section 6, Figure 2].
 
-    Returns what Run.write takes: {(split, context): task numbers, third trajectories, exploration, KL}, each of E
-    environments; scalars to log; trajectories of the dataset to draw.
+    The generators are its own: evaluating changes nothing in training.
+
+    Returns what `Run.write` takes: a list of `Evaluation`, scalars to log, and the trajectories of
+    the dataset in the training tasks, to be drawn.
     """
-    rng, buffer_rng = (
-        torch.Generator().manual_seed(args.seed),
-        torch.Generator(buffer.device).manual_seed(args.seed),
-    )
-    results, scalars = {}, {}
-    for split, (tasks, env_list) in eval_envs.items():  # "train" comes last, and is used below
-        final, exploration, mu, sigma = buffers.on_cores(adapt, env_list, agent, args, rng)
-        results[split, "online"] = (tasks, final, exploration, kl_to_prior(mu, sigma))
+    rng = torch.Generator().manual_seed(args.seed)
+    buffer_rng = torch.Generator(buffer.device).manual_seed(args.seed)
+    evaluations = []
 
-    # The same training tasks with z ~ q(z | h_offline) instead (Figure 2). Each transition more makes the posterior
-    # narrower, so h_offline is as long as the online histories are on average.
-    lengths = torch.tensor(
-        [sum(len(path["actions"]) for path in pair) for pair in exploration], device=buffer.device
-    )
-    h_offline = buffer.sample(tasks, round(lengths.float().mean().item()), buffer_rng, "offline")
+    # --- Own context: z from what the agent itself explores
+    for split in ("test", "train"):
+        tasks, env_list = eval_envs[split]
+        final, exploration, mu, sigma = buffers.on_cores(adapt, env_list, agent, args, rng)
+        kl = kl_to_prior(mu, sigma)  # (E,)
+        evaluations.append(buffers.Evaluation(split, "own", tasks, final, exploration, kl))
+
+    # --- Offline context: the same training tasks with z ~ q(z | h_offline) (Figure 2). Every
+    # further transition narrows the posterior: h_offline is as long as the own histories are.
+    lengths = [sum(len(path["actions"]) for path in pair) for pair in exploration]
+    lengths = torch.tensor(lengths, device=buffer.device)  # (E,)
+    mean_length = round(lengths.float().mean().item())
+    h_offline = buffer.sample(tasks, mean_length, buffer_rng, "offline")
     mu, sigma = agent.encoder(make_context(h_offline, args))  # (E, dz)
     final = buffers.on_cores(rollout, env_list, agent, mu, sigma, rng, deterministic=True)
-    results["train", "offline"] = (tasks, final, exploration, kl_to_prior(mu, sigma))
+    kl = kl_to_prior(mu, sigma)
+    evaluations.append(buffers.Evaluation("train", "offline", tasks, final, exploration, kl))
 
-    # Decoder against true rewards, on offline data and on this exploration: for us to read, never for training
-    offline = {
-        k: v.flatten(0, 1)
-        for k, v in buffer.sample(tasks, args.rl_batch, buffer_rng, "offline").items()
-    }
+    # --- Decoder against true rewards: for people to read, never for training
+    scalars = {}
+    offline = buffer.sample(tasks, args.rl_batch, buffer_rng, "offline")
+    offline = {name: values.flatten(0, 1) for name, values in offline.items()}  # (E * B, .)
     explored = buffers.join([path for pair in exploration for path in pair], buffer.device)
-    for name, batch, repeat in (
-        ("decoder_loss", offline, args.rl_batch),
-        ("generated_reward_mse", explored, lengths),
+    z_offline = mu.repeat_interleave(args.rl_batch, dim=0)
+    z_explored = mu.repeat_interleave(lengths, dim=0)
+    for name, data, z in (
+        ("decoder_loss", offline, z_offline),
+        ("generated_reward_mse", explored, z_explored),
     ):
-        error = (
-            agent.decoder(batch["obs"], batch["actions"], mu.repeat_interleave(repeat, 0))
-            - batch["rewards"][:, 0]
-        )
+        rewards = data["rewards"][:, 0]
+        error = agent.decoder(data["obs"], data["actions"], z) - rewards
         scalars[f"eval/{name}"] = error.square().mean()
-        scalars[f"eval/{name}_over_reward_variance"] = (
-            error.square().mean() / batch["rewards"].var()
-        )
-    return results, scalars, [path for task in set(tasks) for path in buffer.offline_paths(task)]
+        scalars[f"eval/{name}_over_reward_variance"] = error.square().mean() / rewards.var()
+
+    dataset_paths = []
+    for task in set(tasks):
+        dataset_paths += buffer.offline_paths(task)
+    return evaluations, scalars, dataset_paths
 
 
 # ===== Training on the dataset
@@ -306,23 +388,30 @@ def evaluate(agent, buffer, eval_envs, args):
 
 def main(args):
     """Train. Returns the trained agent. Raises InputError."""
-    spec, device = envs.lookup(args.env_id), buffers.choose_device(args)
-    rng = torch.Generator(device).manual_seed(args.seed)
+    spec = envs.lookup(args.env_id)
+    device = buffers.choose_device(args)
     torch.manual_seed(args.seed)
+    rng = torch.Generator(device).manual_seed(args.seed)
 
     dataset = buffers.load_dataset(args.env_id, args.dataset)
     buffer = buffers.from_dataset(dataset, args.env_id, device)
+
+    # Policy, encoder, decoder
     agent = Agent(spec.obs_dim, spec.action_dim, args).to(device)
-    optimizer = torch.optim.Adam(
-        agent.parameters(), lr=args.lr, fused=True, capturable=device.type == "cuda"
-    )
+    on_gpu = device.type == "cuda"
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.lr, fused=True, capturable=on_gpu)
+
     eval_envs = envs.make_evaluation(args.env_id, dataset["train_tasks"], dataset["test_tasks"])
-    with buffers.Run(
-        args, __file__, dataset["sha256"], agent=agent, optimizer=optimizer, rng=rng
-    ) as run:
-        sample, learn = run.fast(sample_batch), run.fast(update, args.compile)
+    state = dict(agent=agent, optimizer=optimizer, rng=rng)
+    with buffers.Run(args, __file__, dataset["sha256"], **state) as run:
+        # The same functions, faster: a CUDA graph on a GPU, the best exact precision on a CPU
+        sample = run.fast(sample_batch)
+        learn = run.fast(update, args.compile)
+
         for _ in run.steps(args.offline_steps, "offline"):
-            run.log(learn(agent, optimizer, sample(buffer, args, rng), args))
+            batch = sample(buffer, args, rng)
+            info = learn(agent, optimizer, batch, args)
+            run.log(info)
             if run.evaluation_due:
                 run.write(*evaluate(agent, buffer, eval_envs, args))
     return agent

@@ -1,8 +1,12 @@
 """PEARL with true rewards: the Online Oracle of Figure 5, and the source of the offline datasets.
 
-PEARL: Rakelly, Zhou, Quillen, Finn, Levine, "Efficient Off-Policy Meta-Reinforcement Learning via Probabilistic Context
-Variables", ICML 2019, https://arxiv.org/abs/1903.08254. SMAC: https://arxiv.org/abs/2107.03974 (PEARL: Section 3).
-Where the two papers name different sizes, SMAC's Table 1 holds. Networks and helpers are smac_offline_online.py's.
+PEARL is the meta-RL algorithm of Rakelly, Zhou, Quillen, Finn, Levine, "Efficient Off-Policy
+Meta-Reinforcement Learning via Probabilistic Context Variables", ICML 2019,
+https://arxiv.org/abs/1903.08254. SMAC's paper (https://arxiv.org/abs/2107.03974) describes it in
+Section 3; where the two papers name different sizes, SMAC's Table 1 holds.
+
+Start at the end: `main` collects data and trains on them in turns. What it calls stands before it,
+in the order of smac_offline_online.py, with the same networks.
 
 Run: python pearl_online_oracle.py --env-id HopperParam
 Its dataset: the same with --online-iterations 50 --save-dataset datasets/HopperParam.npz
@@ -23,85 +27,93 @@ import envs
 @dataclasses.dataclass
 class Args:
     # --- Run
-    env_id: str = "HopperParam"  # a key of envs.SPECS, or module:key of one's own; its PRESETS replace what follows
-    preset: Literal["paper", "short"] = (
-        "paper"  # the paper's sizes, or small ones: 8 to 20 minutes of one core
-    )
+    env_id: str = "HopperParam"  # a key of envs.SPECS, or module:key of your own
+    preset: Literal["paper", "short"] = "paper"  # the paper's sizes, or 8 to 20 minutes of a core
     seed: int = 1  # seed of the networks, of exploration and of sampling
-    task_seed: int = (
-        1337  # seed of the task list; 1337 gives the published tasks of Cheetah and Ant
-    )
+    task_seed: int = 1337  # seed of the tasks; 1337 gives the published ones of Cheetah and Ant
+    save_dataset: Optional[str] = None  # write an offline dataset to this file
+    dataset_iteration: int = 40  # the iteration after which it is written [C.2, authors' scripts]
     online_iterations: int = 100  # iterations of collecting data and training on them
-    save_dataset: Optional[str] = (
-        None  # write the offline dataset to this file after --dataset-iteration iterations
-    )
-    dataset_iteration: int = (
-        40  # iteration at which the dataset is taken [C.2 and the authors' scripts]
-    )
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # where networks and buffers live
-    run_dir: str = "runs"  # results go to RUN_DIR/{env_id}__{script}__{seed}/
-    resume: Optional[str] = None  # folder of a run: continue it from its checkpoint, with its flags
     eval_every: int = 4_000  # gradient steps between two evaluations, each with a checkpoint
+    run_dir: str = "runs"  # results go to RUN_DIR/{env_id}__{script}__{seed}/
+    resume: Optional[str] = None  # folder of a run: continue it from its checkpoint
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # where networks and buffers live
     compile: bool = False  # torch.compile the gradient step; needs a C++ compiler
     cuda_graph: bool = True  # on a GPU, record the gradient step once and replay it
 
-    # --- Algorithm
-    rl_batch: int = 256  # transitions a task for critic and actor [Table 1]
-    context_batch: int = 64  # transitions a task in a history h [Table 1, encoder batch size]
-    meta_batch: int = 4  # tasks a gradient step [Table 1]
+    # --- Networks
     q_hidden: tuple[int, ...] = (300, 300, 300)  # hidden sizes of the Q-functions [Table 1]
     policy_hidden: tuple[int, ...] = (300, 300, 300)  # hidden sizes of the policy [Table 1]
     encoder_hidden: tuple[int, ...] = (200, 200, 200)  # hidden sizes of the encoder [Table 1]
     latent_dim: int = 5  # size of z [Table 1]
+    next_obs_in_context: bool = False  # the encoder sees s' (PEARL: where dynamics differ)
+
+    # --- Gradient step
+    rl_batch: int = 256  # transitions a task for critic and actor [Table 1]
+    context_batch: int = 64  # transitions a task in a history h [Table 1, encoder batch size]
+    meta_batch: int = 4  # tasks a gradient step [Table 1]
     gamma: float = 0.99  # discount [Table 1]
     tau: float = 0.005  # soft target update [Table 1, "eta"]
     lr: float = 3e-4  # Adam's learning rate, all networks [Table 1]
-    reward_scale: float = (
-        5.0  # factor on the reward in the Bellman target [Table 2]; the entropy has weight 1
-    )
-    kl_coef: float = (
-        0.4  # weight of the KL term, a mean over tasks (PEARL: 0.1 on the sum over 4 tasks)
-    )
-    policy_reg: float = (
-        1e-3  # weight of the squares of the policy's mean and log standard deviation (PEARL's code)
-    )
-    next_obs_in_context: bool = (
-        False  # the encoder sees s' as well (PEARL: where tasks differ in their dynamics)
-    )
-    initial_steps: int = 2_000  # transitions of each task before training, z from the prior (PEARL)
-    tasks_per_iteration: int = (
-        5  # tasks that collect data in one iteration, side by side (authors: in turn)
-    )
-    prior_steps: int = 400  # new transitions a task with z from the prior (PEARL)
-    posterior_steps: int = 600  # new transitions a task with z from the posterior (PEARL)
-    updates_per_iteration: int = (
-        4_000  # gradient steps an iteration [Table 1 asks for 4 per new transition]
-    )
+    reward_scale: float = 5.0  # factor on the reward in the Bellman target [Table 2]; entropy has 1
+    policy_reg: float = 1e-3  # weight of the squares of the policy's outputs [PEARL's code]
+    kl_coef: float = 0.4  # weight of the KL term, a mean over tasks (PEARL: 0.1 on the sum over 4)
+
+    # --- Online phase
+    initial_steps: int = 2_000  # transitions of each task before training, z from the prior [PEARL]
+    tasks_per_iteration: int = 5  # tasks that collect data in one iteration, side by side
+    prior_steps: int = 400  # new transitions a task with z from the prior [PEARL]
+    posterior_steps: int = 600  # new transitions a task with z from the posterior [PEARL]
+    updates_per_iteration: int = 4_000  # gradient steps an iteration [PEARL's code]
 
 
+# --- What differs from these defaults in an environment, and with --preset short
 SMALL = dict(q_hidden=(128, 128), policy_hidden=(128, 128), encoder_hidden=(128, 128), lr=1e-3)
-# What differs from the defaults above. PointDirection is not in the paper: small networks and a short run.
 PRESETS = {
-    "HopperParam": dict(next_obs_in_context=True), "WalkerParam": dict(next_obs_in_context=True),
+    "HopperParam": dict(next_obs_in_context=True),
+    "WalkerParam": dict(next_obs_in_context=True),
     "CheetahVelocity": dict(dataset_iteration=50),
-    "AntDirection": dict(dataset_iteration=100, eval_every=8_000), "HumanoidDirection": dict(dataset_iteration=100),
+    "AntDirection": dict(dataset_iteration=100, eval_every=8_000),
+    "HumanoidDirection": dict(dataset_iteration=100),
     "SawyerManipulation": dict(reward_scale=1.0, eval_every=8_000),
-    "PointDirection": SMALL | dict(
-        rl_batch=128, kl_coef=0.002, online_iterations=24, tasks_per_iteration=5, initial_steps=300, prior_steps=150,
-        posterior_steps=250, updates_per_iteration=400, eval_every=1_200, dataset_iteration=10),
-    "short": SMALL | dict(
-        rl_batch=64, online_iterations=35, updates_per_iteration=1_000, eval_every=5_000),
+    "PointDirection": SMALL  # a point mass, which is not in the paper
+    | dict(
+        rl_batch=128,
+        kl_coef=0.002,  # its rewards are .1 to .5
+        dataset_iteration=10,
+        online_iterations=24,
+        updates_per_iteration=400,
+        initial_steps=300,
+        prior_steps=150,
+        posterior_steps=250,
+        eval_every=1_200,
+    ),
+    "short": SMALL
+    | dict(
+        rl_batch=64,
+        online_iterations=35,
+        updates_per_iteration=1_000,
+        eval_every=5_000,
+    ),
     "CheetahVelocity short": dict(  # with small networks SMAC learned nothing here
-        q_hidden=(300, 300, 300), policy_hidden=(300, 300, 300), encoder_hidden=(200, 200, 200), lr=3e-4,
-        online_iterations=30),
-}  # fmt: skip
+        q_hidden=(300, 300, 300),
+        policy_hidden=(300, 300, 300),
+        encoder_hidden=(200, 200, 200),
+        lr=3e-4,
+        online_iterations=30,
+    ),
+}
 PRESETS["SawyerManipulation8"] = PRESETS["SawyerManipulation"]
-# The transitions of each task that become the dataset, (RL buffer, encoder buffer) [C.2]; None: RL's serve as both.
-# PAPER: Ant has an encoder part of 400, Humanoid 1200 transitions. CODE: one buffer, and of Humanoid 400, since 1200 of
-# its 376 numbers take 64 MB. The paper does not say which transitions for Walker, Hopper, Humanoid.
+
+# --- The transitions of each task that become the dataset, those of the RL buffer and those of the
+# encoder buffer [C.2]. None: those of the RL buffer serve as both.
+# PAPER: Ant has an encoder part of 400, Humanoid 1200 transitions. CODE: one buffer, and of
+# Humanoid 400, since 1200 of its 376 numbers take 64 MB. The paper does not say which transitions
+# for Walker, Hopper, Humanoid.
 DATASET_SLICES = {
-    "CheetahVelocity": (("first", 1200), ("last", 400)), "HumanoidDirection": (("last", 400), None),
-}  # fmt: skip
+    "CheetahVelocity": (("first", 1200), ("last", 400)),
+    "HumanoidDirection": (("last", 400), None),
+}
 DEFAULT_SLICES = (("last", 1200), None)
 
 
@@ -109,15 +121,18 @@ DEFAULT_SLICES = (("last", 1200), None)
 
 
 def mlp(sizes, last_init=3e-3):
-    """ReLU network of the given layer sizes; initial values of rlkit: hidden U(+-1/sqrt(out)), biases 0."""
+    """ReLU network of the given layer sizes, with the initial weights of rlkit."""
     layers = []
-    for i, (n_in, n_out) in enumerate(zip(sizes[:-1], sizes[1:])):
-        linear = nn.Linear(n_in, n_out)
-        bound = last_init if i == len(sizes) - 2 else 1 / math.sqrt(n_out)
+    last = len(sizes) - 2
+    for i in range(len(sizes) - 1):
+        linear = nn.Linear(sizes[i], sizes[i + 1])
+        bound = last_init if i == last else 1 / math.sqrt(sizes[i + 1])
         nn.init.uniform_(linear.weight, -bound, bound)
         nn.init.zeros_(linear.bias)
-        layers += [linear, nn.ReLU(inplace=True)]
-    return nn.Sequential(*layers[:-1])
+        layers.append(linear)
+        if i < last:
+            layers.append(nn.ReLU(inplace=True))
+    return nn.Sequential(*layers)
 
 
 class Encoder(nn.Module):
@@ -128,12 +143,16 @@ class Encoder(nn.Module):
         self.net = mlp([in_dim, *hidden, 2 * latent_dim])
 
     def forward(self, context):
-        """context h (T, C, in_dim), of any length C -> mean and standard deviation of z, (T, dz) each."""
+        """History h (T, C, in_dim), of any length C -> mean, standard deviation of z, (T, dz)."""
         mu, raw = self.net(context).chunk(2, dim=-1)  # (T, C, dz) each
-        # Softplus gives each factor's standard deviation (the authors' code: its variance).
-        precision = F.softplus(raw).square().clamp(min=1e-7).reciprocal()  # (T, C, dz)
-        variance = precision.sum(1).reciprocal()  # (T, dz)
-        return variance * (precision * mu).sum(1), variance.sqrt()
+        # As in C.3, softplus gives each factor's standard deviation; in the authors' code it
+        # gives the variance.
+        variance = F.softplus(raw).square().clamp(min=1e-7)  # (T, C, dz)
+        precision = variance.reciprocal()
+        # A product of Gaussians: precisions add up, means are weighted by them.
+        posterior_variance = precision.sum(1).reciprocal()  # (T, dz)
+        posterior_mean = posterior_variance * (precision * mu).sum(1)
+        return posterior_mean, posterior_variance.sqrt()
 
 
 class Policy(nn.Module):
@@ -145,37 +164,41 @@ class Policy(nn.Module):
 
     def forward(self, obs, z):
         """obs (N, o), z (N, dz) -> mean and log standard deviation before tanh, (N, a) each."""
-        mean, log_std = self.net(torch.cat([obs, z], dim=-1)).chunk(2, dim=-1)
+        inputs = torch.cat([obs, z], dim=-1)
+        mean, log_std = self.net(inputs).chunk(2, dim=-1)
         return mean, log_std.clamp(-20, 2)
 
 
 class QFunctions(nn.Module):
-    """`count` Q-functions Q_w(s, a, z), their weights stacked: one batched product a layer for all."""
+    """`count` Q-functions Q_w(s, a, z). Stacked weights: one batched product a layer for all."""
 
     def __init__(self, obs_dim, action_dim, hidden, latent_dim, count=2):
         super().__init__()
         nets = [mlp([obs_dim + action_dim + latent_dim, *hidden, 1]) for _ in range(count)]
-        layers = [layer for layer in zip(*nets) if isinstance(layer[0], nn.Linear)]
-        # A list entry for each layer: weights (count, in, out), biases (count, 1, out)
-        self.weights = nn.ParameterList(
-            torch.stack([q.weight.T for q in layer]).detach() for layer in layers
-        )
-        self.biases = nn.ParameterList(
-            torch.stack([q.bias[None] for q in layer]).detach() for layer in layers
-        )
+        self.weights = nn.ParameterList()  # for each layer (count, in, out)
+        self.biases = nn.ParameterList()  # for each layer (count, 1, out)
+        for layers in zip(*nets):
+            if isinstance(layers[0], nn.Linear):
+                self.weights.append(torch.stack([layer.weight.T for layer in layers]).detach())
+                self.biases.append(torch.stack([layer.bias[None] for layer in layers]).detach())
 
     def forward(self, obs, actions, z, frozen=False):
-        """obs (N, o), actions (N, a), z (N, dz) -> (count, N). frozen: gradients reach inputs and not weights."""
-        x = torch.cat([obs, actions, z], dim=-1).expand(
-            len(self.weights[0]), -1, -1
-        )  # (count, N, o + a + dz)
-        for i, (weight, bias) in enumerate(zip(self.weights, self.biases)):
-            x = (
-                torch.baddbmm(bias.detach(), x, weight.detach())
-                if frozen
-                else torch.baddbmm(bias, x, weight)
-            )
-            x = x.relu_() if i < len(self.weights) - 1 else x
+        """obs (N, o), actions (N, a), z (N, dz) -> (count, N).
+
+        frozen: gradients reach the inputs, and not the weights.
+        """
+        x = torch.cat([obs, actions, z], dim=-1)  # (N, o + a + dz)
+        x = x.expand(len(self.weights[0]), -1, -1)  # (count, N, o + a + dz)
+        last = len(self.weights) - 1
+        for i in range(last + 1):
+            weight = self.weights[i]
+            bias = self.biases[i]
+            if frozen:
+                weight = weight.detach()
+                bias = bias.detach()
+            x = torch.baddbmm(bias, x, weight)
+            if i < last:
+                x = x.relu_()
         return x.squeeze(-1)
 
 
@@ -184,26 +207,36 @@ class Agent(nn.Module):
 
     def __init__(self, obs_dim, action_dim, args):
         super().__init__()
-        context_dim = obs_dim + action_dim + 1 + obs_dim * args.next_obs_in_context
-        self.encoder = Encoder(context_dim, args.encoder_hidden, args.latent_dim)
-        self.policy = Policy(obs_dim, action_dim, args.policy_hidden, args.latent_dim)
-        self.q = QFunctions(obs_dim, action_dim, args.q_hidden, args.latent_dim)
-        self.q_target = QFunctions(obs_dim, action_dim, args.q_hidden, args.latent_dim)
+        dz = args.latent_dim
+        context_dim = obs_dim + action_dim + 1
+        if args.next_obs_in_context:
+            context_dim += obs_dim
+        self.encoder = Encoder(context_dim, args.encoder_hidden, dz)
+        self.policy = Policy(obs_dim, action_dim, args.policy_hidden, dz)
+        self.q = QFunctions(obs_dim, action_dim, args.q_hidden, dz)
+        self.q_target = QFunctions(obs_dim, action_dim, args.q_hidden, dz)
         self.q_target.load_state_dict(self.q.state_dict())
         self.q_target.requires_grad_(False)
 
 
+# ===== What the losses are made of
+
+
 def make_context(data, args):
-    """A history h as the encoder reads it: (s, a, r) or (s, a, r, s') of each transition, (..., in_dim)."""
-    names = ["obs", "actions", "rewards"] + ["next_obs"] * args.next_obs_in_context
-    return torch.cat([data[name] for name in names], dim=-1)
+    """A history h as the encoder reads it: (s, a, r) of each transition, or (s, a, r, s').
+
+    data: obs (..., o), actions (..., a), rewards (..., 1), next_obs (..., o) -> (..., in_dim).
+    """
+    parts = [data["obs"], data["actions"], data["rewards"]]
+    if args.next_obs_in_context:
+        parts.append(data["next_obs"])
+    return torch.cat(parts, dim=-1)
 
 
 def tanh_gaussian_log_prob(u, mean, log_std):
-    """log density of a = tanh(u) with u ~ N(mean, std): (N, a) each -> (N,)."""
-    gaussian = (
-        -0.5 * ((u - mean) * (-log_std).exp()).square() - log_std - 0.5 * math.log(2 * math.pi)
-    )
+    """Log density of a = tanh(u) with u ~ N(mean, std^2): (N, a) each -> (N,)."""
+    standardised = (u - mean) * (-log_std).exp()
+    gaussian = -0.5 * standardised.square() - log_std - 0.5 * math.log(2 * math.pi)
     log_derivative = 2 * (math.log(2) - u - F.softplus(-2 * u))  # log(1 - a^2), exact for any u
     return (gaussian - log_derivative).sum(-1)
 
@@ -213,180 +246,264 @@ def kl_to_prior(mu, sigma):
     return 0.5 * (mu.square() + sigma.square() - 2 * sigma.log() - 1).sum(-1)
 
 
-# ===== Losses. T tasks, B transitions a task, N = T * B; all pure functions of networks and data
+# ===== Losses: pure functions of networks and a flat batch of N = T * B transitions,
+# B of each of T tasks
 
 
 def sample_action(agent, obs, z, noise):
-    """Reparameterised a ~ pi(a | s, z): (N, a), log pi (N,), and mean and log standard deviation before tanh (N, a)."""
+    """A reparameterised action a ~ pi(a | s, z).
+
+    obs (N, o), z (N, dz), noise (N, a) -> actions (N, a), log pi (N,), and mean and log standard
+    deviation before tanh, (N, a) each.
+    """
     mean, log_std = agent.policy(obs, z)
     u = mean + log_std.exp() * noise
     return torch.tanh(u), tanh_gaussian_log_prob(u, mean, log_std), mean, log_std
 
 
 def soft_critic_loss(agent, batch, z, args):
-    """Soft Bellman error; its gradient trains the encoder too, through z (N, dz). -> loss, Q of both critics (2, N)."""
+    """The soft Bellman error. Its gradient trains the encoder too, through z.
+
+    z (N, dz) -> loss, and Q of the batch (2, N).
+    """
     with torch.no_grad():
-        # y = r + gamma (Q_target(s', a', z) - log pi(a' | s', z)); a fall ends the sum, the time limit does not
+        # V_target(s', z) = Q_target(s', a', z) - log pi(a' | s', z)
         next_actions, next_log_prob, _, _ = sample_action(
             agent, batch["next_obs"], z, batch["noise_next_a"]
         )
-        # PEARL learns V(s, z) and its target network; as in later SAC, target Q-functions take their place.
-        next_v = agent.q_target(batch["next_obs"], next_actions, z).amin(0) - next_log_prob  # (N,)
-        target = (
-            args.reward_scale * batch["rewards"] + args.gamma * (1 - batch["terminals"]) * next_v
-        )
+        next_q = agent.q_target(batch["next_obs"], next_actions, z).amin(0)  # (N,)
+        # PEARL learns V(s, z) and its target network. Here, as in later SAC, target Q-functions
+        # take their place.
+        next_v = next_q - next_log_prob
+        # y = r + gamma V_target(s', z). A fall ends the sum, the time limit does not.
+        rewards = args.reward_scale * batch["rewards"]
+        target = rewards + args.gamma * (1 - batch["terminals"]) * next_v
     q = agent.q(batch["obs"], batch["actions"], z)  # (2, N)
     return (q - target).square().mean(1).sum(), q
 
 
 def pearl_actor_loss(agent, batch, z, args):
-    """L_actor^PEARL: D_KL(pi(a | s, z) || exp Q / Z) up to a constant (C.3). z (N, dz) -> loss, log pi (N,)."""
+    """L_actor^PEARL: D_KL(pi(a | s, z) || exp Q / Z) up to a constant (C.3).
+
+    z (N, dz) -> loss, and log pi (N,) of the new actions.
+    """
     actions, log_prob, mean, log_std = sample_action(agent, batch["obs"], z, batch["noise_a"])
-    loss = (log_prob - agent.q(batch["obs"], actions, z, frozen=True).amin(0)).mean()
-    return loss + args.policy_reg * (mean.square().mean() + log_std.square().mean()), log_prob
+    q_new = agent.q(batch["obs"], actions, z, frozen=True).amin(0)  # (N,)
+    loss = (log_prob - q_new).mean()
+    # PEARL's regulariser keeps the actions away from the limits of tanh.
+    squares = mean.square().mean() + log_std.square().mean()
+    return loss + args.policy_reg * squares, log_prob
+
+
+# ===== One gradient step
+
+
+def sample_batch(buffer, args, rng):
+    """Buffers D_i ~ D, of each two histories h and h' (as Alg. 1 of SMAC, l. 3), and all noise."""
+    num_tasks = len(buffer.sizes["rl"])
+    tasks = torch.randint(num_tasks, (args.meta_batch,), generator=rng, device=rng.device)  # (T,)
+
+    batch = buffer.sample(tasks, args.rl_batch, rng)  # h'
+    h = buffer.sample(tasks, args.context_batch, rng, "encoder")
+    batch["context"] = make_context(h, args)
+
+    z_shape = (args.meta_batch, args.latent_dim)
+    batch["noise_z"] = torch.randn(z_shape, generator=rng, device=rng.device)
+    actions_shape = batch["actions"].flatten(0, 1).shape  # (N, a)
+    for name in ("noise_a", "noise_next_a"):
+        batch[name] = torch.randn(actions_shape, generator=rng, device=rng.device)
+    return batch
 
 
 def update(agent, optimizer, batch, args):
     """One gradient step of PEARL.
 
+    On a GPU the step is recorded once and replayed: no `.item()`, no `if` on a tensor, and all
+    noise comes with the batch.
+
     Args:
-        batch: context h (T, C, in_dim); of the second history h': obs, next_obs (T, B, o), actions (T, B, a), rewards,
-            terminals (T, B, 1); standard normal noise_z (T, dz), noise_a and noise_next_a (N, a).
-    Returns:
-        scalars to log, as tensors.
+        batch: the history h that the encoder reads, context (T, C, in_dim); the second history h':
+            obs, next_obs (T, B, o), actions (T, B, a), rewards, terminals (T, B, 1); standard
+            normal noise_z (T, dz), noise_a and noise_next_a (N, a).
+
+    Returns scalars to log, as tensors.
     """
-    repeat = batch["obs"].shape[1]
-    batch = batch | {
-        name: batch[name].flatten(0, 1) for name in ("obs", "actions", "next_obs")
-    }  # (N, .)
-    batch |= {name: batch[name].flatten() for name in ("rewards", "terminals")}  # (N,)
+    # --- h' as flat rows: N = T * B
+    transitions = batch["obs"].shape[1]
+    flat = dict(batch)
+    for name in ("obs", "actions", "next_obs"):
+        flat[name] = batch[name].flatten(0, 1)  # (N, .)
+    for name in ("rewards", "terminals"):
+        flat[name] = batch[name].flatten()  # (N,)
 
-    # One backward pass: the detached z keeps the actor's loss out of the encoder.
+    # --- z ~ q(z | h), one for each task
     mu, sigma = agent.encoder(batch["context"])  # (T, dz)
-    z = (mu + sigma * batch["noise_z"]).repeat_interleave(repeat, dim=0)  # (N, dz)
+    z = mu + sigma * batch["noise_z"]
+    z = z.repeat_interleave(transitions, dim=0)  # (N, dz)
     kl = kl_to_prior(mu, sigma).mean()
-    l_critic, q = soft_critic_loss(agent, batch, z, args)
-    l_actor, log_prob = pearl_actor_loss(agent, batch, z.detach(), args)
 
+    # --- Losses. The detached z keeps the actor's loss out of the encoder.
+    l_critic, q = soft_critic_loss(agent, flat, z, args)
+    l_actor, log_prob = pearl_actor_loss(agent, flat, z.detach(), args)
+
+    # --- One backward pass for all
+    loss = l_critic + l_actor + args.kl_coef * kl
     optimizer.zero_grad(set_to_none=True)
-    (l_critic + l_actor + args.kl_coef * kl).backward()
+    loss.backward()
     optimizer.step()
+
     with torch.no_grad():
-        torch._foreach_lerp_(
-            list(agent.q_target.parameters()), list(agent.q.parameters()), args.tau
-        )  # soft update
-        info = {"losses/critic": l_critic, "losses/actor": l_actor, "losses/kl": kl}
-        info |= {
-            "train/q_mean": q.mean(),
-            "train/q_max": q.amax(),
-            "train/policy_entropy": -log_prob.mean(),
-        }
-        return {name: value.detach() for name, value in info.items()}
-
-
-def sample_batch(buffer, args, rng):
-    """Buffers D_i ~ D, two histories h, h' of each (lines 3, 10 of SMAC's Alg. 1), and all the noise of one update."""
-    tasks = torch.randint(
-        len(buffer.sizes["rl"]), (args.meta_batch,), generator=rng, device=rng.device
-    )
-    batch = buffer.sample(tasks, args.rl_batch, rng)
-    batch["context"] = make_context(buffer.sample(tasks, args.context_batch, rng, "encoder"), args)
-    batch["noise_z"] = torch.randn(
-        args.meta_batch, args.latent_dim, generator=rng, device=rng.device
-    )
-    for name in ("noise_a", "noise_next_a"):
-        batch[name] = torch.randn(
-            batch["actions"].flatten(0, 1).shape, generator=rng, device=rng.device
-        )
-    return batch
+        targets = list(agent.q_target.parameters())
+        torch._foreach_lerp_(targets, list(agent.q.parameters()), args.tau)  # soft update
+    info = {
+        "losses/critic": l_critic,
+        "losses/actor": l_actor,
+        "losses/kl": kl,
+        "train/q_mean": q.mean(),
+        "train/q_max": q.amax(),
+        "train/policy_entropy": -log_prob.mean(),
+    }
+    return {name: value.detach() for name, value in info.items()}
 
 
 # ===== Acting: Section 3
 
 
+def prior(num, args, device):
+    """p(z) = N(0, 1): mean and standard deviation, (num, dz) each."""
+    mu = torch.zeros(num, args.latent_dim, device=device)
+    sigma = torch.ones(num, args.latent_dim, device=device)
+    return mu, sigma
+
+
 @torch.no_grad()
 def rollout(env_list, agent, mu, sigma, rng, deterministic=False):
-    """One episode in each of E environments, side by side; z ~ N(mu, sigma^2), (E, dz), is drawn once (PEARL).
+    """One episode in each of E environments, side by side.
+
+    z ~ N(mu, sigma^2) is drawn once, for the whole episode, as PEARL does; mu, sigma (E, dz).
 
     Returns E trajectories: obs (L+1, o), actions (L, a), terminals (L,), rewards (L,).
     """
     episodes = envs.Episodes(env_list, rng)
-    z = mu + sigma * torch.randn(mu.shape, generator=rng).to(mu.device)
-    while episodes.live:
-        mean, log_std = agent.policy(episodes.obs().to(mu.device), z[episodes.live])
-        noise = torch.zeros(mean.shape) if deterministic else torch.randn(mean.shape, generator=rng)
-        episodes.step(torch.tanh(mean + log_std.exp() * noise.to(mu.device)))
+    z = mu + sigma * torch.randn(mu.shape, generator=rng).to(mu.device)  # (E, dz)
+    while episodes.live:  # the numbers of the episodes that have not ended
+        obs = episodes.obs().to(mu.device)  # (live, o)
+        mean, log_std = agent.policy(obs, z[episodes.live])
+        if deterministic:
+            u = mean
+        else:
+            noise = torch.randn(mean.shape, generator=rng).to(mu.device)
+            u = mean + log_std.exp() * noise
+        episodes.step(torch.tanh(u))
     return episodes.paths()
 
 
-def prior(num, args, device):
-    """p(z) = N(0, 1): mean and standard deviation, (num, dz) each."""
-    return torch.zeros(num, args.latent_dim, device=device), torch.ones(
-        num, args.latent_dim, device=device
-    )
+@torch.no_grad()
+def collect(env_list, tasks, num_steps, from_prior, agent, buffer, args, act_rng, train_rng):
+    """Explore, with true rewards, and store.
 
+    Whole episodes in E tasks side by side, until each task has `num_steps` new transitions.
 
-def collect(env_list, tasks, num_steps, agent, buffer, args, act_rng, rng, explore):
-    """Add whole episodes of E training tasks side by side, each in its environment: with z ~ p(z) to both buffers, or
-    with z ~ q(z | h) to the RL buffer. Returns how many transitions."""
-    missing = [num_steps] * len(tasks)
-    while live := [e for e, steps in enumerate(missing) if steps > 0]:
-        mu, sigma = prior(len(live), args, rng.device)  # (live, dz)
-        if not explore:
-            with torch.no_grad():
-                h = buffer.sample([tasks[e] for e in live], args.context_batch, rng, "encoder")
-                mu, sigma = agent.encoder(make_context(h, args))
-        for e, path in zip(live, rollout([env_list[e] for e in live], agent, mu, sigma, act_rng)):
-            buffer.add(tasks[e], path, encoder=explore)
-            missing[e] -= len(path["actions"])
-    return len(tasks) * num_steps - sum(missing)
+    Args:
+        env_list: at least E environments, the first E already set to their tasks.
+        tasks: the numbers of these E training tasks.
+        from_prior: explore with z ~ p(z), and else with z ~ q(z | h), h from the encoder buffer.
+            Only what is explored from the prior enters the encoder buffer.
+
+    Returns the number of new transitions.
+    """
+    new_steps = [0] * len(tasks)
+    while live := [e for e in range(len(tasks)) if new_steps[e] < num_steps]:
+        owners = [tasks[e] for e in live]
+        if from_prior:
+            mu, sigma = prior(len(live), args, train_rng.device)  # (live, dz)
+        else:
+            h = buffer.sample(owners, args.context_batch, train_rng, "encoder")
+            mu, sigma = agent.encoder(make_context(h, args))
+        live_envs = [env_list[e] for e in live]
+        paths = rollout(live_envs, agent, mu, sigma, act_rng)
+
+        for e, i, path in zip(live, owners, paths):
+            buffer.add(i, path, encoder=from_prior)
+            new_steps[e] += len(path["actions"])
+    return sum(new_steps)
 
 
 @torch.no_grad()
 def adapt(env_list, agent, args, rng):
-    """The meta-episode, T = 3: two exploration episodes with z ~ p(z), then one with z ~ q(z | both).
+    """The meta-episode, T = 3: two exploration episodes with z ~ p(z), then one with z ~ q(z | h),
+    where h is both of them.
 
-    Returns for each of E environments the third trajectory and the two of exploration; mu, sigma (E, dz) of q.
+    Returns for each of E environments its third trajectory, and its two of exploration; then mu
+    and sigma (E, dz) of q.
     """
     # PAPER: adapts between all episodes. CODE: once, before the third, as the authors' code does.
     device = next(agent.parameters()).device
     mu, sigma = prior(len(env_list), args, device)
-    exploration = list(zip(*(rollout(env_list, agent, mu, sigma, rng) for _ in range(2))))
-    posteriors = [
-        agent.encoder(make_context(buffers.join(paths, device), args)[None])
-        for paths in exploration
-    ]
-    mu, sigma = (torch.cat(parts) for parts in zip(*posteriors))  # (E, dz)
-    return rollout(env_list, agent, mu, sigma, rng, deterministic=True), exploration, mu, sigma
+    first = rollout(env_list, agent, mu, sigma, rng)
+    second = rollout(env_list, agent, mu, sigma, rng)
+    exploration = list(zip(first, second))
+
+    # Histories differ in length, so that each is encoded alone.
+    posteriors = []
+    for pair in exploration:
+        h = buffers.join(pair, device)
+        posteriors.append(agent.encoder(make_context(h, args)[None]))  # (1, dz) each
+    mu = torch.cat([mu for mu, _ in posteriors])  # (E, dz)
+    sigma = torch.cat([sigma for _, sigma in posteriors])
+    final = rollout(env_list, agent, mu, sigma, rng, deterministic=True)
+    return final, exploration, mu, sigma
+
+
+# ===== Evaluation
 
 
 @torch.no_grad()
 def evaluate(agent, eval_envs, args):
-    """Post-adaptation episodes, with a generator of its own: evaluating changes nothing in training.
+    """Post-adaptation returns. The generator is its own: evaluating changes nothing in training.
 
-    Returns what Run.write takes: {(split, context): task numbers, third trajectories, exploration, KL}, each of E
-    environments; no scalars.
+    Returns what `Run.write` takes: a list of `Evaluation`, and scalars to log, of which there are
+    none.
     """
-    rng, results = torch.Generator().manual_seed(args.seed), {}
-    for split, (tasks, env_list) in eval_envs.items():
+    rng = torch.Generator().manual_seed(args.seed)
+    evaluations = []
+    for split in ("test", "train"):
+        tasks, env_list = eval_envs[split]
         final, exploration, mu, sigma = buffers.on_cores(adapt, env_list, agent, args, rng)
-        results[split, "online"] = (tasks, final, exploration, kl_to_prior(mu, sigma))
-    return results, {}
+        kl = kl_to_prior(mu, sigma)  # (E,)
+        evaluations.append(buffers.Evaluation(split, "own", tasks, final, exploration, kl))
+    return evaluations, {}
+
+
+# ===== Data: an empty buffer, and the offline dataset of C.2
+
+
+def empty_buffer(spec, args, device):
+    """A replay buffer with room for all that a run collects in the training tasks."""
+    # Collecting ends with a whole episode, and may go beyond the wanted number by almost one.
+    initial = spec.num_train_tasks * (args.initial_steps + spec.horizon)
+    longest_visit = args.prior_steps + args.posterior_steps + 2 * spec.horizon
+    visits = args.online_iterations * args.tasks_per_iteration
+    capacity = initial + visits * longest_visit
+    num_tasks = spec.num_train_tasks
+    return buffers.ReplayBuffer(num_tasks, spec.obs_dim, spec.action_dim, capacity, device)
 
 
 def write_dataset(buffer, train_tasks, test_tasks, args):
-    """Write the offline dataset of C.2: of each task a few transitions, from early in the run."""
-    parts = ([], [])  # trajectories for the RL buffer, for the encoder buffer
+    """Write the offline dataset: a few transitions of each task, from early in the run."""
     slices = DATASET_SLICES.get(envs.short_name(args.env_id), DEFAULT_SLICES)
-    for part, source, piece in zip(parts, ("rl", "encoder"), slices):
-        if piece:
-            part += [
-                (task, path)
-                for task in range(len(train_tasks))
-                for path in buffer.paths(task, *piece, source)
-            ]
+    parts = dict(rl=[], encoder=[])  # lists of (task number, trajectory)
+    for name, piece in zip(parts, slices):
+        if piece is None:
+            continue
+        where, num_steps = piece
+        for task in range(len(train_tasks)):
+            for path in buffer.paths(task, where, num_steps, name):
+                parts[name].append((task, path))
     command = buffers.command_line(args, __file__, PRESETS)
-    buffers.save_dataset(args.save_dataset, args.env_id, train_tasks, test_tasks, *parts, command)
+    buffers.save_dataset(
+        args.save_dataset, args.env_id, train_tasks, test_tasks, **parts, command=command
+    )
 
 
 # ===== PEARL: collect and train in turns
@@ -394,72 +511,61 @@ def write_dataset(buffer, train_tasks, test_tasks, args):
 
 def main(args):
     """Train PEARL. Returns the trained agent. Raises InputError."""
-    spec, device = envs.lookup(args.env_id), buffers.choose_device(args)
-    act_rng, rng = (
-        torch.Generator().manual_seed(args.seed),
-        torch.Generator(device).manual_seed(args.seed),
-    )
+    spec = envs.lookup(args.env_id)
+    device = buffers.choose_device(args)
     torch.manual_seed(args.seed)
+    act_rng = torch.Generator().manual_seed(args.seed)  # for acting, on the CPU
+    train_rng = torch.Generator(device).manual_seed(args.seed)
     if args.save_dataset and args.dataset_iteration > args.online_iterations:
-        raise buffers.InputError(
-            f"--save-dataset: --dataset-iteration {args.dataset_iteration} comes after the last"
-        )
+        after = f"--dataset-iteration {args.dataset_iteration} comes after the last"
+        raise buffers.InputError(f"--save-dataset: {after}")
 
-    tasks = envs.sample_tasks(
-        args.env_id, spec.num_train_tasks + spec.num_test_tasks, args.task_seed
-    )
-    train_tasks, test_tasks = tasks[: spec.num_train_tasks], tasks[spec.num_train_tasks :]
-    visit = (
-        args.prior_steps + args.posterior_steps + 2 * spec.horizon
-    )  # new transitions of one visit, at most
-    capacity = len(train_tasks) * (args.initial_steps + spec.horizon)
-    capacity += args.online_iterations * args.tasks_per_iteration * visit
-    buffer = buffers.ReplayBuffer(len(train_tasks), spec.obs_dim, spec.action_dim, capacity, device)
+    num_train = spec.num_train_tasks
+    sampled = envs.sample_tasks(args.env_id, num_train + spec.num_test_tasks, args.task_seed)
+    train_tasks = sampled[:num_train]
+    test_tasks = sampled[num_train:]
+    buffer = empty_buffer(spec, args, device)
     agent = Agent(spec.obs_dim, spec.action_dim, args).to(device)
-    optimizer = torch.optim.Adam(
-        agent.parameters(), lr=args.lr, fused=True, capturable=device.type == "cuda"
-    )
+    on_gpu = device.type == "cuda"
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.lr, fused=True, capturable=on_gpu)
 
     env_list = [envs.make(args.env_id) for _ in range(args.tasks_per_iteration)]
     eval_envs = envs.make_evaluation(args.env_id, train_tasks, test_tasks)
-    parts = dict(agent=agent, optimizer=optimizer, buffer=buffer, act_rng=act_rng, rng=rng)
-    with buffers.Run(args, __file__, **parts) as run:
-        if args.save_dataset and run.step >= args.dataset_iteration * args.updates_per_iteration:
-            raise buffers.InputError(
-                f"--save-dataset: iteration {args.dataset_iteration} of this run is over"
-            )
-        sample, learn = run.fast(sample_batch), run.fast(update, args.compile)
+    common = (agent, buffer, args, act_rng, train_rng)  # arguments of each `collect`
+    state = dict(agent=agent, optimizer=optimizer, buffer=buffer, act_rng=act_rng, rng=train_rng)
+    with buffers.Run(args, __file__, **state) as run:
+        # The same functions, faster: a CUDA graph on a GPU, the best exact precision on a CPU
+        sample = run.fast(sample_batch)
+        learn = run.fast(update, args.compile)
 
-        num_tasks, side_by_side = len(train_tasks), args.tasks_per_iteration
-        for first in run.count(
-            "initial data", range(0, num_tasks if run.step == 0 else 0, side_by_side)
-        ):
-            visited = list(range(first, min(first + side_by_side, num_tasks)))
-            for env, task in zip(env_list, visited):
+        # ----- Before training: all tasks, as many at a time as there are environments
+        firsts = range(0, num_train, len(env_list)) if run.step == 0 else []
+        for first in run.count("initial data", firsts):
+            tasks = range(first, min(first + len(env_list), num_train))
+            for env, task in zip(env_list, tasks):
                 env.unwrapped.set_task(train_tasks[task])
-            run.env_steps += collect(
-                env_list, visited, args.initial_steps, agent, buffer, args, act_rng, rng, True
-            )
+            run.env_steps += collect(env_list, tasks, args.initial_steps, True, *common)
 
-        for step in run.steps(args.online_iterations * args.updates_per_iteration, "PEARL"):
+        # ----- Online phase
+        dataset_step = args.dataset_iteration * args.updates_per_iteration
+        for step in run.steps(args.online_iterations * args.updates_per_iteration, "online"):
             if step % args.updates_per_iteration == 0:
-                # PAPER: 1000 new transitions an iteration, 4 gradient steps for each. CODE: 1000 on each of five tasks,
-                # 0.8 gradient steps for each, after 2000 on every task before training.
-                visited = torch.randint(num_tasks, (side_by_side,), generator=act_rng).tolist()
-                for env, task in zip(env_list, visited):
+                # PAPER: 1000 new transitions an iteration, 4 gradient steps for each. CODE: 1000
+                # on each of five tasks, 0.8 gradient steps for each, after 2000 on every task
+                # before training.
+                tasks = torch.randint(num_train, (len(env_list),), generator=act_rng).tolist()
+                for env, task in zip(env_list, tasks):
                     env.unwrapped.set_task(train_tasks[task])
                     buffer.clear_encoder(task)  # h is what the present policy explores
-                for num_steps, explore in ((args.prior_steps, True), (args.posterior_steps, False)):
-                    run.env_steps += collect(
-                        env_list, visited, num_steps, agent, buffer, args, act_rng, rng, explore
-                    )
-            run.log(learn(agent, optimizer, sample(buffer, args, rng), args))
+                # z ~ p(z) fills the encoder buffers; z ~ q(z | h) then needs them
+                run.env_steps += collect(env_list, tasks, args.prior_steps, True, *common)
+                run.env_steps += collect(env_list, tasks, args.posterior_steps, False, *common)
+            batch = sample(buffer, args, train_rng)
+            info = learn(agent, optimizer, batch, args)
+            run.log(info)
             if run.evaluation_due:
                 run.write(*evaluate(agent, eval_envs, args))
-            if (
-                args.save_dataset
-                and step + 1 == args.dataset_iteration * args.updates_per_iteration
-            ):
+            if args.save_dataset and step + 1 == dataset_step:
                 write_dataset(buffer, train_tasks, test_tasks, args)
     return agent
 

@@ -201,12 +201,12 @@ def sign_and_record(patch, script, log):
                 )
                 spy(patch, getattr(script, network), "forward", before=record)
 
-    def update(agent, optimizer, batch, args, online=None):
+    def update(agent, optimizer, batch, args, self_supervised=None):
         rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
         log.rates = {
             name: rates.get(id(p)) for name, p in agent.named_parameters() if p.requires_grad
         }
-        log.batches.append((online, len(log.acted), batch))
+        log.batches.append((self_supervised, len(log.acted), batch))
         if len(log.batches) == log.stop_at:
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -242,7 +242,7 @@ def cached(folder, name, resumed):
         patch.setattr(
             envs, "make_evaluation", functools.partial(envs.make_evaluation, num_train=3, repeats=2)
         )
-        patch.setattr(buffers, "draw_summary", lambda folder: Figure(figsize=(1, 1)))
+        patch.setattr("plumbing.pictures.draw_summary", lambda *_: Figure(figsize=(1, 1)))
         signed.register(patch)
         data = signed.save_data(folder / "data.npz")
         script = RUNS[name][0]
@@ -348,7 +348,7 @@ def test_evaluations_are_of_their_split_and_task(flow):
             collected = sum(
                 len(obs) for place, obs, _ in flow.acted[:acted_before] if place == "collect"
             )
-        groups = [("test", "online"), ("train", "online")] + [("train", "offline")] * (
+        groups = [("test", "own"), ("train", "own")] + [("train", "offline")] * (
             flow.script is not pearl
         )
         for split, context in groups:
@@ -385,7 +385,7 @@ def test_an_evaluation_adapts_to_each_task_by_what_was_seen_of_it(flow):
 
 @over(name for name in RUNS if name != "borel")
 def test_the_history_of_an_evaluation_is_two_episodes_of_the_task_or_its_offline_data(flow):
-    online, offline = [], []
+    own, offline = [], []
     for history in (h for place, h in flow.histories if place == "evaluate"):
         for row in history:
             sign, origin, steps = (
@@ -397,11 +397,12 @@ def test_the_history_of_an_evaluation_is_two_episodes_of_the_task_or_its_offline
                 assert row[:, TIME].tolist() == 2 * steps
             else:
                 assert origin == (RL_DATA if flow.script is macaw else ENCODER_DATA)
-                # As long as online on average: tasks 2 and 4 last 3 steps, 7 lasts 2; MACAW: --context-batch
+                # As long as the own contexts on average: tasks 2 and 4 last 3 steps, 7 lasts 2. For
+                # MACAW --context-batch.
                 assert len(row) == (
                     4 if flow.script is macaw else round((2 * 3 + 2 * 2 + 2 * 3) / 3)
                 )
-            (online if origin == EVALUATION else offline).append(sign)
+            (own if origin == EVALUATION else offline).append(sign)
             if flow.script is not macaw:  # there the history also has returns, see below
                 np.testing.assert_array_equal(row[:, -1], row[:, SIGN] * (row[:, TIME] + 1))
     test, train = (
@@ -409,9 +410,8 @@ def test_the_history_of_an_evaluation_is_two_episodes_of_the_task_or_its_offline
         for split, signs in (("test", TEST), ("train", TRAIN))
     )
     times = len(EVALUATIONS.get(flow.script, [5, 9]))
-    assert online == (test + train) * times and offline == train * times * (
-        flow.script is not pearl
-    )
+    assert own == (test + train) * times
+    assert offline == ([] if flow.script is pearl else train * times)
 
 
 # ----- Batches
@@ -426,7 +426,7 @@ def parts(batch):
 
 @over(RUNS)
 def test_a_gradient_step_has_as_many_tasks_and_transitions_as_the_flags_say(flow):
-    phases = [online for online, _, _ in flow.batches]
+    phases = [self_supervised for self_supervised, _, _ in flow.batches]
     assert phases == {smac: 4 * [False] + 9 * [True], borel: 13 * [None]}.get(
         flow.script, 9 * [None]
     )
@@ -446,12 +446,11 @@ def test_a_gradient_step_has_as_many_tasks_and_transitions_as_the_flags_say(flow
 
 @over(RUNS)
 def test_a_row_of_a_batch_is_of_one_task_and_of_the_rl_buffer(flow):
-    signs, offline, online = set(), set(), set()
-    for phase, _, batch in flow.batches:
+    signs, offline, collecting = set(), set(), set()  # the last two: origins, by phase
+    for self_supervised, _, batch in flow.batches:
         for rows in (part["obs"] for part in parts(batch).values()):
-            (online if phase or flow.script is pearl else offline).update(
-                rows[..., ORIGIN].flatten().tolist()
-            )
+            phase = collecting if self_supervised or flow.script is pearl else offline
+            phase.update(rows[..., ORIGIN].flatten().tolist())
             for row in rows:
                 if (
                     flow.name == "smac, on test tasks"
@@ -460,7 +459,7 @@ def test_a_row_of_a_batch_is_of_one_task_and_of_the_rl_buffer(flow):
                     row = row[row[:, ORIGIN] == RL_DATA]
                 signs |= {one(row[:, SIGN])} if len(row) else set()
     assert offline == (set() if flow.script is pearl else {RL_DATA})
-    assert online == {smac: {RL_DATA, COLLECTED}, pearl: {COLLECTED}}.get(flow.script, set())
+    assert collecting == {smac: {RL_DATA, COLLECTED}, pearl: {COLLECTED}}.get(flow.script, set())
     assert signs == set(
         signed.SIGNS if flow.name == "smac, on test tasks with true rewards" else TRAIN
     )

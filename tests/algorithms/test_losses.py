@@ -538,26 +538,26 @@ def test_each_loss_alone_reaches_only_its_networks(loss, trained):
     assert sorted(reached) == sorted(trained)
 
 
-OFFLINE, ONLINE = False, True
+OFFLINE, SELF_SUPERVISED = False, True
 Q, R = "critic", "reward"
 
 
 @pytest.mark.parametrize(
-    "online, flags, to_encoder, decoder_trains, awac, pearl",
+    "self_supervised, flags, to_encoder, decoder_trains, awac, pearl",
     [  # the losses that reach the encoder beside the KL (none at all if empty), and the weights of both actor losses
         (OFFLINE, {}, {R}, True, 1.0, 0.0),
-        (ONLINE, {}, {}, False, 1.0, 0.4),
-        (ONLINE, {"oracle_rewards": True}, {R}, True, 1.0, 0.4),
+        (SELF_SUPERVISED, {}, {}, False, 1.0, 0.4),
+        (SELF_SUPERVISED, {"oracle_rewards": True}, {R}, True, 1.0, 0.4),
         (OFFLINE, {"actor_ablation": True}, {R}, True, 0.0, 1.0),
-        (ONLINE, {"actor_ablation": True}, {}, False, 0.0, 1.0),
+        (SELF_SUPERVISED, {"actor_ablation": True}, {}, False, 0.0, 1.0),
         (OFFLINE, {"encoder_loss": "q"}, {Q}, True, 1.0, 0.0),
-        (ONLINE, {"encoder_loss": "q"}, {Q}, False, 1.0, 0.4),
+        (SELF_SUPERVISED, {"encoder_loss": "q"}, {Q}, False, 1.0, 0.4),
         (OFFLINE, {"encoder_loss": "reward_then_q"}, {Q, R}, True, 1.0, 0.0),
-        (ONLINE, {"encoder_loss": "reward_then_q"}, {Q}, False, 1.0, 0.4),
+        (SELF_SUPERVISED, {"encoder_loss": "reward_then_q"}, {Q}, False, 1.0, 0.4),
     ],
 )
 def test_update_takes_one_step_down_the_right_gradients(
-    online, flags, to_encoder, decoder_trains, awac, pearl
+    self_supervised, flags, to_encoder, decoder_trains, awac, pearl
 ):
     """With plain gradient descent every parameter must move by -lr times the gradient of the losses it belongs to."""
     agent, args = make_agent(lambda_pearl=0.4, kl_coef=0.25, tau=0.1, **flags)
@@ -587,7 +587,7 @@ def test_update_takes_one_step_down_the_right_gradients(
         name: [p.detach().clone() for p in getattr(agent, name).parameters()] for name in NETWORKS
     }
     optimizer = torch.optim.SGD([p for p in agent.parameters() if p.requires_grad], lr=0.01)
-    info = smac.update(agent, optimizer, make_batch(), args, online)
+    info = smac.update(agent, optimizer, make_batch(), args, self_supervised)
     for name in ("q", "policy", "encoder", "decoder"):
         frozen = name == "encoder" and not to_encoder or name == "decoder" and not decoder_trains
         for parameter, old, gradient in zip(
@@ -612,9 +612,8 @@ def test_target_network_moves_by_tau_towards_the_updated_critic():
     agent, args = make_agent(tau=0.1)
     old = [p.clone() for p in agent.q_target.parameters()]
     q_before = [p.detach().clone() for p in agent.q.parameters()]
-    smac.update(
-        agent, torch.optim.Adam(agent.q.parameters(), lr=0.1), make_batch(), args, online=False
-    )
+    optimizer = torch.optim.Adam(agent.q.parameters(), lr=0.1)
+    smac.update(agent, optimizer, make_batch(), args, self_supervised=False)
     for target, before, q, q_old in zip(
         agent.q_target.parameters(), old, agent.q.parameters(), q_before
     ):

@@ -3,8 +3,11 @@
 import copy
 import csv
 import math
+import os
+import signal
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -170,6 +173,119 @@ def test_kl_weight_pulls_the_posterior_to_the_prior():
             info = pearl.update(agent, optimizer, batch, args)
         kl.append(info["losses/kl"].item())
     assert kl[1] < 0.5 * kl[0]
+
+
+def test_a_batch_has_noise_of_its_own_for_each_use():
+    args = pearl.Args(rl_batch=50, context_batch=2, meta_batch=4, latent_dim=2)
+    buffer = buffers.ReplayBuffer(2, OBS, ACTION, 20)
+    for task in range(2):
+        path = {"obs": torch.zeros(6, OBS), "actions": torch.zeros(5, ACTION)}
+        buffer.add(task, path | {"rewards": torch.zeros(5), "terminals": torch.zeros(5)})
+    rng = torch.Generator().manual_seed(0)
+    batches = [pearl.sample_batch(buffer, args, rng) for _ in range(2)]
+    assert batches[0]["noise_z"].shape == (4, 2)
+    noises = [batch[name] for batch in batches for name in ("noise_a", "noise_next_a")]
+    for noise in noises:
+        assert noise.shape == (4 * 50, ACTION)
+        assert abs(noise.mean()) < 0.2 and abs(noise.std() - 1) < 0.2
+    correlations = np.corrcoef([noise.flatten() for noise in noises])
+    assert np.abs(correlations - np.eye(4)).max() < 0.2
+
+
+# ----- Acting
+
+
+class Recorder:
+    """In place of an agent: acts with mean 0.3 and standard deviation exp(-1), and remembers z."""
+
+    def __init__(self):
+        self.seen = []
+
+    def policy(self, obs, z):
+        self.seen.append(z.clone())
+        return torch.full((len(obs), 2), 0.3), torch.full((len(obs), 2), -1.0)
+
+
+class Fall(gym.Wrapper):
+    """An episode that ends with a fall after three steps."""
+
+    def reset(self, **kwargs):
+        self.left = 3
+        return self.env.reset(**kwargs)
+
+    def step(self, action):
+        obs, reward, _, truncated, info = self.env.step(action)
+        self.left -= 1
+        return obs, reward, self.left == 0, truncated, info
+
+
+def test_acting_draws_one_z_for_an_episode(short):
+    """Also after another environment has ended; each has its own z, and each episode a new one."""
+    env_list = [envs.make("PointDirection") for _ in range(3)]
+    env_list[1] = Fall(env_list[1])
+    agent = Recorder()
+    mu, sigma = torch.tensor([[5.0], [0.0], [-5.0]]), torch.full((3, 1), 0.1)
+    rng = torch.Generator().manual_seed(0)
+    first = pearl.rollout(env_list, agent, mu, sigma, rng)
+    assert [len(path["actions"]) for path in first] == [HORIZON, 3, HORIZON]
+    seen, agent.seen = agent.seen, []
+    z = seen[0]
+    assert (z - mu).abs().max() < 0.6 and len((z - mu).unique()) == 3
+    for step, given in enumerate(seen):
+        assert torch.equal(given, z if step < 3 else z[[0, 2]])
+    pearl.rollout(env_list, agent, mu, sigma, rng)
+    assert not (agent.seen[0] == z).any()
+
+
+def test_actions_are_the_policys_mean_or_a_sample(short):
+    env_list, agent = [envs.make("PointDirection")], Recorder()
+    prior = pearl.prior(1, pearl.Args(latent_dim=1), "cpu")
+    rng = torch.Generator().manual_seed(0)
+    (path,) = pearl.rollout(env_list, agent, *prior, rng, deterministic=True)
+    np.testing.assert_allclose(path["actions"], np.tanh(0.3), rtol=1e-6)
+    (path,) = pearl.rollout(env_list, agent, *prior, rng)
+    u = np.arctanh(path["actions"])
+    assert 0 < u.mean() < 0.6 and 0.2 < u.std() < 0.6
+
+
+# ----- Runs
+
+
+def test_a_run_without_iterations_collects_what_the_start_needs(tmp_path, few_tasks, monkeypatch):
+    """Whole episodes go beyond the wanted number: the buffer has room for them."""
+    kept, empty_buffer = [], pearl.empty_buffer
+
+    def keep(*args):
+        kept.append(empty_buffer(*args))
+        return kept[-1]
+
+    monkeypatch.setattr(pearl, "empty_buffer", keep)
+    for initial_steps, expected in ((1, HORIZON), (HORIZON + 1, 2 * HORIZON)):
+        folder = tmp_path / str(initial_steps)
+        start(folder, "--online-iterations", 0, "--initial-steps", initial_steps)
+        for name in ("rl", "encoder"):
+            assert kept[-1].sizes[name].tolist() == TRAIN_TASKS * [expected]
+
+
+def test_a_run_that_has_written_its_dataset_can_be_stopped_and_goes_on(
+    tmp_path, few_tasks, monkeypatch
+):
+    """With the flags of its own command, --save-dataset among them."""
+    file, update, calls = tmp_path / "d.npz", pearl.update, []
+
+    def update_and_stop(*args):
+        calls.append(1)
+        if len(calls) == 9:  # in the second iteration
+            os.kill(os.getpid(), signal.SIGTERM)
+        return update(*args)
+
+    monkeypatch.setattr(pearl, "update", update_and_stop)
+    with pytest.raises(SystemExit, match="stopped after step 9; .* --save-dataset"):
+        start(tmp_path, "--save-dataset", file, "--dataset-iteration", 1)
+    written = file.read_bytes()
+    run = tmp_path / "PointDirection__pearl_online_oracle__1"
+    pearl.main(parse(["--resume", run, "--save-dataset", file]))
+    assert load(run)["step"] == 18 and file.read_bytes() == written
 
 
 def test_a_run_writes_the_dataset(tmp_path, few_tasks, monkeypatch):

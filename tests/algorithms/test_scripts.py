@@ -41,7 +41,9 @@ SHARED = {
     "plumbing/files.py": 220,
     "plumbing/flags.py": 200, "plumbing/machine.py": 120, "plumbing/pictures.py": 130, "README.md": 200,
 }  # fmt: skip
-MAY_DIFFER = {"Args", "Agent", "update", "main", "evaluate", "sample_batch", "rollout"}
+MAY_DIFFER = {
+    "Args", "Agent", "update", "main", "evaluate", "sample_batch", "rollout", "collect"
+}  # fmt: skip
 READ_BY_RUN = (
     "eval_every run_dir resume device cuda_graph preset".split()
 )  # by `Run` and `parse_args`, for all scripts
