@@ -527,31 +527,34 @@ def training_z(agent, buffer, args, rng):
 
 
 def farthest_z(z_train, played, rng):
-    """IDAQ's reference phase: of the z of five random training tasks the one farthest from those
-    that were `played`, a list of (E, dz); of none of them, any. z_train (E, N, dz) -> (E, dz)."""
+    """IDAQ: the z of five random training tasks; of these the one farthest from all `played`.
+
+    z_train (E, N, dz), played: a list of (E, dz); if it is empty, any of the five -> (E, dz).
+    """
     numbers = torch.randint(z_train.shape[1], (len(z_train), 5), generator=rng)  # (E, 5)
-    environments = torch.arange(len(z_train))
-    candidates = z_train[environments[:, None], numbers.to(z_train.device)]  # (E, 5, dz)
+    rows = torch.arange(len(z_train))
+    candidates = z_train[rows[:, None], numbers]  # (E, 5, dz)
     if not played:
         return candidates[:, 0]
     difference = candidates[:, :, None] - torch.stack(played, 1)[:, None]  # (E, 5, played, dz)
-    nearest = difference.square().sum(-1).amin(2)  # (E, 5), squared distance to the nearest
-    return candidates[environments, nearest.argmax(1)]
+    to_nearest = difference.square().sum(-1).amin(2)  # (E, 5)
+    return candidates[rows, to_nearest.argmax(1).cpu()]
 
 
 @torch.no_grad()
 def explore(env_list, agent, args, rng, z_train):
     """The exploration episodes of an evaluation in E environments, `--explore`:
 
-    prior: z ~ N(0, 1), as in SMAC. random: uniform actions, as in CSRO. task: z of a random
-    training task. idaq: z of training tasks far from each other; the history is the episode of
-    highest return. In the second half z is that of the history, which grows by an episode that
-    returns more than any before.
+    prior: z ~ p(z), as in SMAC and PEARL. random: uniform actions, as in CSRO. task: z of a random
+    training task, as in FOCAL's setting. idaq: z of training tasks, far from each other; the
+    history is the episode of highest return. In the second half z is that of the history, which
+    grows by each episode that returns more than all before it.
 
     z_train (E, N, dz): the posterior means of the N training tasks, once for each environment.
 
     Returns for each environment its trajectories, and those of them that are its history h.
     """
+    device = next(agent.parameters()).device
     # PAPER (IDAQ): half of 10 or 20 episodes are reference episodes. CODE: of two both are.
     num_reference = max(2, args.explore_episodes // 2)
     exploration = [[] for _ in env_list]
@@ -559,7 +562,8 @@ def explore(env_list, agent, args, rng, z_train):
     best = [-math.inf for _ in env_list]
     played = []
     for episode in range(args.explore_episodes):
-        mu, sigma = prior(len(env_list), args, next(agent.parameters()).device)
+        # --- z of this episode
+        mu, sigma = prior(len(env_list), args, device)
         if args.explore in ("task", "idaq"):
             mu = farthest_z(z_train, played, rng)
             sigma = torch.zeros_like(mu)
@@ -567,15 +571,17 @@ def explore(env_list, agent, args, rng, z_train):
             played.append(mu)
             if episode >= num_reference:
                 mu, sigma = encode(agent, histories, args)
+
+        # --- Play. The history takes all episodes; in IDAQ only what is best so far.
         if args.explore == "random":
             paths = envs.random_episodes(env_list, rng)
         else:
             paths = rollout(env_list, agent, mu, sigma, rng)
-
         for e, path in enumerate(paths):
             exploration[e].append(path)
-            is_best = path["rewards"].sum() > best[e]
-            best[e] = max(best[e], path["rewards"].sum())
+            path_return = path["rewards"].sum()
+            is_best = path_return > best[e]
+            best[e] = max(best[e], path_return)
             if args.explore == "idaq" and is_best and episode < num_reference:
                 histories[e] = [path]
             elif args.explore != "idaq" or is_best:
