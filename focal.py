@@ -542,62 +542,84 @@ def farthest_z(z_train, played, rng):
 
 
 @torch.no_grad()
+def explore_idaq(env_list, agent, args, rng, z_train):
+    """IDAQ, in E environments: an episode is worth reading if its return is high.
+
+    In the first half of the episodes, the reference phase, z are those of training tasks; the
+    history is the episode of highest return. In the second half z is that of the history, and an
+    episode that returns more than all before it joins the history.
+
+    Returns as `explore`; mu is the z of the episode of highest return.
+    """
+    # PAPER: 10 or 20 episodes. CODE: --explore-episodes; of two one is a reference.
+    num_reference = max(1, args.explore_episodes // 2)
+    exploration = [[] for _ in env_list]
+    histories = [[] for _ in env_list]
+    best_return = torch.full((len(env_list),), -math.inf)
+    best_mu = z_train[:, 0]  # (E, dz)
+    played = []
+    for episode in range(args.explore_episodes):
+        if episode < num_reference:
+            mu = farthest_z(z_train, played, rng)
+            played.append(mu)
+        else:
+            mu, _ = encode(agent, histories, args)
+        paths = rollout(env_list, agent, mu, torch.zeros_like(mu), rng)
+
+        returns = torch.tensor([float(path["rewards"].sum()) for path in paths])
+        better = returns > best_return  # (E,)
+        best_return = torch.maximum(best_return, returns)
+        best_mu = torch.where(better[:, None].to(mu.device), mu, best_mu)
+        for e, path in enumerate(paths):
+            exploration[e].append(path)
+            if better[e] and episode < num_reference:
+                histories[e] = [path]
+            elif better[e]:
+                histories[e].append(path)
+    return exploration, best_mu, torch.zeros_like(best_mu)
+
+
+@torch.no_grad()
 def explore(env_list, agent, args, rng, z_train):
     """The exploration episodes of an evaluation in E environments, `--explore`:
 
-    prior: z ~ p(z), as in SMAC and PEARL. random: uniform actions, as in CSRO. task: z of a random
-    training task, as in FOCAL's setting. idaq: z of training tasks, far from each other; the
-    history is the episode of highest return. In the second half z is that of the history, which
-    grows by each episode that returns more than all before it.
+    prior: z ~ N(0, 1), as in SMAC. random: uniform actions, as in CSRO. task: z of a random
+    training task in each episode. idaq: see `explore_idaq`.
 
-    z_train (E, N, dz): the posterior means of the N training tasks, once for each environment.
+    z_train (E, N, dz): the z of the N training tasks, once for each environment.
 
-    Returns for each environment its trajectories, and those of them that are its history h.
+    Returns for each environment its trajectories; then mean and standard deviation (E, dz) of the
+    z that it has from them.
     """
-    device = next(agent.parameters()).device
-    # PAPER (IDAQ): half of 10 or 20 episodes are reference episodes. CODE: of two both are.
-    num_reference = max(2, args.explore_episodes // 2)
-    exploration = [[] for _ in env_list]
-    histories = [[] for _ in env_list]
-    best = [-math.inf for _ in env_list]
-    played = []
-    for episode in range(args.explore_episodes):
-        # --- z of this episode
-        mu, sigma = prior(len(env_list), args, device)
-        if args.explore in ("task", "idaq"):
-            mu = farthest_z(z_train, played, rng)
+    # PAPER: FOCAL reads the data of the test task, CSRO explores with random actions. CODE: as
+    # SMAC, it reads what it explores itself, by default with z of training tasks: N(0, 1) has no
+    # meaning for the metric.
+    if args.explore == "idaq":
+        return explore_idaq(env_list, agent, args, rng, z_train)
+    episodes = []
+    for _ in range(args.explore_episodes):
+        mu, sigma = prior(len(env_list), args, z_train.device)
+        if args.explore == "task":
+            mu = farthest_z(z_train, [], rng)
             sigma = torch.zeros_like(mu)
-        if args.explore == "idaq":
-            played.append(mu)
-            if episode >= num_reference:
-                mu, sigma = encode(agent, histories, args)
-
-        # --- Play. The history takes all episodes; in IDAQ only what is best so far.
         if args.explore == "random":
             paths = envs.random_episodes(env_list, rng)
         else:
             paths = rollout(env_list, agent, mu, sigma, rng)
-        for e, path in enumerate(paths):
-            exploration[e].append(path)
-            path_return = path["rewards"].sum()
-            is_best = path_return > best[e]
-            best[e] = max(best[e], path_return)
-            if args.explore == "idaq" and is_best and episode < num_reference:
-                histories[e] = [path]
-            elif args.explore != "idaq" or is_best:
-                histories[e].append(path)
-    return exploration, histories
+        episodes.append(paths)
+    exploration = list(zip(*episodes))
+    mu, sigma = encode(agent, exploration, args)
+    return exploration, mu, sigma
 
 
 @torch.no_grad()
-def adapt(env_list, agent, args, rng, z_train=None):
-    """The meta-episode: exploration episodes, then one with the z of their history.
+def adapt(env_list, agent, args, rng, z_train):
+    """The meta-episode: exploration episodes, then one with the z that was found in them.
 
-    Returns for each of E environments its last trajectory, and those of exploration; then mu and
-    sigma (E, dz) of z.
+    Returns for each of E environments its last trajectory, and those of exploration; then mean and
+    standard deviation (E, dz) of z.
     """
-    exploration, histories = explore(env_list, agent, args, rng, z_train)
-    mu, sigma = encode(agent, histories, args)
+    exploration, mu, sigma = explore(env_list, agent, args, rng, z_train)
     final = rollout(env_list, agent, mu, sigma, rng, deterministic=True)
     return final, exploration, mu, sigma
 

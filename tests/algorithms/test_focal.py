@@ -291,6 +291,7 @@ def numbers(paths):
 
 
 def explore(monkeypatch, returns, z_train, **flags):
+    """The z that were played, what `explore` returns as z, the agent and the flags."""
     agent, _, args = setting(explore_episodes=len(returns), **flags)
     agent = agent.float()
     episodes = Episodes(returns)
@@ -298,9 +299,17 @@ def explore(monkeypatch, returns, z_train, **flags):
     env_list = [None] * len(returns[0])
     rng = torch.Generator().manual_seed(0)
     z_each = z_train.expand(len(env_list), -1, -1)
-    exploration, histories = focal.explore(env_list, agent, args, rng, z_each)
+    exploration, mu, sigma = focal.explore(env_list, agent, args, rng, z_each)
     assert [numbers(paths) for paths in exploration] == [[*range(len(returns))]] * len(env_list)
-    return episodes.played, histories, agent, args
+    assert mu.shape == (len(env_list), LATENT) and (sigma == 0).all()
+    return episodes.played, mu, agent, args
+
+
+def z_of(agent, args, returns, episodes):
+    """What the encoder makes of these episodes of the first environment."""
+    play = Episodes(returns)
+    paths = [play([None], None, torch.zeros(1), torch.zeros(1), None)[0] for _ in returns]
+    return focal.encode(agent, [[paths[number] for number in episodes]], args)[0]
 
 
 def test_of_candidates_idaq_takes_the_one_farthest_from_all_that_was_played():
@@ -324,44 +333,48 @@ def test_each_environment_has_candidates_of_its_own():
     assert z.shape == (30, 1) and len(set(z.flatten().tolist())) > 10
 
 
-def test_idaqs_history_is_the_episode_of_highest_return(monkeypatch):
-    z_train = torch.randn(6, LATENT)
-    returns = [[1.0, 4.0], [3.0, 2.0]]  # two episodes: both with z of training tasks
-    played, histories, _, _ = explore(monkeypatch, returns, z_train, explore="idaq")
-    assert [numbers(paths) for paths in histories] == [[1], [0]]
-    for mu, sigma in played:
-        assert (sigma == 0).all()
-        for z in mu:
-            assert (z_train == z).all(1).any()
-    assert not torch.equal(played[0][0], played[1][0])
+def test_idaqs_first_history_is_the_reference_episode_of_highest_return(monkeypatch):
+    returns = [[1.0], [3.0], [2.0], [0.0], [0.0], [0.0]]  # 3 of 6 are reference episodes
+    z_train = torch.randn(9, LATENT)
+    played, mu, agent, args = explore(monkeypatch, returns, z_train, explore="idaq")
+    references = [z for z, _ in played[:3]]
+    assert all((sigma == 0).all() for _, sigma in played)
+    for z in references:
+        assert (z_train == z).all(1).any()
+    assert len({tuple(z.flatten().tolist()) for z in references}) == 3
+    for z, _ in played[3:]:  # none of these returned more, so that the history stays
+        torch.testing.assert_close(z, z_of(agent, args, returns, [1]))
+    assert torch.equal(mu, references[1])  # the last episode has the z of the highest return
 
 
 def test_in_its_second_half_idaq_plays_what_it_infers_and_keeps_what_is_better(monkeypatch):
     returns = [[1.0], [3.0], [9.0], [2.0], [4.0]]  # 2 of 5 are reference episodes
     z_train = torch.randn(6, LATENT)
-    played, histories, agent, args = explore(monkeypatch, returns, z_train, explore="idaq")
-    assert [numbers(paths) for paths in histories] == [[1, 2]]
-    history = [Episodes(returns)([None], None, torch.zeros(1), torch.zeros(1), None)[0]]
-    history[0]["obs"][:] = 1
-    history[0]["rewards"][1] = 3.0
-    expected, _ = focal.encode(agent, [history], args)
-    torch.testing.assert_close(played[2][0], expected)
-    assert not torch.allclose(played[3][0], expected)  # the history has grown
-    torch.testing.assert_close(played[3][0], played[4][0])  # and not again: 2 is less than 9
+    played, mu, agent, args = explore(monkeypatch, returns, z_train, explore="idaq")
+    torch.testing.assert_close(played[2][0], z_of(agent, args, returns, [1]))
+    torch.testing.assert_close(played[3][0], z_of(agent, args, returns, [1, 2]))
+    torch.testing.assert_close(played[4][0], z_of(agent, args, returns, [1, 2]))
+    assert torch.equal(mu, played[2][0])
+
+
+def test_idaq_decides_for_each_environment_alone(monkeypatch):
+    returns = [[1.0, 4.0], [3.0, 2.0]]  # one reference episode, one with what it told
+    played, mu, _, _ = explore(monkeypatch, returns, torch.randn(6, LATENT), explore="idaq")
+    assert torch.equal(mu[0], played[1][0][0]) and torch.equal(mu[1], played[0][0][1])
 
 
 @pytest.mark.parametrize("way", ["prior", "task"])
 def test_else_all_episodes_are_the_history(monkeypatch, way):
     z_train = torch.randn(6, LATENT)
     returns = [[1.0, 4.0], [3.0, 2.0], [0.0, 0.0]]
-    played, histories, _, _ = explore(monkeypatch, returns, z_train, explore=way)
-    assert [numbers(paths) for paths in histories] == [[0, 1, 2]] * 2
-    for mu, sigma in played:
+    played, mu, agent, args = explore(monkeypatch, returns, z_train, explore=way)
+    torch.testing.assert_close(mu[:1], z_of(agent, args, returns, [0, 1, 2]))
+    for z, sigma in played:
         if way == "prior":
-            assert (mu == 0).all() and (sigma == 1).all()
+            assert (z == 0).all() and (sigma == 1).all()
         else:
             assert (sigma == 0).all()
-            assert all((z_train == z).all(1).any() for z in mu)
+            assert all((z_train == row).all(1).any() for row in z)
 
 
 def test_random_exploration_has_uniform_actions_and_asks_no_policy(short, monkeypatch):
@@ -371,8 +384,9 @@ def test_random_exploration_has_uniform_actions_and_asks_no_policy(short, monkey
     for env in env_list:
         env.unwrapped.set_task([0.0])
     rng = torch.Generator().manual_seed(0)
-    exploration, histories = focal.explore(env_list, agent, args, rng, torch.zeros(3, 1, LATENT))
-    assert exploration == histories and [len(paths) for paths in exploration] == [40] * 3
+    monkeypatch.setattr(focal, "encode", lambda *_: (None, None))
+    exploration, *_ = focal.explore(env_list, agent, args, rng, torch.zeros(3, 1, LATENT))
+    assert [len(paths) for paths in exploration] == [40] * 3
     actions = np.concatenate([path["actions"] for paths in exploration for path in paths])
     assert actions.shape == (3 * 40 * 10, 2) and actions.min() < -0.98 and actions.max() > 0.98
     np.testing.assert_allclose(actions.mean(0), 0, atol=0.06)
