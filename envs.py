@@ -464,6 +464,16 @@ class Episodes:
         return paths
 
 
+def random_episodes(env_list, rng) -> list:
+    """One episode of uniform actions in each of E environments: E trajectories."""
+    episodes = Episodes(env_list, rng)
+    action_dim = env_list[0].action_space.shape[0]
+    while episodes.live:
+        actions = 2 * torch.rand(len(episodes.live), action_dim, generator=rng) - 1
+        episodes.step(actions)
+    return episodes.paths()
+
+
 def ground_paths(env_id: str, paths: list) -> np.ndarray:
     """Where E trajectories of a family with `ground_velocity` lead, in metres from the start.
 

@@ -520,6 +520,18 @@ def collect(env_list, tasks, num_steps, from_prior, agent, buffer, args, act_rng
     return sum(new_steps)
 
 
+def encode(agent, histories, args):
+    """q(z | h) of E histories, each a list of trajectories: mu and sigma, (E, dz) each."""
+    device = next(agent.parameters()).device
+    posteriors = []
+    for paths in histories:  # they differ in length, so that each is encoded alone
+        h = buffers.join(paths, device)
+        posteriors.append(agent.encoder(make_context(h, args)[None]))  # (1, dz) each
+    mu = torch.cat([mu for mu, _ in posteriors])  # (E, dz)
+    sigma = torch.cat([sigma for _, sigma in posteriors])
+    return mu, sigma
+
+
 @torch.no_grad()
 def adapt(env_list, agent, args, rng):
     """The meta-episode, T = 3: two exploration episodes with z ~ p(z), then one with z ~ q(z | h),
@@ -529,19 +541,11 @@ def adapt(env_list, agent, args, rng):
     and sigma (E, dz) of q.
     """
     # PAPER: adapts between all episodes. CODE: once, before the third, as the authors' code does.
-    device = next(agent.parameters()).device
-    mu, sigma = prior(len(env_list), args, device)
+    mu, sigma = prior(len(env_list), args, next(agent.parameters()).device)
     first = rollout(env_list, agent, mu, sigma, rng)
     second = rollout(env_list, agent, mu, sigma, rng)
     exploration = list(zip(first, second))
-
-    # Histories differ in length, so that each is encoded alone.
-    posteriors = []
-    for pair in exploration:
-        h = buffers.join(pair, device)
-        posteriors.append(agent.encoder(make_context(h, args)[None]))  # (1, dz) each
-    mu = torch.cat([mu for mu, _ in posteriors])  # (E, dz)
-    sigma = torch.cat([sigma for _, sigma in posteriors])
+    mu, sigma = encode(agent, exploration, args)
     final = rollout(env_list, agent, mu, sigma, rng, deterministic=True)
     return final, exploration, mu, sigma
 

@@ -38,7 +38,8 @@ from plumbing.flags import launch_tool, print_safely, read_flags
 
 # What acting needs of each script's agent: the beginnings of its parameters' names
 SCRIPTS = dict.fromkeys(
-    ("smac_offline_online", "pearl_online_oracle", "meta_bc", "borel"), ("policy.", "encoder.")
+    ("smac_offline_online", "pearl_online_oracle", "meta_bc", "borel", "focal"),
+    ("policy.", "encoder."),
 )
 SCRIPTS["macaw"] = "policy.", "value.", "raw_adv_coef"
 MAX_PLAYED = 1000  # environments side by side: of MuJoCo 1.5 MB each, of PyBullet 28

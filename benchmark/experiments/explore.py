@@ -1,0 +1,109 @@
+"""Does it matter how an agent explores at test time? Prior, random actions, IDAQ, side by side.
+
+python benchmark/experiments/explore.py agents/PointDirection.npz runs/PointDirection__focal__1
+
+Each agent, of SMAC, meta-BC or focal.py, plays meta-episodes on all test tasks, once for each way to
+explore (`explore` in focal.py says what they are) and number of exploration episodes, and once with
+offline context in as many training tasks. This writes a table in Markdown. Training is not changed
+by any of it.
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT))
+import buffers
+import envs
+import focal
+from benchmark import watch
+
+WAYS = ("prior", "random", "task", "idaq")
+
+
+@dataclasses.dataclass
+class Args:
+    agents: tyro.conf.Positional[tuple[Path, ...]]  # agent files, or folders of runs
+    episodes: tuple[int, ...] = (2, 10)  # numbers of exploration episodes
+    rounds: int = 4  # meta-episodes on each test task
+    dataset: Path | None = None  # the dataset of the agents; by default datasets/{env_id}.npz
+    out: Path = ROOT / "benchmark" / "results" / "explore.md"
+
+
+@torch.no_grad()
+def play(script, agent, args, tasks, z_train, way, episodes, rounds):
+    """Returns the mean returns on test tasks: of exploration, and of the episode after it."""
+    rng = torch.Generator().manual_seed(args.seed)
+    evaluation = envs.make_evaluation(args.env_id, tasks, tasks, 1, len(tasks), rounds)
+    _, env_list = evaluation["test"]
+    # The ways to explore are focal.py's, whatever the script: these flags are what they read.
+    flags = focal.Args(
+        explore=way,
+        explore_episodes=episodes,
+        latent_dim=args.latent_dim,
+        next_obs_in_context=args.next_obs_in_context,
+    )
+    z_each = z_train.expand(len(env_list), -1, -1)  # (E, N, dz)
+    exploration, mu, sigma = focal.explore(env_list, agent, flags, rng, z_each)
+    if way != "idaq":  # z as the script itself has it: focal.py's has no noise
+        mu, sigma = script.encode(agent, exploration, args)
+    final = script.rollout(env_list, agent, mu, sigma, rng, deterministic=True)
+    explored = [path["rewards"].sum() for paths in exploration for path in paths]
+    returns = [path["rewards"].sum() for path in final]
+    return np.mean(explored), np.mean(returns)
+
+
+@torch.no_grad()
+def play_offline(script, agent, args, dataset, buffer, rounds):
+    """Returns the mean return on training tasks with z from the dataset."""
+    rng = torch.Generator().manual_seed(args.seed)
+    train_tasks = dataset["train_tasks"]
+    evaluation = envs.make_evaluation(
+        args.env_id, train_tasks, dataset["test_tasks"], 10, 1, rounds
+    )
+    tasks, env_list = evaluation["train"]
+    length = 2 * envs.lookup(args.env_id).horizon
+    h_offline = buffer.sample(tasks, length, rng, "offline")
+    mu, sigma = agent.encoder(script.make_context(h_offline, args))
+    if script is focal:
+        sigma = torch.zeros_like(mu)
+    final = script.rollout(env_list, agent, mu, sigma, rng, deterministic=True)
+    return np.mean([path["rewards"].sum() for path in final])
+
+
+def main(cli):
+    lines = [
+        f"Mean returns on test tasks, {cli.rounds} meta-episodes each: of the exploration episodes,",
+        "and of the one after them. The last column: training tasks with offline context.",
+        "",
+    ]
+    names = [f"{way}, {number}" for way in WAYS for number in cli.episodes]
+    lines.append(f"| agent | gradient steps | {' | '.join(names)} | offline context |")
+    lines.append("| --- " * (len(names) + 3) + "|")
+    for file in cli.agents:
+        script, args, tasks, agents = watch.load(file, dataset=cli.dataset)
+        dataset = buffers.load_dataset(args.env_id, cli.dataset)
+        buffer = buffers.from_dataset(dataset, args.env_id)
+        for step, agent in agents.items():
+            rng = torch.Generator().manual_seed(args.seed)
+            with torch.no_grad():
+                z_train = focal.training_z(agent, buffer, args, rng)
+            cells = ["/".join(file.resolve().parts[-2:]), str(step)]
+            for way in WAYS:
+                for number in cli.episodes:
+                    setting = (script, agent, args, tasks, z_train, way, number, cli.rounds)
+                    explored, returned = play(*setting)
+                    cells.append(f"{explored:.1f} → {returned:.1f}")
+            offline = play_offline(script, agent, args, dataset, buffer, cli.rounds)
+            lines.append(f"| {' | '.join(cells)} | {offline:.1f} |")
+            print(lines[-1], flush=True)
+    cli.out.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
