@@ -13,7 +13,6 @@ import torch
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import buffers
 import envs
 import sawyer
 
@@ -65,9 +64,9 @@ def quick(monkeypatch):
     """Small evaluations, a point of the loss curves every 5 steps, and no pictures, which take most of the time."""
     small = functools.partial(envs.make_evaluation, num_train=3, repeats=1)
     monkeypatch.setattr(envs, "make_evaluation", small)
-    monkeypatch.setattr(buffers, "LOG_EVERY", 5)
-    monkeypatch.setattr(buffers, "draw_summary", lambda folder: Figure(figsize=(1, 1)))
-    monkeypatch.setattr(buffers.SummaryWriter, "add_figure", lambda *_: None)
+    monkeypatch.setattr("plumbing.run.LOG_EVERY", 5)
+    monkeypatch.setattr("plumbing.pictures.draw_summary", lambda *_: Figure(figsize=(1, 1)))
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.add_figure", lambda *_: None)
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import buffers
 import envs
+from plumbing.files import table_text
 from plumbing.flags import PATHS
 
 SCRIPTS = ("smac", "pearl", "meta_bc", "macaw", "borel")
@@ -26,13 +27,13 @@ ENDS = {"smac": [4, 13], "borel": [6, 13]}  # gradient steps at the end of a pha
 def quick(monkeypatch):
     """The family, small evaluations, a point of the loss curves every 4 steps."""
     monkeypatch.setattr(envs, "make_evaluation", functools.partial(envs.make_evaluation, num_train=3, repeats=2))
-    monkeypatch.setattr(buffers, "LOG_EVERY", 4)
+    monkeypatch.setattr("plumbing.run.LOG_EVERY", 4)
     signed.register(monkeypatch)
 
 
 @pytest.fixture
 def no_picture(monkeypatch):
-    monkeypatch.setattr(buffers, "draw_summary", lambda folder: Figure(figsize=(1, 1)))
+    monkeypatch.setattr("plumbing.pictures.draw_summary", lambda *_: Figure(figsize=(1, 1)))
 
 
 @pytest.fixture(scope="module")
@@ -114,21 +115,22 @@ def test_a_run_leaves_its_flags_table_curves_agents_figures_and_picture(name, wh
     assert sorted(file.name for file in run.iterdir()) == sorted([*expected, events.name])
 
     flags = json.loads((run / "args.json").read_text())
-    own = {key: value for key, value in flags.items() if key not in ("precision", "versions")}
+    added = {"precision", "versions", "threads", "dataset_sha256", "commit"}  # to the flags
+    own = {key: value for key, value in flags.items() if key not in added}
     assert own["env_id"] == "Signed" and own["eval_every"] == 5
     assert flags["versions"].keys() >= {"python", "torch", "cpu"} and flags["precision"] in ("medium", "highest")
     with np.load(run / f"agent_{ends[-1]}.npz") as file:
         last = dict(file)
     assert json.loads(str(last.pop("flags"))) == {k: v for k, v in own.items() if k not in PATHS}
-    assert str(last.pop("script")) == RUNS[name][0].__name__ and "test (online context)" in str(last.pop("returns"))
+    assert str(last.pop("script")) == RUNS[name][0].__name__ and "test (own context)" in str(last.pop("returns"))
     assert same_arrays(last, {key: value.numpy() for key, value in agent.state_dict().items()})
     checkpoint = load(run)
     assert same_arrays(last, {key[6:]: value for key, value in checkpoint.items() if key.startswith("agent/")})
-    assert checkpoint["step"] == ends[-1] and str(checkpoint["eval_csv"]).encode() == (run / "eval.csv").read_bytes()
+    assert checkpoint["step"] == ends[-1] and table_text(checkpoint["evaluations"]).encode() == (run / "eval.csv").read_bytes()
 
     picture = matplotlib.image.imread(run / "summary.png")
     assert abs(len(picture) - 360 * len(ends)) < 40 and picture.std() > 0.01
-    (points, _), kls = curves(run), {"kl_test_online_context", "kl_train_online_context", "kl_train_offline_context"}
+    (points, _), kls = curves(run), {"kl_test_own_context", "kl_train_own_context", "kl_train_offline_context"}
     with np.load(run / f"figures_{ends[-1]}.npz") as file:
         arrays = dict(file)
     assert arrays.keys() == {"macaw": set(), "pearl": kls - {"kl_train_offline_context"}}.get(name, kls)
@@ -260,4 +262,4 @@ def test_an_evaluation_that_is_not_finite_stops_the_run_with_one_sentence(name, 
     with pytest.raises(buffers.InputError, match=message) as error:
         signed.start(name, tmp_path, data)
     assert str(error.value).count("\n") == 0 and load(folder)["step"] == first
-    assert (folder / "eval.csv").read_bytes() == str(load(folder)["eval_csv"]).encode()  # nothing of it was written
+    assert (folder / "eval.csv").read_bytes() == table_text(load(folder)["evaluations"]).encode()  # nothing of it was written

@@ -27,6 +27,7 @@ import numpy as np
 import pytest
 import torch
 from packaging.requirements import Requirement
+from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import borel
@@ -36,11 +37,13 @@ import macaw
 import meta_bc
 import pearl_online_oracle as pearl
 import plumbing.flags
+import plumbing.pictures
+import plumbing.run
 import smac_offline_online as smac
 from benchmark import kill
 from benchmark.hostile import archive, header_tricks, write, zip_tricks
 from buffers import InputError
-from plumbing.files import CSV_COLUMNS, MAX_UNPACKED, flatten
+from plumbing.files import MAX_UNPACKED, flatten
 from plumbing.flags import check_flags, parse_args, preset, read_flags
 
 ROOT = Path(smac.__file__).parent
@@ -290,7 +293,7 @@ def test_a_link_in_the_place_of_a_file_of_a_run_is_not_followed(dataset, tmp_pat
     assert read(run) == 13 and not any((run / name).is_symlink() for name in names)
     (run / "args.json").unlink()
     (run / "args.json").symlink_to(target)
-    with pytest.raises(OSError, match="Too many levels of symbolic links"):
+    with pytest.raises(InputError, match="args.json: Too many levels of symbolic links"):
         resume(meta_bc, dataset, run)
     assert target.read_bytes() == b"precious"
 
@@ -385,7 +388,7 @@ def test_a_file_system_without_locks_gives_a_warning(dataset, tmp_path, monkeypa
     monkeypatch.setattr(fcntl, "flock", flock)
     run = start(meta_bc, dataset, tmp_path)
     assert read(run) == 13
-    warning = f"warning: {run} can not be locked: start no second process with it\n"
+    warning = f"warning: {run} cannot be locked: start no second process with it\n"
     assert capsys.readouterr().err.startswith(warning)
 
 
@@ -410,8 +413,8 @@ class Unexpected(Exception):
 
 
 @pytest.mark.parametrize("place, name, error", [
-    (buffers, "flatten", Unexpected()), (buffers, "draw_summary", Unexpected()),
-    (buffers.SummaryWriter, "close", OSError(errno.ENOSPC, "No space left on device")),
+    (plumbing.run, "flatten", Unexpected()), (plumbing.pictures, "draw_summary", Unexpected()),
+    (SummaryWriter, "close", OSError(errno.ENOSPC, "No space left on device")),
 ])  # fmt: skip
 def test_signals_hooks_and_precision_are_as_they_were(dataset, tmp_path, monkeypatch, place, name, error):
     """Also after an error while a run is closed; tests/shared/test_own_tasks.py has other ends."""
@@ -484,7 +487,7 @@ def test_the_checkpoint_comes_before_the_words(dataset, tmp_path, monkeypatch):
             told[int(re.match(r"step (\d+)", text)[1])] = int(read(run))
         say(text, *stream)
 
-    monkeypatch.setattr(buffers, "say", look)
+    monkeypatch.setattr(plumbing.run, "say", look)
     start(smac, dataset, tmp_path)
     assert told == {5: 5, 8: 8, 10: 10, 15: 15, 16: 16}
 
@@ -492,10 +495,9 @@ def test_the_checkpoint_comes_before_the_words(dataset, tmp_path, monkeypatch):
 def test_output_that_is_not_a_terminal_stays_small(tmp_path, monkeypatch, capsys):
     """22,000 steps of a hundredth of a second: a line every half minute, and no bar."""
     clock, network = [0.0], torch.nn.Linear(1, 1)
-    monkeypatch.setattr(buffers.time, "time", lambda: clock[0])
+    monkeypatch.setattr(plumbing.run.time, "time", lambda: clock[0])
     args = meta_bc.Args(env_id="PointDirection", run_dir=str(tmp_path), device="cpu", eval_every=10**6)
     monkeypatch.setattr(buffers.Run, "save", lambda run: None)
-    monkeypatch.setattr(buffers, "table", lambda file: "")
     with buffers.Run(args, "a.py", agent=network, optimizer=torch.optim.Adam(network.parameters())) as run:
         for step in run.steps(22_000, "training"):
             clock[0] = step / 100
@@ -883,15 +885,19 @@ def test_a_flag_that_a_checkpoint_lacks_takes_its_default(good, dataset, tmp_pat
     assert args.gamma == 0.99 and args.offline_steps == 8
 
 
-HEADER = ",".join(CSV_COLUMNS) + "\r\n"
-TABLES = ["", "x", HEADER[:-2], HEADER + "1,2\r\n", HEADER + "1,2,test,online,3,4,much\r\n"]
-TABLES += [HEADER + "1,2,\x1b[31mtest,online,3,4.0,5.0\r\n", HEADER + "1,2,test,online,3,nan,5.0\r\n"]
-TABLES += [HEADER + "1,2,other,online,3,4.0,5.0\r\n", HEADER + "1,2,test,other,3,4.0,5.0\r\n"]  # a curve for each
-TABLES += [HEADER + "1,2,test,online,3,4.0,5.0", HEADER + "9" * 5000 + ",2,test,online,3,4.0,5.0\r\n"]
+ROW = [1.0, 2.0, 0.0, 0.0, 3.0, 4.0, 5.0]  # one of a table of evaluations
+NO_ROWS = [  # (column, what it cannot be)
+    (0, -1), (0, 0.5), (0, 13), (0, 2.0**60), (1, -1), (1, 2.0**60), (2, 2), (2, 0.5), (3, -1), (3, 2), (4, -1),
+    (4, 1.5), (5, np.nan), (5, np.inf), (6, -np.inf), (6, 1e39),
+]  # fmt: skip
+TABLES = [np.array([[*ROW[:column], value, *ROW[column + 1 :]]]) for column, value in NO_ROWS]
+TABLES += [np.array([[5.0, *ROW[1:]], ROW])]  # not in the order of steps
 CHANGES = [  # (what of a checkpoint is changed, what the message says)
-    *((dict(eval_csv=np.array(text)), "its step, table of evaluations or precision is none") for text in TABLES),
-    (dict(step=np.array(-1)), "its step, table"), (dict(step=np.array(2**63 - 1)), "its step, table"),
-    (dict(precision=np.array("high")), "its step, table of evaluations or precision is none"),
+    *((dict(evaluations=table), "its table of evaluations is none|evaluations is NaN") for table in TABLES),
+    (dict(evaluations=np.zeros((1, 6))), "evaluations is float64"), (dict(evaluations=np.array("a")), "evaluations is"),
+    (dict(eval_csv=np.array("a")), "checkpoint.npz is of an earlier version, which cannot be resumed"),
+    (dict(step=np.array(-1)), "its step is none"), (dict(step=np.array(2**63 - 1)), "its step is none"),
+    (dict(env_steps=np.array(-1)), "its env_steps is none"), (dict(precision=np.array("high")), "its precision is none"),
     (dict(rng=np.zeros(16, "u1")), "is of the other kind of device, GPU or CPU"),
     (dict(rng=np.full(5056, 255, "u1")), "checkpoint.npz does not fit this run"),
     (dict(torch_rng=np.full(5056, 255, "u1")), "checkpoint.npz does not fit this run"),
@@ -992,7 +998,7 @@ def test_a_harmful_dataset_is_refused_at_once(dataset, tmp_path):
 
 def test_a_harmful_checkpoint_is_refused_at_once(good, tmp_path):
     file, trap, take = tmp_path / "checkpoint.npz", tmp_path / "created", lambda file: good[2](file.parent)
-    names = ["agent/policy.net.0.weight.npy", "flags.npy", "eval_csv.npy"]
+    names = ["agent/policy.net.0.weight.npy", "flags.npy", "evaluations.npy"]
     text, peak = forked(lambda: check_harmful(take, lambda: same_state(good[3], good[1]), file, good[0], names, trap))
     assert text == "nothing" and peak < resident() + 500
 

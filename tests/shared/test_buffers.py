@@ -254,7 +254,7 @@ def rows(state, name):
     return state["fields"][name].clone()
 
 
-OUTSIDE = "sizes.{}, or its index, points outside of .24. transitions"
+OUTSIDE = "sizes.{}, or its index, points outside of 24 transitions"
 SPOILED = [  # (what the message says, how the state of `make_buffer` is changed)
     ("has .26. transitions, expected at most 25",
      lambda s: s["fields"].update({name: torch.cat([x, x[:2]]) for name, x in s["fields"].items()})),
