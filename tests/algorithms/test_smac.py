@@ -124,7 +124,7 @@ RETURNS = [
 ]
 RETURNS += ["charts/train/offline_context_return", "charts/train/own_context_return"]
 TAGS = {*RETURNS, "losses/critic", "losses/actor", "losses/reward", "losses/kl"}
-TAGS |= {"train/SPS", "train/q_mean", "train/q_max", "train/actor_weight_ess"}
+TAGS |= {"train/SPS", "train/phase", "train/q_mean", "train/q_max", "train/actor_weight_ess"}
 TAGS |= {"eval/decoder_loss", "eval/decoder_loss_over_reward_variance"}
 TAGS |= {"eval/generated_reward_mse", "eval/generated_reward_mse_over_reward_variance"}
 KL_TAGS = {
@@ -199,8 +199,8 @@ def test_a_run_writes_its_flags_evaluations_events_and_checkpoint(dataset, tmp_p
                 value.sum / value.num, rel=1e-4
             )
     for tag, group in (
-        ("test/online", groups[0]),
-        ("train/online", groups[1]),
+        ("test/own", groups[0]),
+        ("train/own", groups[1]),
         ("train/offline", groups[2]),
     ):
         last = [float(row[5]) for row in rows if row[0] == "30" and row[2:4] == list(group[:2])]
@@ -604,7 +604,7 @@ def test_pictures_hold_what_the_evaluation_saw(dataset, tmp_path, short, monkeyp
         assert np.abs(walked - drawn).max((1, 2)).min() < 1e-4
     events = EventAccumulator(str(run))
     events.Reload()
-    assert events.Tags()["images"] == ["eval/paths", "eval/returns_by_task"]
+    assert events.Tags()["images"] == ["eval/returns_by_task", "eval/paths"]
     axes = Figure().subplots()
     draw_paths(axes, {"exploration": arrays["exploration"]})
     (line,) = axes.lines  # all paths in one, with gaps between them
