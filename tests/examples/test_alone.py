@@ -41,7 +41,7 @@ import runpy, sys
 for line in sys.stdin:
     script, *flags = line.split()
     sys.argv = [script + ".py", *flags]
-    print("run", line, end="")
+    print("run", line.strip())
     runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
