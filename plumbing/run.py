@@ -1,7 +1,8 @@
 """A run: its folder, its gradient steps and signals, its log, its checkpoint.
 
 A run keeps its table of evaluations as numbers, in its checkpoint. The files beside the checkpoint
-(eval.csv, args.json, TensorBoard's, the pictures) are output: a run never reads them again.
+(eval.csv, args.json, TensorBoard's) are output: a run never reads them again. Only figures_{step}.npz
+are read once more, for the picture at the end.
 """
 
 import contextlib
@@ -40,13 +41,13 @@ from plumbing.files import (
     table_text,
     write_file,
 )
-from plumbing.flags import PATHS, Screen, check_flags, say
+from plumbing.flags import PATHS, Screen, check_flags, print_safely
 from plumbing.machine import (
     choose_device,
     commit,
+    cuda_graph,
     keep_freed_memory,
     matmul_precision,
-    record,
     versions,
 )
 
@@ -152,7 +153,7 @@ class Run:
                 file.close()
                 raise
             warning = f"warning: {self.folder} cannot be locked: start no second process with it"
-            say(warning, "stderr")
+            print_safely(warning, "stderr")
         file.truncate(0)
         return file
 
@@ -169,9 +170,8 @@ class Run:
         self.file.flush()
 
     def __enter__(self):
-        from torch.utils.tensorboard import (
-            SummaryWriter,
-        )  # half a second, which --help can do without
+        # Importing it takes half a second, which --help can do without.
+        from torch.utils.tensorboard import SummaryWriter
 
         try:
             with self.writing():
@@ -236,8 +236,8 @@ class Run:
             figure = pictures.draw_summary(self.folder, self.table)
             style = dict(format="png", dpi=100, bbox_inches="tight")
             write_file(self.folder / "summary.png", lambda file: figure.savefig(file, **style))
-        say(pictures.table_of_means(self.table))
-        say(f"\n{self.folder / 'summary.png'}")
+        print_safely(pictures.table_of_means(self.table))
+        print_safely(f"\n{self.folder / 'summary.png'}")
 
     def explain(self, error):
         """Add to an error where it came up, and how to continue."""
@@ -249,7 +249,7 @@ class Run:
             # A script prints the sentence of these alone. What an environment raised has more.
             cause = error.__cause__ if isinstance(error, InputError) else error
             if cause is not None:
-                say("".join(traceback.format_exception(cause)), "stderr")
+                print_safely("".join(traceback.format_exception(cause)), "stderr")
             what = str(error)
             if not isinstance(error, InputError):
                 what = f"{type(error).__name__}: {error}"
@@ -265,7 +265,7 @@ class Run:
         self.stopping = True
         # A signal may come while something is printed, which cannot be interrupted by a print.
         with contextlib.suppress(RuntimeError):
-            say("\nstops after this step; once more stops at once", "stderr")
+            print_safely("\nstops after this step; once more stops at once", "stderr")
 
     def stopped(self, when):
         """The exception with which a stopped run ends.
@@ -306,13 +306,13 @@ class Run:
                     self.save()
                 if self.sentence:
                     bar.clear()
-                    say(self.sentence)
+                    print_safely(self.sentence)
                     self.sentence = ""
                 self.tell_end(bar)
                 # A line now and then where no bar can move
                 if bar.disable and time.time() - last_line > 30:
                     last_line = time.time()
-                    say(f"{name}: step {self.step} of {end}", "stderr")
+                    print_safely(f"{name}: step {self.step} of {end}", "stderr")
                 if self.stopping:
                     raise self.stopped(f"after step {self.step}")
 
@@ -339,10 +339,10 @@ class Run:
         if seconds > 2 * 3600 and getattr(self.args, "preset", None) == "paper":
             sentence += "; --preset short has smaller sizes"
         bar.clear()
-        say(sentence)
+        print_safely(sentence)
 
     def fast(self, function, compiled=False):
-        """`function` in this run's precision; on a GPU recorded and replayed, see `record`."""
+        """`function` in this run's precision; on a GPU recorded and replayed, see `cuda_graph`."""
         function = torch.compile(function) if compiled else function
 
         def call(*arguments, **flags):
@@ -356,7 +356,7 @@ class Run:
                 torch.set_float32_matmul_precision(before)
 
         on_gpu = self.device.type == "cuda"
-        return record(call) if on_gpu and self.args.cuda_graph else call
+        return cuda_graph(call) if on_gpu and self.args.cuda_graph else call
 
     # ----- The log
 
@@ -443,7 +443,7 @@ class Run:
         file = self.folder / "eval.csv"
         if not is_replaceable(file):
             words = "is no regular file and stays as it is; the table is in the checkpoint"
-            say(f"warning: {file} {words}", "stderr")
+            print_safely(f"warning: {file} {words}", "stderr")
             return
         text = table_text(self.table)
         write_file(file, lambda stream: stream.write(text.encode()))
