@@ -356,7 +356,11 @@ def evaluate(agent, buffer, eval_envs, args):
 
     # --- Offline context: the same training tasks with z ~ q(z | h_offline) (Figure 2). Every
     # further transition narrows the posterior: h_offline is as long as the own histories are.
-    lengths = [sum(len(path["actions"]) for path in pair) for pair in exploration]
+    lengths = []  # how many transitions each environment has explored
+    explored_paths = []
+    for pair in exploration:
+        lengths.append(sum(len(path["actions"]) for path in pair))
+        explored_paths += pair
     lengths = torch.tensor(lengths, device=buffer.device)  # (E,)
     mean_length = round(lengths.float().mean().item())
     h_offline = buffer.sample(tasks, mean_length, buffer_rng, "offline")
@@ -369,7 +373,7 @@ def evaluate(agent, buffer, eval_envs, args):
     scalars = {}
     offline = buffer.sample(tasks, args.rl_batch, buffer_rng, "offline")
     offline = {name: values.flatten(0, 1) for name, values in offline.items()}  # (E * B, .)
-    explored = buffers.join([path for pair in exploration for path in pair], buffer.device)
+    explored = buffers.join(explored_paths, buffer.device)
     z_offline = mu.repeat_interleave(args.rl_batch, dim=0)
     z_explored = mu.repeat_interleave(lengths, dim=0)
     for name, data, z in (

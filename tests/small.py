@@ -20,7 +20,7 @@ import macaw
 import meta_bc
 import pearl_online_oracle as pearl
 import smac_offline_online as smac
-from benchmark import kill
+from benchmark.robustness import kill
 from buffers import InputError
 from plumbing.flags import parse_args
 

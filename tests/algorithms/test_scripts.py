@@ -35,12 +35,6 @@ SCRIPTS = [
     for name, tree in TREES.items()
     if any(isinstance(node, ast.ClassDef) and node.name == "Args" for node in tree.body)
 ]
-LINES = dict(zip(MODULES, (460, 400, 320, 400, 520, 800)))
-SHARED = {
-    "buffers.py": 620, "envs.py": 600, "sawyer.py": 400, "plumbing/__init__.py": 2, "plumbing/cores.py": 120,
-    "plumbing/files.py": 220,
-    "plumbing/flags.py": 200, "plumbing/machine.py": 120, "plumbing/pictures.py": 130, "README.md": 200,
-}  # fmt: skip
 MAY_DIFFER = {
     "Args", "Agent", "update", "main", "evaluate", "sample_batch", "rollout", "collect",
     "encode", "adapt",
@@ -97,27 +91,25 @@ def test_the_scripts_are_found():
     assert set(SCRIPTS) == set(MODULES)
 
 
-@pytest.mark.parametrize("script, most", LINES.items())
-def test_a_script_is_short_and_its_main_is_one_flat_function(script, most):
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_main_is_one_flat_function_on_one_screen(script):
     main = tree_of(script, "main")
-    lines = len(source(script).splitlines())
-    assert lines <= most, f"{script} shall be read at a sitting: {lines} lines, at most {most}"
-    assert main.end_lineno - main.lineno + 1 <= 60
-    inside = [
-        node
-        for node in ast.walk(main)
-        if isinstance(node, (ast.FunctionDef, ast.Lambda, ast.ClassDef))
-    ]
-    assert inside == [main] and not any(
-        isinstance(node, (ast.Global, ast.Nonlocal)) for node in ast.walk(main)
-    )
+    assert main.end_lineno - main.lineno + 1 <= 64
+    for node in ast.walk(main):
+        assert node is main or not isinstance(
+            node, (ast.FunctionDef, ast.Lambda, ast.ClassDef, ast.Global, ast.Nonlocal)
+        )
 
 
-def test_what_scripts_share_is_small():
-    assert SHARED.keys() == TREES.keys() - set(SCRIPTS) | {"README.md"}
-    assert {
-        name: most for name, most in SHARED.items() if len(source(name).splitlines()) > most
-    } == {}
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_has_one_thought_a_line(script):
+    """Measured on files that read well: short lines, and few comprehensions."""
+    lines = [line for line in source(script).splitlines() if line.strip()]
+    assert np.mean([len(line) for line in lines]) <= 57
+    comprehensions = ast.ListComp, ast.DictComp, ast.SetComp, ast.GeneratorExp
+    found = [node for node in ast.walk(TREES[script]) if isinstance(node, comprehensions)]
+    assert len(found) <= 3 * len(lines) / 100
+    assert [node.lineno for node in found if len(node.generators) > 1] == []
 
 
 @pytest.mark.parametrize("one, other", list(itertools.combinations(SCRIPTS, 2)))
@@ -160,7 +152,7 @@ def test_every_flag_is_read_and_has_a_help_text(script):
 
 
 def test_what_a_script_leaves_to_the_run_is_read_there():
-    text = "".join(map(source, ("buffers.py", "plumbing/flags.py", "plumbing/machine.py")))
+    text = "".join(source(name) for name in TREES if name not in SCRIPTS)
     words = set(re.findall(r"\b(?:args|known)\.(\w+)", text))
     assert set(READ_BY_RUN) <= words
 
@@ -213,7 +205,6 @@ def test_house_style(name):
     text = source(name)
     assert not re.search(r"\b(TODO|FIXME|XXX|breakpoint|pdb)\b", text)
     assert ast.get_docstring(TREES[name])
-    assert [number for number, line in enumerate(text.splitlines(), 1) if len(line) > 120] == []
 
 
 # ----- PAPER.md and README.md

@@ -1,7 +1,7 @@
 """A run of each script: what it leaves in its folder, and that a stopped one goes on as if nothing had happened."""
 
-from benchmark import kill
-from benchmark.hostile import archive, header_tricks, write, zip_tricks
+from benchmark.robustness import kill
+from benchmark.robustness.hostile import archive, header_tricks, write, zip_tricks
 from buffers import InputError
 from matplotlib.figure import Figure
 from packaging.requirements import Requirement

@@ -140,7 +140,7 @@ def test_the_cuda_graph_ends_at_the_same_parameters(online):
             sample, learn = cuda_graph(sample), cuda_graph(learn)
         info = []
         for _ in range(20):
-            step = learn(agent, optimizer, sample(buffer, args, generator), args, online=online)
+            step = learn(agent, optimizer, sample(buffer, args, generator), args, self_supervised=online)
             info.append({name: value.item() for name, value in step.items()})
         results.append((agent.state_dict(), info))
     for name, value in results[0][0].items():
