@@ -282,12 +282,17 @@ def test_eval_csv_comes_back_whole(whole, dataset, tmp_path):
 def test_a_link_in_the_place_of_a_file_of_a_run_is_not_followed(dataset, tmp_path, monkeypatch):
     run, target = stopped(meta_bc, dataset, tmp_path, monkeypatch), tmp_path / "target"
     target.write_bytes(b"precious")
-    names = ["eval.csv", "eval.csv.tmp", "checkpoint.npz.tmp", "summary.png", "agent_13.npz", "figures_13.npz"]
-    for name in names:
+    names = ["eval.csv", "summary.png", "agent_13.npz", "figures_13.npz"]
+    for name in names:  # in the place of a file: refused, the checkpoint stays
         (run / name).unlink(missing_ok=True)
         (run / name).symlink_to(target)
+        with pytest.raises(InputError, match=f"{name} is a link, and only a regular file is replaced"):
+            resume(meta_bc, dataset, run)
+        (run / name).unlink()
+    for name in ("eval.csv.tmp", "checkpoint.npz.tmp"):  # in the place of what is renamed: removed
+        (run / name).symlink_to(target)
     resume(meta_bc, dataset, run)
-    assert read(run) == 13 and not any((run / name).is_symlink() for name in names)
+    assert read(run) == 13 and not any(file.is_symlink() for file in run.iterdir())
     (run / "args.json").unlink()
     (run / "args.json").symlink_to(target)
     with pytest.raises(OSError, match="Too many levels of symbolic links"):
