@@ -504,8 +504,8 @@ def evaluate(agent, trajectories, eval_envs, args):
     Args:
         trajectories: for each training task its meta-trajectories in the dataset.
     Returns:
-        what Run.write takes: {(split, context): task numbers, third trajectories, exploration, KL}, each of E
-        environments; scalars to log; trajectories of the dataset to draw.
+        what Run.write takes: a list of evaluations, "test" first; scalars to log; trajectories of the
+        dataset to draw.
     """
     device, rng = next(agent.parameters()).device, torch.Generator().manual_seed(args.seed)
 
@@ -514,11 +514,11 @@ def evaluate(agent, trajectories, eval_envs, args):
         mu, log_var = agent.encoder.belief(memory).chunk(2, dim=-1)
         return mu, kl_to_prior(mu, (0.5 * log_var).exp())
 
-    results, memories = {}, {}
+    evaluations, memories = [], {}
     for split, (tasks, env_list) in eval_envs.items():  # "train" comes last, and is used below
         final, exploration, memories[split] = buffers.on_cores(adapt_belief, env_list, agent, rng)
-        mu_online, kl = belief_of(memories[split])
-        results[split, "online"] = (tasks, final, exploration, kl)
+        mu_own, kl = belief_of(memories[split])
+        evaluations.append(buffers.Evaluation(split, "own", tasks, final, exploration, kl))
 
     # The same training tasks, after at most two episodes of the dataset in place of the policy's own
     offline = [
@@ -530,13 +530,13 @@ def evaluate(agent, trajectories, eval_envs, args):
     memory = memory[torch.arange(len(offline), device=device), lengths]
     mu_offline, kl = belief_of(memory)
     final, _ = buffers.on_cores(rollout_belief, env_list, agent, memory, rng, deterministic=True)
-    results["train", "offline"] = (tasks, final, exploration, kl)
+    evaluations.append(buffers.Evaluation("train", "offline", tasks, final, exploration, kl))
 
     # Decoder against true rewards, on the two episodes that the belief comes from: the dataset's, and the policy's own
     scalars = {}
     for name, mu, episodes in (
         ("decoder_loss", mu_offline, offline),
-        ("generated_reward_mse", mu_online, exploration),
+        ("generated_reward_mse", mu_own, exploration),
     ):
         steps, lengths, _ = stack([episodes], device)
         real = torch.arange(steps["rewards"].shape[1], device=device) < lengths[:, None]  # (E, L)
@@ -555,7 +555,7 @@ def evaluate(agent, trajectories, eval_envs, args):
     )
     scalars["charts/test/frozen_belief_return"] = np.mean([path["rewards"].sum() for path in final])
     return (
-        results,
+        evaluations,
         scalars,
         [path for task in set(tasks) for episodes in trajectories[task] for path in episodes],
     )

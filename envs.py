@@ -41,17 +41,7 @@ from gymnasium.envs.mujoco.humanoid_v5 import HumanoidEnv
 from gymnasium.envs.mujoco.walker2d_v5 import Walker2dEnv
 from gymnasium.utils import EzPickle
 
-
-class InputError(ValueError):
-    """A flag, a file or an environment that can not be used. Scripts print its one sentence and exit with code 2."""
-
-    def __init__(self, sentence):
-        words = " ".join(
-            str(sentence)[:500].split()
-        )  # what it quotes from a file may be long, or have lines,
-        super().__init__(
-            "".join(c if c.isprintable() else "?" for c in words)
-        )  # or commands for the terminal
+from plumbing.errors import InputError
 
 
 @dataclass(frozen=True)

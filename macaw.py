@@ -325,21 +325,22 @@ def meta_episode(env_list, agent, args, rng):
 def evaluate(agent, buffer, eval_envs, args):
     """Post-adaptation episodes, with generators of their own: evaluating changes nothing in training.
 
-    Returns what Run.write takes: {(split, context): task numbers, third trajectories, exploration, no KL}, each of E
-    environments; no scalars; trajectories of the dataset to draw.
+    Returns what Run.write takes: a list of evaluations, "test" first; no scalars; trajectories of the
+    dataset to draw.
     """
     rng, buffer_rng = (
         torch.Generator().manual_seed(args.seed),
         torch.Generator(buffer.device).manual_seed(args.seed),
     )
-    results = {}
+    evaluations = []
     for split, (tasks, env_list) in eval_envs.items():  # "train" comes last, and is used below
-        results[split, "online"] = (tasks, *meta_episode(env_list, agent, args, rng), None)
+        final, exploration = meta_episode(env_list, agent, args, rng)
+        evaluations.append(buffers.Evaluation(split, "own", tasks, final, exploration))
     # The same training tasks, adapted to offline data instead
     policy, _ = inner_steps(agent, buffer.sample(tasks, args.context_batch, buffer_rng))
     final = buffers.on_cores(play, env_list, policy, rng, deterministic=True)
-    results["train", "offline"] = (tasks, final, results["train", "online"][2], None)
-    return results, {}, [path for task in set(tasks) for path in buffer.offline_paths(task)]
+    evaluations.append(buffers.Evaluation("train", "offline", tasks, final, exploration))
+    return evaluations, {}, [path for task in set(tasks) for path in buffer.offline_paths(task)]
 
 
 # ===== Meta-training on the dataset

@@ -364,14 +364,15 @@ def adapt(env_list, agent, args, rng):
 def evaluate(agent, eval_envs, args):
     """Post-adaptation episodes, with a generator of its own: evaluating changes nothing in training.
 
-    Returns what Run.write takes: {(split, context): task numbers, third trajectories, exploration, KL}, each of E
-    environments; no scalars.
+    Returns what Run.write takes: a list of evaluations, "test" first; no scalars.
     """
-    rng, results = torch.Generator().manual_seed(args.seed), {}
+    rng = torch.Generator().manual_seed(args.seed)
+    evaluations = []
     for split, (tasks, env_list) in eval_envs.items():
         final, exploration, mu, sigma = buffers.on_cores(adapt, env_list, agent, args, rng)
-        results[split, "online"] = (tasks, final, exploration, kl_to_prior(mu, sigma))
-    return results, {}
+        kl = kl_to_prior(mu, sigma)
+        evaluations.append(buffers.Evaluation(split, "own", tasks, final, exploration, kl))
+    return evaluations, {}
 
 
 def write_dataset(buffer, train_tasks, test_tasks, args):

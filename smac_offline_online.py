@@ -459,27 +459,29 @@ def adapt(env_list, agent, args, rng):
 def evaluate(agent, buffer, eval_envs, args):
     """Post-adaptation episodes and diagnostics, with generators of their own: evaluating changes nothing in training.
 
-    Returns what Run.write takes: {(split, context): task numbers, third trajectories, exploration, KL}, each of E
-    environments; scalars to log; trajectories of the dataset to draw.
+    Returns what Run.write takes: a list of evaluations, "test" first; scalars to log; trajectories of
+    the dataset to draw.
     """
     rng, buffer_rng = (
         torch.Generator().manual_seed(args.seed),
         torch.Generator(buffer.device).manual_seed(args.seed),
     )
-    results, scalars = {}, {}
+    evaluations, scalars = [], {}
     for split, (tasks, env_list) in eval_envs.items():  # "train" comes last, and is used below
         final, exploration, mu, sigma = buffers.on_cores(adapt, env_list, agent, args, rng)
-        results[split, "online"] = (tasks, final, exploration, kl_to_prior(mu, sigma))
+        kl = kl_to_prior(mu, sigma)
+        evaluations.append(buffers.Evaluation(split, "own", tasks, final, exploration, kl))
 
     # The same training tasks with z ~ q(z | h_offline) instead (Figure 2). Each transition more makes the posterior
-    # narrower, so h_offline is as long as the online histories are on average.
+    # narrower, so h_offline is as long as the agent's own histories are on average.
     lengths = torch.tensor(
         [sum(len(path["actions"]) for path in pair) for pair in exploration], device=buffer.device
     )
     h_offline = buffer.sample(tasks, round(lengths.float().mean().item()), buffer_rng, "offline")
     mu, sigma = agent.encoder(make_context(h_offline, args))  # (E, dz)
     final = buffers.on_cores(rollout, env_list, agent, mu, sigma, rng, deterministic=True)
-    results["train", "offline"] = (tasks, final, exploration, kl_to_prior(mu, sigma))
+    kl = kl_to_prior(mu, sigma)
+    evaluations.append(buffers.Evaluation("train", "offline", tasks, final, exploration, kl))
 
     # Decoder against true rewards, on offline data and on this exploration: for us to read, never for training
     offline = {
@@ -499,7 +501,11 @@ def evaluate(agent, buffer, eval_envs, args):
         scalars[f"eval/{name}_over_reward_variance"] = (
             error.square().mean() / batch["rewards"].var()
         )
-    return results, scalars, [path for task in set(tasks) for path in buffer.offline_paths(task)]
+    return (
+        evaluations,
+        scalars,
+        [path for task in set(tasks) for path in buffer.offline_paths(task)],
+    )
 
 
 # ===== Algorithm 1

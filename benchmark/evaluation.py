@@ -51,13 +51,14 @@ def measure(env_id, cli):
         for cores, taken in seconds.items():
             torch.set_num_threads(cores)
             start = time.perf_counter()
-            results, _, _ = smac.evaluate(agent, buffer, eval_envs, args)
+            evaluations, _, _ = smac.evaluate(agent, buffer, eval_envs, args)
             taken.append(time.perf_counter() - start)
-            played = [path for _, final, pairs, _ in results.values() for path in final]
+            played = [path for evaluation in evaluations for path in evaluation.final]
             played += [
                 path
-                for name in ("test", "train")
-                for pair in results[name, "online"][2]
+                for evaluation in evaluations
+                if evaluation.context == "own"
+                for pair in evaluation.exploration
                 for path in pair
             ]
             steps.append(sum(len(path["actions"]) for path in played))

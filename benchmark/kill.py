@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import buffers
 import envs
+import plumbing.run
 from plumbing.files import write_file
 from plumbing.flags import parse_args
 from plumbing.machine import versions
@@ -73,7 +74,7 @@ def start(script, flags, log):
     os.dup2(output, 2)
     try:
         torch.set_num_threads(1)
-        buffers.LOG_EVERY, buffers.matmul_precision = (
+        plumbing.run.LOG_EVERY, plumbing.run.matmul_precision = (
             5,
             lambda *_: "highest",
         )  # not what is faster at the moment

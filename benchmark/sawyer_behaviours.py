@@ -75,7 +75,7 @@ def main(args):
         rng = torch.Generator().manual_seed(flags.seed)
         for split, (numbers, env_list) in pairs.items():
             final, exploration, *_ = script.adapt(env_list, agent, flags, rng)
-            played = {"online": final}
+            played = {"own": final}
             if split == "train":
                 steps = sum(len(path["actions"]) for path in exploration[0])
                 h_offline = script.make_context(

@@ -16,6 +16,7 @@ from sawyer_kl import (
     buffers,
     envs,
     make_sawyer,
+    matmul_precision,
     measure,
     smac,
     train,
@@ -36,7 +37,7 @@ def fill(tasks, first, trajectories):
 
 
 if __name__ == "__main__":
-    torch.set_float32_matmul_precision(buffers.matmul_precision(torch.device("cpu"), 1024, 200))
+    torch.set_float32_matmul_precision(matmul_precision(torch.device("cpu"), 1024, 200))
     dataset = buffers.load_dataset(ENV_ID)
     few = buffers.from_dataset(dataset, ENV_ID)
     many = fill(envs.sample_tasks(ENV_ID, TASKS, TASK_SEED), 1_000, TRAJECTORIES)

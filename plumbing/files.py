@@ -30,7 +30,6 @@ from envs import InputError
 # than the file.
 MAX_UNPACKED = 1 << 26
 MAX_TABLE = 1 << 18  # bytes of the table of contents
-MAX_CSV = 1 << 22  # characters of an eval.csv
 HEADER = (
     re.compile(  # of an array as numpy.savez writes it: type, whether it lies by columns, shape
         rb"\x93NUMPY\x01\x00..{'descr': '(<[fi][48]|\|[ub]1|<U[1-9]\d{0,7})', "
@@ -384,7 +383,11 @@ def digest(data, rules) -> str:
 # ----- Results and checkpoints of a run
 
 
-CSV_COLUMNS = [
+SPLITS = ("test", "train")
+CONTEXTS = ("own", "offline")
+# A row of a run's table of evaluations, in its checkpoint as seven float64 numbers, in eval.csv as
+# text: split and context are their places in SPLITS and CONTEXTS.
+CSV_COLUMNS = (
     "gradient_step",
     "env_steps",
     "split",
@@ -392,10 +395,29 @@ CSV_COLUMNS = [
     "task",
     "return",
     "exploration_return",
-]
-NUMBER = r"-?\d+(\.\d+)?(e[-+]\d+)?"
-ROW = rf"\d{{1,16}},\d{{1,16}},(test|train),(online|offline),\d{{1,16}},{NUMBER},{NUMBER}\r\n"
-CSV = rf"{','.join(CSV_COLUMNS)}\r\n({ROW})*"  # an eval.csv
+)
+
+
+def check_table(table, last=2**53) -> None:
+    """Raise an InputError unless (R, 7) numbers are a table of evaluations up to step `last`."""
+    whole = table[:, :5]
+    limits = np.array([last, 2**53, len(SPLITS) - 1, len(CONTEXTS) - 1, 2**53])
+    is_valid = np.isfinite(table).all() and (whole == np.floor(whole)).all()
+    is_valid = is_valid and (whole >= 0).all() and (whole <= limits).all()
+    is_valid = is_valid and (np.diff(table[:, 0]) >= 0).all()
+    is_valid = is_valid and (np.abs(table) <= np.finfo(np.float32).max).all()
+    if not is_valid:
+        raise InputError("its table of evaluations is none")
+
+
+def table_text(table) -> str:
+    """A table of evaluations as the text of eval.csv."""
+    lines = [",".join(CSV_COLUMNS)]
+    for step, env_steps, split, context, task, *returns in table.tolist():
+        words = [int(step), int(env_steps), SPLITS[int(split)], CONTEXTS[int(context)], int(task)]
+        words += [np.float32(number) for number in returns]  # as they were rounded
+        lines.append(",".join(map(str, words)))
+    return "\r\n".join(lines) + "\r\n"
 
 
 def flatten(tree, prefix=""):

@@ -130,11 +130,24 @@ def check_products(values):
 def check_writable(flag, path):
     """Raise an InputError unless a file of this name can be written, or replaced."""
     file = Path(os.path.expanduser(path)).absolute()
-    check_replaceable(file)
+    try:
+        check_replaceable(file)
+    except InputError as error:
+        raise InputError(f"{flag} {error}") from None
     try:
         tempfile.TemporaryFile(dir=file.parent).close()
     except OSError:
         raise InputError(f"{flag} {file} is no file in a folder that can be written to") from None
+
+
+def may_change(name, value, resumed):
+    """Whether a run that goes on may change a flag.
+
+    It may make more offline steps if no second phase depends on their number.
+    """
+    has_second_phase = getattr(resumed, "online_iterations", 0) > 0
+    more_steps = name == "offline_steps" and value > resumed.offline_steps
+    return name in FREE or (more_steps and not has_second_phase)
 
 
 def check_flags(args, resumed=None) -> None:
@@ -147,7 +160,8 @@ def check_flags(args, resumed=None) -> None:
     for name, kind in typing.get_type_hints(type(args)).items():
         value = values[name]
         check_type(name, value, kind)
-        if resumed and name not in FREE and value != getattr(resumed, name):
+        changed = resumed and value != getattr(resumed, name)
+        if changed and not may_change(name, value, resumed):
             was = f"{flag_of(name)} is {getattr(resumed, name)} in the run to resume"
             raise InputError(f"{was} and cannot become {shown(value)}")
         check_size(name, value, max_weights)

@@ -312,10 +312,11 @@ def test_an_evaluation_plays_each_split_and_reads_two_episodes_of_each_tasks_own
         return paths, after
 
     monkeypatch.setattr(borel, "rollout_belief", record)
-    results, scalars, paths = borel.evaluate(agent, trajectories, eval_envs, args)
+    evaluations, scalars, paths = borel.evaluate(agent, trajectories, eval_envs, args)
     assert [scalars["charts/test/frozen_belief_return"]] == returns
-    assert list(results) == [("test", "online"), ("train", "online"), ("train", "offline")]
-    assert [numbers for numbers, *_ in results.values()] == [[0], [0, 1, 2], [0, 1, 2]]
+    groups = [(evaluation.split, evaluation.context) for evaluation in evaluations]
+    assert groups == [("test", "own"), ("train", "own"), ("train", "offline")]
+    assert [evaluation.tasks for evaluation in evaluations] == [[0], [0, 1, 2], [0, 1, 2]]
     assert [angles for _, angles in calls] == 3 * [[1.0]] + 4 * [[0.1, 0.2, 0.3]]
     for task in range(3):
         steps = buffers.join(trajectories[task][0][:2], "cpu")
@@ -330,7 +331,7 @@ def test_an_evaluation_plays_each_split_and_reads_two_episodes_of_each_tasks_own
             .sum()
             .item()
         )
-        assert results["train", "offline"][3][task].item() == pytest.approx(kl, rel=1e-3)
+        assert evaluations[2].kl[task].item() == pytest.approx(kl, rel=1e-3)
     assert [len(path["actions"]) for path in paths] == [3, 5, 4, 9, 2, 6, 4]
 
 
@@ -354,7 +355,7 @@ def test_success_is_the_behaviour_achieved_in_the_last_step(drawers, tmp_path):
         if tag.endswith("success")
     }
     assert found == {
-        "charts/test/online_context_success": 0, "charts/train/online_context_success": 1,
+        "charts/test/own_context_success": 0, "charts/train/own_context_success": 1,
         "charts/train/offline_context_success": 1,
     }  # fmt: skip
 

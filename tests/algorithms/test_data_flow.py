@@ -242,7 +242,7 @@ def cached(folder, name, resumed):
         patch.setattr(
             envs, "make_evaluation", functools.partial(envs.make_evaluation, num_train=3, repeats=2)
         )
-        patch.setattr(buffers, "draw_summary", lambda folder: Figure(figsize=(1, 1)))
+        patch.setattr("plumbing.pictures.draw_summary", lambda *_: Figure(figsize=(1, 1)))
         signed.register(patch)
         data = signed.save_data(folder / "data.npz")
         script = RUNS[name][0]
@@ -348,7 +348,7 @@ def test_evaluations_are_of_their_split_and_task(flow):
             collected = sum(
                 len(obs) for place, obs, _ in flow.acted[:acted_before] if place == "collect"
             )
-        groups = [("test", "online"), ("train", "online")] + [("train", "offline")] * (
+        groups = [("test", "own"), ("train", "own")] + [("train", "offline")] * (
             flow.script is not pearl
         )
         for split, context in groups:

@@ -343,13 +343,13 @@ def test_an_evaluation_plays_each_split_in_its_own_environments_and_adapts_to_th
 
     monkeypatch.setattr(macaw, "inner_steps", record_steps)
     monkeypatch.setattr(macaw, "play", record_play)
-    results, scalars, paths = macaw.evaluate(agent, buffer, eval_envs, args)
-    assert (
-        list(results) == [("test", "online"), ("train", "online"), ("train", "offline")]
-        and scalars == {}
-    )
-    numbers = results["train", "offline"][0]
-    assert results["test", "online"][0] == [0, 0, 1, 1] and numbers == results["train", "online"][0]
+    evaluations, scalars, paths = macaw.evaluate(agent, buffer, eval_envs, args)
+    groups = [(evaluation.split, evaluation.context) for evaluation in evaluations]
+    assert groups == [("test", "own"), ("train", "own"), ("train", "offline")]
+    assert scalars == {}
+    test, own, offline = evaluations
+    numbers = offline.tasks
+    assert test.tasks == [0, 0, 1, 1] and numbers == own.tasks
     angles = [[env.unwrapped.task[0] for env in env_list] for env_list in acted]
     assert angles[:3] == 3 * [[3.0, 3.0, 2.0, 2.0]] and angles[3:] == 4 * [
         [number / 10.0 for number in numbers]
@@ -358,10 +358,7 @@ def test_an_evaluation_plays_each_split_in_its_own_environments_and_adapts_to_th
     assert asked[-1]["obs"].shape == (6, 7, OBS)
     assert asked[-1]["obs"][:, :, 0].tolist() == [7 * [float(number)] for number in numbers]
     assert sorted({path["obs"][0, 0] for path in paths}) == sorted(set(numbers))
-    assert (
-        results["train", "offline"][2] is results["train", "online"][2]
-        and results["train", "offline"][3] is None
-    )
+    assert offline.exploration is own.exploration and offline.kl is None
 
 
 def test_success_is_the_behaviour_achieved_in_the_last_step(drawers, tmp_path):
@@ -388,7 +385,7 @@ def test_success_is_the_behaviour_achieved_in_the_last_step(drawers, tmp_path):
         if tag.endswith("success")
     }
     assert found == {
-        "charts/test/online_context_success": 0, "charts/train/online_context_success": 1,
+        "charts/test/own_context_success": 0, "charts/train/own_context_success": 1,
         "charts/train/offline_context_success": 1,
     }  # fmt: skip
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
 
 import buffers
 import envs
@@ -24,7 +25,7 @@ from buffers import InputError
 from plumbing.flags import parse_args
 from plumbing.pictures import draw_paths
 
-SCRIPT, ADD_FIGURE = Path(smac.__file__), buffers.SummaryWriter.add_figure
+SCRIPT, ADD_FIGURE = Path(smac.__file__), SummaryWriter.add_figure
 TRAIN_TASKS, TEST_TASKS, EPISODES, HORIZON = 4, 2, 2, 10
 OFFLINE, ITERATIONS, UPDATES = 14, 2, 8  # 30 gradient steps
 SMALL = [
@@ -118,17 +119,17 @@ def snapshots(monkeypatch):
 
 RETURNS = [
     "charts/test/exploration_return",
-    "charts/test/online_context_return",
+    "charts/test/own_context_return",
     "charts/train/exploration_return",
 ]
-RETURNS += ["charts/train/offline_context_return", "charts/train/online_context_return"]
+RETURNS += ["charts/train/offline_context_return", "charts/train/own_context_return"]
 TAGS = {*RETURNS, "losses/critic", "losses/actor", "losses/reward", "losses/kl"}
-TAGS |= {"train/SPS", "train/q_mean", "train/q_max", "train/actor_weight_ess"}
+TAGS |= {"train/SPS", "train/phase", "train/q_mean", "train/q_max", "train/actor_weight_ess"}
 TAGS |= {"eval/decoder_loss", "eval/decoder_loss_over_reward_variance"}
 TAGS |= {"eval/generated_reward_mse", "eval/generated_reward_mse_over_reward_variance"}
 KL_TAGS = {
-    "eval/kl_test_online_context",
-    "eval/kl_train_online_context",
+    "eval/kl_test_own_context",
+    "eval/kl_train_own_context",
     "eval/kl_train_offline_context",
 }
 
@@ -166,7 +167,7 @@ def test_a_run_writes_its_flags_evaluations_events_and_checkpoint(dataset, tmp_p
     ]  # every 10 steps, and at the end of each phase
     spaced = sorted({int(row[4]) for row in rows if row[2] == "train"})
     assert len(spaced) == 3 and max(spaced) < TRAIN_TASKS
-    groups = [("test", "online", [0, 1]), ("train", "online", spaced), ("train", "offline", spaced)]
+    groups = [("test", "own", [0, 1]), ("train", "own", spaced), ("train", "offline", spaced)]
     expected = [[str(s), str(e), *g[:2], str(t)] for s, e in points for g in groups for t in g[2]]
     assert [row[:5] for row in rows] == expected
     assert np.isfinite(np.array([row[5:] for row in rows], float)).all()
@@ -198,8 +199,8 @@ def test_a_run_writes_its_flags_evaluations_events_and_checkpoint(dataset, tmp_p
                 value.sum / value.num, rel=1e-4
             )
     for tag, group in (
-        ("test/online", groups[0]),
-        ("train/online", groups[1]),
+        ("test/own", groups[0]),
+        ("train/own", groups[1]),
         ("train/offline", groups[2]),
     ):
         last = [float(row[5]) for row in rows if row[0] == "30" and row[2:4] == list(group[:2])]
@@ -208,7 +209,7 @@ def test_a_run_writes_its_flags_evaluations_events_and_checkpoint(dataset, tmp_p
 
     output = capsys.readouterr().out
     assert (
-        "step 14 | return: test (online context)" in output
+        "step 14 | return: test (own context)" in output
         and f"step 20, {new} new transitions | return" in output
     )
     table = output.split("Post-adaptation return, mean over tasks")[1].splitlines()
@@ -500,7 +501,7 @@ def test_evaluation_pairs_each_environment_with_its_task_and_offline_data(short,
     with torch.no_grad():
         agent.decoder.net[-1].weight.zero_()
         agent.decoder.net[-1].bias.fill_(0.5)  # it always says 0.5
-    results, scalars, data = smac.evaluate(agent, buffer, eval_envs, args)
+    evaluations, scalars, data = smac.evaluate(agent, buffer, eval_envs, args)
     sizes = (2 * HORIZON, args.rl_batch)  # a context as long as two episodes; the decoder's data
     assert asked == [(numbers["train"], n, "offline") for n in sizes]
     test, train = (eval_envs[split][1] for split in ("test", "train"))
@@ -510,13 +511,15 @@ def test_evaluation_pairs_each_environment_with_its_task_and_offline_data(short,
     ]
     assert [call[:2] for call in acted] == expected
     paths = [call[2] for call in acted]
-    thirds = {("test", "online"): 2, ("train", "online"): 5, ("train", "offline"): 6}
-    assert list(results) == list(thirds)
-    for (split, context), (tasks, final, exploration, kl) in results.items():
-        first = 0 if split == "test" else 3
-        assert tasks == numbers[split] and final is paths[thirds[split, context]]
-        assert exploration == list(zip(paths[first], paths[first + 1]))
-        assert kl.shape == (len(tasks),) and (kl > 0).all()
+    thirds = {("test", "own"): 2, ("train", "own"): 5, ("train", "offline"): 6}
+    groups = [(evaluation.split, evaluation.context) for evaluation in evaluations]
+    assert groups == list(thirds)
+    for group, evaluation in zip(groups, evaluations):
+        first = 0 if evaluation.split == "test" else 3
+        assert evaluation.tasks == numbers[evaluation.split]
+        assert evaluation.final is paths[thirds[group]]
+        assert evaluation.exploration == list(zip(paths[first], paths[first + 1]))
+        assert evaluation.kl.shape == (len(evaluation.tasks),) and (evaluation.kl > 0).all()
     assert len(data) == 3 and all(
         len(path["actions"]) == 3 for path in data
     )  # the dataset's, one of each task
@@ -548,10 +551,10 @@ def test_success_is_the_behaviour_achieved_in_the_last_step(drawers, tmp_path):
             run.write(*smac.evaluate(agent, buffer, drawers, args))
     (folder,) = tmp_path.iterdir()
     returns = [(row[2], row[3], float(row[5])) for row in read_csv(folder)[1:]]
-    assert returns == [("test", "online", -50), ("train", "online", 0), ("train", "offline", 0)]
+    assert returns == [("test", "own", -50), ("train", "own", 0), ("train", "offline", 0)]
     events = EventAccumulator(str(folder))
     events.Reload()
-    names = ("test/online", "train/online", "train/offline")
+    names = ("test/own", "train/own", "train/offline")
     assert [events.Scalars(f"charts/{name}_context_success")[0].value for name in names] == [
         0,
         1,
@@ -579,19 +582,19 @@ def test_variants_run(dataset, tmp_path, short, flags):
 
 
 def test_pictures_hold_what_the_evaluation_saw(dataset, tmp_path, short, monkeypatch):
-    monkeypatch.setattr(buffers.SummaryWriter, "add_figure", ADD_FIGURE)
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.add_figure", ADD_FIGURE)
     run, _ = start(dataset, tmp_path, "--online-iterations", 0)
     with np.load(run / f"figures_{OFFLINE}.npz") as file:
         arrays = dict(file)
     kls = {name: values for name, values in arrays.items() if name.startswith("kl_")}
     assert {name: len(values) for name, values in kls.items()} == {
-        "kl_test_online_context": 2, "kl_train_online_context": 3, "kl_train_offline_context": 3
+        "kl_test_own_context": 2, "kl_train_own_context": 3, "kl_train_offline_context": 3
     }  # fmt: skip
     shapes = {name: values.shape for name, values in arrays.items() if name not in kls}
     ends = (HORIZON + 1, 2)
     assert shapes == {
         "offline data": (3 * EPISODES, *ends), "exploration": (6, *ends), "offline context": (3, *ends),
-        "online context": (3, *ends),
+        "own context": (3, *ends),
     }  # fmt: skip
     data = buffers.load_dataset("PointDirection", dataset)["rl"]
     walked = np.stack(
@@ -601,7 +604,7 @@ def test_pictures_hold_what_the_evaluation_saw(dataset, tmp_path, short, monkeyp
         assert np.abs(walked - drawn).max((1, 2)).min() < 1e-4
     events = EventAccumulator(str(run))
     events.Reload()
-    assert events.Tags()["images"] == ["eval/paths"]
+    assert events.Tags()["images"] == ["eval/returns_by_task", "eval/paths"]
     axes = Figure().subplots()
     draw_paths(axes, {"exploration": arrays["exploration"]})
     (line,) = axes.lines  # all paths in one, with gaps between them
@@ -634,7 +637,7 @@ def test_evaluations_leave_no_trace_in_training(dataset, tmp_path, short):
     assert steps == [{6, 12, 14, 18, 24, 30}, {14, 30}]
     a, b = load(often), load(seldom)
     assert a.keys() == b.keys()
-    for name in a.keys() - {"eval_csv", "flags"}:
+    for name in a.keys() - {"evaluations", "flags"}:
         assert np.array_equal(a[name], b[name]), name
 
 
@@ -683,7 +686,7 @@ def test_sigterm_to_a_real_process_then_resume(dataset, tmp_path, short, monkeyp
     step = int(load(run)["step"])
     precision = json.loads((run / "args.json").read_text())["precision"]
     monkeypatch.setattr(
-        buffers, "matmul_precision", lambda *_: precision
+        "plumbing.run.matmul_precision", lambda *_: precision
     )  # measured anew, it could be another
     undo = stop_at(5, monkeypatch)
     with pytest.raises(SystemExit):
@@ -799,9 +802,7 @@ def test_refuses_damaged_checkpoints(dataset, tmp_path, short):
             dataset,
         )
     checkpoint = dict(np.load(io.BytesIO(before[file.name])))
-    some = (
-        "agent/policy.net.0.bias buffer/sizes/rl buffer/fields/obs rng step summed eval_csv sha256"
-    )
+    some = "agent/policy.net.0.bias buffer/sizes/rl buffer/fields/obs rng step summed evaluations sha256"
     for name in some.split():
         np.savez(file, **{key: value for key, value in checkpoint.items() if key != name})
         refused(
@@ -868,7 +869,7 @@ def test_diverging_training_stops_the_run(dataset, tmp_path, short):
 
 
 def test_the_self_supervised_phase_improves_adaptation_to_test_tasks(tmp_path, quick):
-    """A short run on the shipped dataset, evaluated once a task. Measured test returns with online context, offline ->
+    """A short run on the shipped dataset, evaluated once a task. Measured test returns with own context, offline ->
     self-supervised, seeds 1 to 5: 22 -> 42, 13 -> 39, 15 -> 41, 28 -> 36, 19 -> 37; the best possible is near 60. With
     seed 1 it ends at 24 without PEARL's actor loss, at 22 without the critic's, at -10 without the decoder's or without
     a posterior. What it can not see is which labels exploration gets: see test_data_flow.py."""
@@ -880,9 +881,7 @@ def test_the_self_supervised_phase_improves_adaptation_to_test_tasks(tmp_path, q
     smac.main(parse([*flags.split(), "--eval-every", 10_000, "--run-dir", tmp_path]))
     rows = read_csv(tmp_path / "PointDirection__smac_offline_online__1")[1:]
     offline, online = (
-        np.mean(
-            [float(row[5]) for row in rows if row[0] == step and row[2:4] == ["test", "online"]]
-        )
+        np.mean([float(row[5]) for row in rows if row[0] == step and row[2:4] == ["test", "own"]])
         for step in ("600", "900")
     )
     assert online > 30 and online > offline + 3

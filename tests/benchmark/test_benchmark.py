@@ -45,7 +45,7 @@ def test_results_of_a_run_that_stopped_and_went_on(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "ROOT", tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(run, "subprocess", SimpleNamespace(Popen=call, PIPE=-1, STDOUT=-2))
-    monkeypatch.setattr(buffers, "draw_summary", lambda folder: Figure())
+    monkeypatch.setattr("plumbing.pictures.draw_summary", lambda *_: Figure())
     command = f"{COMMAND} --dataset few.npz"
     out, results = (
         tmp_path / "benchmark" / "results" / "point",
@@ -64,7 +64,7 @@ def test_results_of_a_run_that_stopped_and_went_on(tmp_path, monkeypatch):
         rows = list(csv.DictReader(file))
     assert [row["gradient_step"] for row in rows] == ["10", "20", "30"]
     assert all(
-        float(row["eval/kl_test_online_context"]) > 0 and float(row["train/q_max"]) for row in rows
+        float(row["eval/kl_test_own_context"]) > 0 and float(row["train/q_max"]) for row in rows
     )
     assert list(watch.load(out / "agents" / "smac__1.npz")[3]) == [20, 30]
 

@@ -26,7 +26,6 @@ import meta_bc
 import pearl_online_oracle as pearl
 import smac_offline_online as smac
 from benchmark import agents, figures, film, watch
-from plumbing.files import CSV_COLUMNS
 from plumbing.flags import one_sentence
 from plumbing.pictures import draw_summary, read_figures
 
@@ -75,7 +74,9 @@ def runs(tmp_path_factory, data):
     with pytest.MonkeyPatch.context() as patch:
         few = dataclasses.replace(envs.SPECS["PointDirection"], num_train_tasks=2, num_test_tasks=3)
         patch.setitem(envs.SPECS, "PointDirection", few)
-        patch.setattr(buffers, "draw_summary", lambda folder: Figure())  # a second for each picture
+        patch.setattr(
+            "plumbing.pictures.draw_summary", lambda *_: Figure()
+        )  # a second for each picture
         for script in SCRIPTS:
             flags = TINY | FLAGS[script] | ({} if script is pearl else {"dataset": str(data)})
             buffers.train(script, env_id="PointDirection", run_dir=str(folder), **flags)
@@ -174,7 +175,7 @@ def test_an_agent_file_has_what_acting_needs_after_the_offline_phase_and_at_the_
     assert {int(name.split("/")[0]) for name in arrays if "/" in name} == set(steps)
     assert list(json.loads(str(arrays["returns"]))) == [str(step) for step in steps]
     assert json.loads(json.loads(str(arrays["returns"]))[str(steps[-1])])[0].startswith(
-        "test (online context) "
+        "test (own context) "
     )
     found, args, tasks, loaded = watch.load(file)
     assert found is script and list(loaded) == steps and args.policy_hidden == (8,)
@@ -373,7 +374,7 @@ def test_masks_of_an_encoder_are_kept_and_watched(data, tmp_path, monkeypatch):
             self.register_buffer("padding", torch.tensor([True, False]))
 
     monkeypatch.setattr(smac, "Encoder", Masked)
-    monkeypatch.setattr(buffers, "draw_summary", lambda folder: Figure())
+    monkeypatch.setattr("plumbing.pictures.draw_summary", lambda *_: Figure())
     run, flags = (
         tmp_path / "PointDirection__smac_offline_online__1",
         TINY | FLAGS[smac] | dict(dataset=str(data)),
@@ -535,7 +536,7 @@ def test_the_camera_follows_a_robot(monkeypatch):
 def test_figures_of_a_run(runs, tmp_path):
     """Each kind of path in its colour, only where there are paths; the later phase below."""
     paths = np.random.default_rng(0).normal(size=(4, 2, 30, 2)).astype(np.float32).cumsum(2)
-    names = "offline data", "exploration", "offline context", "online context"
+    names = "offline data", "exploration", "offline context", "own context"
     colours = (214, 39, 40), (44, 160, 44), (31, 119, 180), (255, 127, 14)
     for step, drawn in ((900, names[1:]), (1000, names)):
         np.savez(
@@ -554,21 +555,18 @@ def test_figures_of_a_run(runs, tmp_path):
 
 def test_the_picture_of_a_run_by_hand(tmp_path):
     """A colour for each context in all panels; the phases apart; two rows of panels beside the returns."""
-    rows = [
-        (10, 0, "train,offline", 4.0),
-        (20, 0, "test,online", 1.0),
-        (20, 0, "train,online", 3.0),
-    ]
-    rows += [(30, 50, "test,online", 5.0), (30, 50, "test,online", 7.0)]
-    lines = [f"{step},{new},{group},0,{value},0" for step, new, group, value in rows]
-    (tmp_path / "eval.csv").write_text("\n".join([",".join(CSV_COLUMNS), *lines, ""]))
+    test, train = 0, 1  # as in SPLITS
+    own, offline = 0, 1  # as in CONTEXTS
+    rows = [(10, 0, train, offline, 0, 4.0, 0), (20, 0, test, own, 0, 1.0, 0)]
+    rows += [(20, 0, train, own, 0, 3.0, 0)]
+    rows += [(30, 50, test, own, 0, 5.0, 0), (30, 50, test, own, 1, 7.0, 0)]
     kls = {
         "kl_train_offline_context": np.float32([1, 3]),
-        "kl_train_online_context": np.float32([8, 8]),
+        "kl_train_own_context": np.float32([8, 8]),
     }
     paths = {
         "offline data": np.zeros((2, 5, 2), np.float32),
-        "online context": np.ones((2, 5, 2), np.float32),
+        "own context": np.ones((2, 5, 2), np.float32),
     }
     for step, ground in (
         (20, {}),
@@ -576,15 +574,18 @@ def test_the_picture_of_a_run_by_hand(tmp_path):
         (40, paths),
     ):  # the last is of a later step than eval.csv has
         np.savez(tmp_path / f"figures_{step}.npz", **kls, **ground)
-    curves, *panels = DRAW_SUMMARY(tmp_path).axes
+    curves, tasks, *panels = DRAW_SUMMARY(tmp_path, np.array(rows)).axes[:-1]
+    # The last is the bar of colours.
+    (image,) = tasks.images
+    np.testing.assert_array_equal(image.get_array(), [[1, 5], [np.nan, 7]])
     drawn = {
         line.get_label(): (line.get_color(), line.get_linestyle(), [*line.get_ydata()])
         for line in curves.lines
     }
     assert drawn == {
         "train tasks, offline context": ("tab:blue", "--", [4]),
-        "train tasks, online context": ("tab:orange", "--", [3]),
-        "test tasks, online context": ("tab:orange", "-", [1, 6]),
+        "train tasks, own context": ("tab:orange", "--", [3]),
+        "test tasks, own context": ("tab:orange", "-", [1, 6]),
     }  # fmt: skip
     (phase,) = curves.patches
     assert phase.get_label() == "self-supervised phase"
@@ -594,7 +595,7 @@ def test_the_picture_of_a_run_by_hand(tmp_path):
     ] * 2
     assert [axes.get_visible() for axes in panels] == [True, False, True, True]
     words = [text.get_text() for text in panels[2].get_legend().get_texts()]
-    assert words == ["offline context, mean 2.0", "online context, mean 8.0"]
+    assert words == ["offline context, mean 2.0", "own context, mean 8.0"]
     for axes, colours in (
         (panels[2], ["tab:blue", "tab:orange"]),
         (panels[3], ["tab:red", "tab:orange"]),
@@ -615,12 +616,12 @@ def test_the_picture_of_a_run_by_hand(tmp_path):
 
 BAD_FIGURES = {
     "KLs that are none": (
-        {"kl_train_online_context": np.float32([np.nan])},
-        "kl_train_online_context can not be drawn",
+        {"kl_train_own_context": np.float32([np.nan])},
+        "kl_train_own_context can not be drawn",
     ),
     "KLs far below 0": (
-        {"kl_train_online_context": np.float32([-5])},
-        "kl_train_online_context can not be drawn",
+        {"kl_train_own_context": np.float32([-5])},
+        "kl_train_own_context can not be drawn",
     ),
     "paths without end": (
         {"exploration": np.full((1, 5, 2), 1e30, np.float32)},
@@ -640,7 +641,7 @@ def test_figures_of_other_kinds_are_not_read(tmp_path):
     """Text, float64 and other shapes are left out; what else lies there is no picture of a run."""
     arrays = {
         "exploration": np.array("words"),
-        "kl_train_online_context": np.zeros(3),
+        "kl_train_own_context": np.zeros(3),
         "offline data": np.zeros((2, 3)),
     }
     np.savez(tmp_path / "figures_20.npz", **arrays)
