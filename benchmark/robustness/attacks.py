@@ -105,7 +105,7 @@ class Waits(envs.PointDirection):
     def reset(self, **options):
         if os.getpid() != RUN and not os.path.exists(f"waited{os.getpid()}"):
             open(f"waited{os.getpid()}", "w").close()
-            LOCK.acquire(timeout=9 if os.path.exists("waited") else 40)
+            LOCK.acquire(timeout=0.1 if os.path.exists("waited") else 40)
             open("waited", "w").close()
         return super().reset(**options)
 for one in (Ends, EndsAtOnce, Starts, Waits):
@@ -501,7 +501,7 @@ def dataset_of_a_run():
 def settings():
     """19 settings"""
     for shell in ("nosuchshell x", "bash nowhere/x"):
-        words = f"{META_BC} --tyro-write-completion {shell}"
+        words = f"python meta_bc.py --tyro-write-completion {shell}"
         yield Attack("completion", words, "got nosuchshell|nowhere/x")
     words = "MATMUL_PRECISION is 'low', expected highest or medium"
     yield Attack("precision", f"MATMUL_PRECISION=low {META_BC}", words)
