@@ -22,7 +22,7 @@ from gymnasium.envs.mujoco import MujocoEnv
 from PIL import Image, ImageDraw, ImageFont
 
 import envs
-from envs import InputError
+from plumbing.errors import InputError
 from plumbing.files import check_replaceable, write_file
 
 HEIGHT, TITLE, FONT = (

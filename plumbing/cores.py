@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from envs import InputError
+from plumbing.errors import InputError
 
 PATIENCE = 30  # seconds without an answer and without work, after which a line says so
 MOMENT = 3  # seconds that processes have to close their environments before they are killed

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 import envs
-from envs import InputError
+from plumbing.errors import InputError
 
 # Bytes that all compressed arrays of a file may have together. What is stored plain is no larger
 # than the file.

@@ -16,8 +16,8 @@ from pathlib import Path
 import tyro
 
 import envs
-from envs import InputError
 from plumbing.cores import who_called_exit
+from plumbing.errors import InputError
 from plumbing.files import MAX_TEXT, check_array, check_replaceable, read_npz
 
 # ----- What flags may be

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from envs import InputError
+from plumbing.errors import InputError
 
 # ----- What there is
 
