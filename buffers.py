@@ -9,7 +9,6 @@ What is unrelated to the algorithm and its data, like the command line or checkp
 plumbing/. What the scripts need of it can be imported from here.
 """
 
-import hashlib
 import os
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from plumbing.errors import InputError
 from plumbing.files import PATH_FIELDS, check_array, check_dataset, read_npz, write_file
 from plumbing.flags import command_line, launch, train
 from plumbing.machine import choose_device
+from plumbing.provenance import describe_dataset, write_description
 from plumbing.run import Evaluation, Run
 
 __all__ = [
@@ -290,8 +290,7 @@ def save_dataset(
 
     Raises InputError: `load_dataset` would not take it.
     """
-    if not rl:
-        raise InputError(f"{file}: rl has no trajectory, and every training task needs some")
+    files.check_entries(file, env_id, rl, encoder)
     data = {
         "format_version": np.array(files.FORMAT_VERSION),
         "env_id": envs.short_name(env_id),
@@ -300,9 +299,6 @@ def save_dataset(
         "test_tasks": np.asarray(test_tasks, np.float64),
     }
     for part, entries in (("rl", rl), ("encoder", encoder)):
-        for name in PATH_FIELDS:
-            if not all(name in path for _, path in entries):
-                raise InputError(f"{file}: a trajectory of {part} has no {name}")
         lengths = [len(path["actions"]) for _, path in entries]
         data[f"{part}_tasks"] = np.array([task for task, _ in entries], np.int32)
         data[f"{part}_lengths"] = np.array(lengths, np.int32)
@@ -317,6 +313,7 @@ def save_dataset(
     too_large_to_unpack = size > files.MAX_UNPACKED  # says `read_npz`
     save = np.savez if too_large_to_unpack else np.savez_compressed
     write_file(os.path.expanduser(file), lambda stream: save(stream, allow_pickle=False, **data))
+    write_description(file, describe_dataset(file, env_id, data))
 
 
 def load_dataset(env_id: str, file=None) -> dict:
@@ -358,14 +355,7 @@ def load_dataset(env_id: str, file=None) -> dict:
         for i, task in enumerate(data[f"{part}_tasks"].tolist()):
             path = {name: columns[name][i] for name in PATH_FIELDS}
             dataset[part].append((task, path))
-
-    # The hash is of the content: the same data in another file have the same.
-    digest = hashlib.sha256()
-    for name in sorted(rules):
-        array = np.asarray(data[name])
-        digest.update(f"{name} {array.dtype} {array.shape}".encode())
-        digest.update(np.ascontiguousarray(array).view(np.uint8))
-    dataset["sha256"] = digest.hexdigest()
+    dataset["sha256"] = files.digest(data, rules)
     return dataset
 
 

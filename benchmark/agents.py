@@ -20,7 +20,7 @@ import buffers
 import envs
 from benchmark import watch
 from plumbing.files import read_npz, write_file
-from plumbing.flags import say
+from plumbing.flags import launch_tool, print_safely
 
 
 @dataclasses.dataclass
@@ -56,9 +56,9 @@ def main(args):
     out = args.out or watch.ROOT / "agents" / f"{envs.short_name(flags.env_id)}.npz"
     out.parent.mkdir(parents=True, exist_ok=True)
     write_file(out, lambda file: np.savez_compressed(file, allow_pickle=False, **arrays))
-    watch.load(out, args.env_id)  # raises if it can not be read
+    watch.load(out, args.env_id)  # raises if it cannot be read
     return out
 
 
 if __name__ == "__main__":
-    say(watch.launch(main, tyro.cli(Args, description=__doc__)))
+    launch_tool(lambda args: print_safely(main(args)), Args)

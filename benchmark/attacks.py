@@ -149,11 +149,9 @@ def harmful():
     tricks["300,000 empty members"] = archive({str(i): b"" for i in range(300_000)})
     for what, content in tricks.items():
         make = functools.partial(replace, content, "x.npz")
-        yield Attack(
-            f"dataset: {what}", f"{META_BC} --dataset x.npz", "x.npz can not be read", make
-        )
+        yield Attack(f"dataset: {what}", f"{META_BC} --dataset x.npz", "x.npz cannot be read", make)
     command = f"truncate -s 100G x.npz; {META_BC} --dataset x.npz; e=$?; rm x.npz; exit $e"
-    yield Attack("dataset: 100 GB of nothing", command, "x.npz can not be read")
+    yield Attack("dataset: 100 GB of nothing", command, "x.npz cannot be read")
     for what, name, array in (
         ("<U0 of a billion entries", "env_id", npy("<U0", "(1000000000,)")),
         ("<U999999999", "format_version", npy("<U999999999", "()")),
@@ -339,7 +337,7 @@ def sentences():
     yield ends("~ is the home folder", f": RUN; HOME=$PWD/runs {command}")
     yield Attack("~ of nobody", "python meta_bc.py --resume '~nobody_here/run'", "there is no file")
     command = f"PYTHONPATH=brokengpu {SMAC} --device auto"
-    yield Attack("a broken GPU", command, "the GPU can not be used.* --device cpu works")
+    yield Attack("a broken GPU", command, "the GPU cannot be used.* --device cpu works")
     command = (
         "MUJOCO_GL=none python benchmark/watch.py agents/HopperParam.npz --tasks 1 --video new.gif"
     )

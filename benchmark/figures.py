@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import buffers
-from plumbing.flags import say
+from plumbing.files import write_file
+from plumbing.flags import launch_tool
 from plumbing.pictures import draw_kls, draw_paths, read_figures
 
 
@@ -45,11 +46,10 @@ def main(args):
             if ground:
                 draw_paths(axis, ground)
                 axis.set_title(title)
-    figure.savefig(args.out, dpi=100, bbox_inches="tight")  # without the room for what is not drawn
+    # "tight": without the room for what is not drawn
+    style = dict(format=args.out.suffix[1:] or "png", dpi=100, bbox_inches="tight")
+    write_file(args.out, lambda file: figure.savefig(file, **style))
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Args, description=__doc__))
-    except (buffers.InputError, OSError) as error:
-        sys.exit(say(f"error: {buffers.InputError(error)}", "stderr") or 2)
+    launch_tool(main, Args)

@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 import envs
 from envs import InputError
-from plumbing.files import write_file
+from plumbing.files import check_replaceable, write_file
 
 HEIGHT, TITLE, FONT = (
     180,
@@ -116,8 +116,7 @@ def check_file(file):
     """Raise an InputError unless a film can be written to this file."""
     if file.suffix not in (".gif", ".mp4") or not file.absolute().parent.is_dir():
         raise InputError(f"--video {file}: expected a .gif or .mp4 in a folder that exists")
-    if file.is_dir():
-        raise InputError(f"--video {file} is a folder")
+    check_replaceable(file)
     try:
         tempfile.TemporaryFile(
             dir=file.absolute().parent

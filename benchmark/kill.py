@@ -29,6 +29,7 @@ sys.path.insert(0, str(ROOT))
 import buffers
 import envs
 import plumbing.run
+from plumbing.files import write_file
 from plumbing.flags import parse_args
 from plumbing.machine import versions
 
@@ -212,7 +213,8 @@ def main(args):
     text = f"`python benchmark/kill.py --kills {' '.join(map(str, args.kills))} --seed {args.seed}`, one thread of "
     text += f"{found['cpu']}; Python {found['python']}, PyTorch {found['torch']}\n\n"
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-    Path(args.out).write_text(text + "\n".join([*ended, "", *lines]) + "\n")
+    text += "\n".join([*ended, "", *lines]) + "\n"
+    write_file(args.out, lambda file: file.write(text.encode()))
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ sys.path.insert(0, str(ROOT))
 import buffers
 import envs
 from benchmark import agents
-from plumbing.flags import say
+from plumbing.flags import launch_tool, print_safely
 
 POINT = "smac_offline_online.py --env-id PointDirection"
 HOPPER = "--env-id HopperParam"
@@ -376,16 +376,13 @@ def main(args):
     ]
     for result in on_ray(jobs, args) if args.ray else here(jobs, args):
         try:
-            say(result())
+            print_safely(result())
         except buffers.InputError as error:
             failed += 1
-            say(f"error: {error}", "stderr")
+            print_safely(f"error: {error}", "stderr")
     if failed:
         raise buffers.InputError(f"{failed} of {len(jobs)} runs did not end")
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Args, description=__doc__))
-    except buffers.InputError as error:
-        sys.exit(say(f"error: {error}", "stderr") or 2)
+    launch_tool(main, Args)

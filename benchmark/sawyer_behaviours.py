@@ -20,7 +20,7 @@ import buffers
 import envs
 import sawyer
 from benchmark import watch
-from plumbing.flags import say
+from plumbing.flags import launch_tool, print_safely
 
 
 @dataclasses.dataclass
@@ -70,7 +70,7 @@ def main(args):
         repeats=args.episodes,
     )
     head = "step|tasks, context|behaviour|exploration episode|any of two|third episode|third, if so|third, if not"
-    say(f"| {' | '.join(head.split('|'))} |\n|{' --- |' * len(head.split('|'))}")
+    print_safely(f"| {' | '.join(head.split('|'))} |\n|{' --- |' * len(head.split('|'))}")
     for step, agent in agents.items():
         rng = torch.Generator().manual_seed(flags.seed)
         for split, (numbers, env_list) in pairs.items():
@@ -87,8 +87,8 @@ def main(args):
             tasks = data[f"{split}_tasks"][numbers, -1].astype(int)
             for context, final in played.items():
                 for row in rows(tasks, final, exploration):
-                    say(f"| {step} | {split}, {context} | {' | '.join(row)} |")
+                    print_safely(f"| {step} | {split}, {context} | {' | '.join(row)} |")
 
 
 if __name__ == "__main__":
-    watch.launch(main, tyro.cli(Args, description=__doc__))
+    launch_tool(main, Args)

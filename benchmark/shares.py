@@ -21,7 +21,7 @@ import envs
 import smac_offline_online as smac
 from benchmark import speed
 from plumbing.flags import preset
-from plumbing.machine import matmul_precision, versions
+from plumbing.machine import keep_freed_memory, matmul_precision, versions
 
 GPU_STEPS = 800  # gradient steps a second: results/speed/gpu.md
 
@@ -54,6 +54,7 @@ def measure(env_id, cli):
     """Rates, and the seconds of an iteration's parts."""
     args, spec = preset(smac.Args, smac.PRESETS, env_id), envs.lookup(env_id)
     agent, _, steps, sample = speed.make(spec, args)
+    keep_freed_memory()
     precision = matmul_precision(
         torch.device("cpu"), args.meta_batch * args.rl_batch, args.policy_hidden[0]
     )

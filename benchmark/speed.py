@@ -24,7 +24,7 @@ import buffers
 import envs
 import smac_offline_online as smac
 from benchmark.plain_update import PlainAgent, plain_update
-from plumbing.machine import matmul_precision, versions
+from plumbing.machine import keep_freed_memory, matmul_precision, versions
 
 
 @dataclasses.dataclass
@@ -92,6 +92,7 @@ def make(spec, args, num_tasks=50):
 
 def set_precision(args):
     """What `Run.fast` does for the step of these flags; returns the precision."""
+    keep_freed_memory()
     precision = matmul_precision(
         torch.device("cpu"), args.meta_batch * args.rl_batch, args.policy_hidden[0]
     )

@@ -19,7 +19,7 @@ import envs
 import pearl_online_oracle as pearl
 from benchmark import speed
 from plumbing.files import read_npz
-from plumbing.flags import read_flags, say
+from plumbing.flags import launch_tool, read_flags
 
 
 @dataclasses.dataclass
@@ -68,7 +68,4 @@ def main(cli):
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Args, description=__doc__))
-    except buffers.InputError as error:
-        sys.exit(say(f"error: {error}", "stderr") or 2)
+    launch_tool(main, Args)

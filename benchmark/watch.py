@@ -26,8 +26,15 @@ import buffers
 import envs
 import sawyer
 from buffers import InputError
-from plumbing.files import MAX_TASKS, MAX_TEXT, check_array, read_npz, write_file
-from plumbing.flags import read_flags, say
+from plumbing.files import (
+    MAX_TASKS,
+    MAX_TEXT,
+    check_array,
+    check_replaceable,
+    read_npz,
+    write_file,
+)
+from plumbing.flags import launch_tool, print_safely, read_flags
 
 # What acting needs of each script's agent: the beginnings of its parameters' names
 SCRIPTS = dict.fromkeys(
@@ -189,6 +196,10 @@ def measure(script, agent, args, tasks, num_tasks, episodes, sampled=False):
     returns = {
         name: np.array([path["rewards"].sum() for path in some]) for name, some in paths.items()
     }
+    for name, values in returns.items():
+        if not np.isfinite(values).all():
+            cause = "are the agent's weights too large?"
+            raise InputError(f"a return with {name} is NaN or infinite: {cause}")
     returns = {name: values.reshape(len(numbers), -1).mean(1) for name, values in returns.items()}
     return numbers[::episodes], {
         name: values.reshape(-1, episodes) for name, values in returns.items()
@@ -215,7 +226,7 @@ def show(labels, returns):
     }
     for label, cells in (rows | {"mean": [x.mean() for x in returns.values()]}).items():
         words = (cell if label == "" else f"{cell:.1f}" for cell in cells)
-        say(
+        print_safely(
             f"{label:<{width}}"
             + "".join(f"{word:>{len(name) + 3}}" for word, name in zip(words, returns))
         )
@@ -242,8 +253,10 @@ def main(args):
         raise InputError(
             "--tasks, --episodes and --every must be at least 1, and with --out --episodes at least 2"
         )
-    if args.out and (args.out.is_dir() or not args.out.absolute().parent.is_dir()):
-        raise InputError(f"--out {args.out} is no file in a folder that exists")
+    if args.out:
+        check_replaceable(args.out)
+        if not args.out.absolute().parent.is_dir():
+            raise InputError(f"--out {args.out} is no file in a folder that exists")
     if args.video:
         film.check_file(args.video)
     script, flags, tasks, agents = load(args.agent, args.env_id, args.dataset)
@@ -253,7 +266,9 @@ def main(args):
             f"{num_tasks} tasks x {args.episodes} episodes are more than {MAX_PLAYED} environments"
         )
     for step, agent in agents.items():
-        say(f"{flags.env_id}, {script.__name__}.py, seed {flags.seed}, after {step} gradient steps")
+        print_safely(
+            f"{flags.env_id}, {script.__name__}.py, seed {flags.seed}, after {step} gradient steps"
+        )
         numbers, returns = measure(
             script, agent, flags, tasks, num_tasks, args.episodes, bool(args.out)
         )
@@ -277,16 +292,8 @@ def main(args):
                 columns[-1].append(film.shoot(flags.env_id, task, words, args.every, play))
     if args.video:
         film.save(columns, args.video)
-        say(args.video)
-
-
-def launch(main, args):
-    """Call main: an input that can not be used gives one sentence and exit code 2."""
-    try:
-        return main(args)
-    except (InputError, OSError) as error:
-        sys.exit(say(f"error: {InputError(error)}", "stderr") or 2)
+        print_safely(args.video)
 
 
 if __name__ == "__main__":
-    launch(main, tyro.cli(Args, description=__doc__))
+    launch_tool(main, Args)

@@ -13,6 +13,8 @@ import torch
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import small as small_runs
+
 import envs
 import sawyer
 
@@ -73,6 +75,38 @@ def quick(monkeypatch):
 def short(quick, monkeypatch):
     """The same, and episodes of PointDirection have 10 steps."""
     set_sizes(monkeypatch, "PointDirection", horizon=10)
+
+
+@pytest.fixture
+def small(quick, monkeypatch):
+    """PointDirection with four training tasks and two test tasks, for the runs of small.py."""
+    spec = envs.SPECS["PointDirection"]
+    monkeypatch.setattr("plumbing.pictures.draw_summary", lambda *_: Figure(figsize=(1, 1)))
+    monkeypatch.setattr(
+        envs, "make_evaluation", functools.partial(envs.make_evaluation, num_train=2, repeats=1)
+    )
+    monkeypatch.setitem(
+        envs.SPECS, "PointDirection", dataclasses.replace(spec, num_train_tasks=4, num_test_tasks=2)
+    )
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    """The dataset of the runs of small.py."""
+    return small_runs.make_dataset(tmp_path_factory.mktemp("data") / "small.npz")
+
+
+@pytest.fixture(scope="module")
+def whole(dataset, tmp_path_factory):
+    """A function that gives a run of a script that nothing stopped; each is made once."""
+    made = {}
+
+    def make(script):
+        if script not in made:
+            made[script] = small_runs.start(script, dataset, tmp_path_factory.mktemp("whole"))
+        return made[script]
+
+    return make
 
 
 def set_sizes(monkeypatch, env_id, **sizes):

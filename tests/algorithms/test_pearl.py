@@ -219,7 +219,7 @@ def test_a_dataset_is_never_written_where_a_checkpoint_says(tmp_path, few_tasks)
     (tmp_path / "d.npz").unlink()
     pearl.main(parse(["--resume", run, "--online-iterations", 4]))
     assert not (tmp_path / "d.npz").exists() and load(run)["step"] == 24
-    message = "--dataset-iteration is 2 in the run to resume and can not become 5"
+    message = "--dataset-iteration is 2 in the run to resume and cannot become 5"
     with pytest.raises(buffers.InputError, match=message):
         parse(["--resume", run, "--save-dataset", tmp_path / "e.npz", "--dataset-iteration", 5])
 

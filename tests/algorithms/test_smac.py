@@ -124,7 +124,7 @@ RETURNS = [
 ]
 RETURNS += ["charts/train/offline_context_return", "charts/train/own_context_return"]
 TAGS = {*RETURNS, "losses/critic", "losses/actor", "losses/reward", "losses/kl"}
-TAGS |= {"train/SPS", "train/q_mean", "train/q_max", "train/actor_weight_ess"}
+TAGS |= {"train/SPS", "train/phase", "train/q_mean", "train/q_max", "train/actor_weight_ess"}
 TAGS |= {"eval/decoder_loss", "eval/decoder_loss_over_reward_variance"}
 TAGS |= {"eval/generated_reward_mse", "eval/generated_reward_mse_over_reward_variance"}
 KL_TAGS = {
@@ -199,8 +199,8 @@ def test_a_run_writes_its_flags_evaluations_events_and_checkpoint(dataset, tmp_p
                 value.sum / value.num, rel=1e-4
             )
     for tag, group in (
-        ("test/online", groups[0]),
-        ("train/online", groups[1]),
+        ("test/own", groups[0]),
+        ("train/own", groups[1]),
         ("train/offline", groups[2]),
     ):
         last = [float(row[5]) for row in rows if row[0] == "30" and row[2:4] == list(group[:2])]
@@ -604,7 +604,7 @@ def test_pictures_hold_what_the_evaluation_saw(dataset, tmp_path, short, monkeyp
         assert np.abs(walked - drawn).max((1, 2)).min() < 1e-4
     events = EventAccumulator(str(run))
     events.Reload()
-    assert events.Tags()["images"] == ["eval/paths", "eval/returns_by_task"]
+    assert events.Tags()["images"] == ["eval/returns_by_task", "eval/paths"]
     axes = Figure().subplots()
     draw_paths(axes, {"exploration": arrays["exploration"]})
     (line,) = axes.lines  # all paths in one, with gaps between them
@@ -760,7 +760,7 @@ def test_presets_hold_for_their_environment_and_flags_override_them():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_refuses_a_gpu_that_is_not_there():
     refused(
-        "--device cuda: the GPU can not be used .*--device cpu works",
+        "--device cuda: the GPU cannot be used .*--device cpu works",
         smac.main,
         parse(["--device", "cuda"]),
     )
@@ -777,7 +777,7 @@ def test_refuses_to_overwrite_a_run_and_to_resume_with_other_flags(dataset, tmp_
     run, _ = start(dataset, tmp_path)
     before = {file.name: file.read_bytes() for file in run.iterdir()}
     refused("holds a run: --resume continues it", start, dataset, tmp_path)
-    refused("--lr is 0.001 in the run to resume and can not become 0.5", resume, run, "--lr", "0.5")
+    refused("--lr is 0.001 in the run to resume and cannot become 0.5", resume, run, "--lr", "0.5")
     refused("--seed is 1 in the run to resume", resume, run, "--seed", "2")
     data, other = buffers.load_dataset("PointDirection", dataset), tmp_path / "other.npz"
     tasks = data["train_tasks"], data["test_tasks"][::-1]  # the same tasks in another order
@@ -795,7 +795,7 @@ def test_refuses_damaged_checkpoints(dataset, tmp_path, short):
     for content in (before[file.name][: len(before[file.name]) // 2], b"", b"not a checkpoint"):
         file.write_bytes(content)
         refused(
-            "checkpoint.npz can not be read: it is no .npz file, or damaged",
+            "checkpoint.npz cannot be read: it is no .npz file, or damaged",
             resume,
             run,
             "--dataset",
@@ -825,7 +825,7 @@ def test_a_script_that_can_not_start_prints_one_line_and_exits_with_code_2(
     (tmp_path / "checkpoint.npz").write_bytes(b"damaged")
     for words, said in (
         ("--env-id HoperParam", "HopperParam, "),
-        (f"--resume {tmp_path}", "can not be read"),
+        (f"--resume {tmp_path}", "cannot be read"),
     ):
         monkeypatch.setattr(sys, "argv", [str(SCRIPT), *words.split()])
         with pytest.raises(SystemExit) as stop:

@@ -26,6 +26,7 @@ import meta_bc
 import pearl_online_oracle as pearl
 import smac_offline_online as smac
 from benchmark import agents, figures, film, watch
+from plumbing.flags import one_sentence
 from plumbing.pictures import draw_summary, read_figures
 
 SCRIPTS = [smac, pearl, meta_bc, macaw, borel]
@@ -318,13 +319,14 @@ def test_what_is_no_agent_at_all(agent_file, runs, data, tmp_path, capsys):
     half = tmp_path / "half.npz"
     half.write_bytes(agent_file.read_bytes()[:-200])
     for path, words in (
-        (tmp_path / "nowhere.npz", "there is no file"), (tmp_path / "text.npz", "can not be read"),
-        (half, "can not be read"), (data, "is no agent file"), (tmp_path, "there is no file"),
+        (tmp_path / "nowhere.npz", "there is no file"), (tmp_path / "text.npz", "cannot be read"),
+        (half, "cannot be read"), (data, "is no agent file"), (tmp_path, "there is no file"),
         (tmp_path / "renamed", "is no folder of a run, by its name"),
         (runs[smac] / "agent_4.npz", "has no agent to watch: give a run's folder, or a file that benchmark/agents.py"),
     ):  # fmt: skip
         with pytest.raises(SystemExit) as stop:
-            watch.launch(watch.main, watch.Args(path))
+            with one_sentence():
+                watch.main(watch.Args(path))
         assert stop.value.code == 2 and words in capsys.readouterr().err
     with pytest.raises(
         buffers.InputError, match="are others than in this dataset: name theirs with --dataset"

@@ -1,24 +1,58 @@
 """A run of each script: what it leaves in its folder, and that a stopped one goes on as if nothing had happened."""
 
-import functools
-import json
-import os
-import shutil
-import signal
-
-import matplotlib.image
-import numpy as np
-import pytest
-import signed
+from benchmark import kill
+from benchmark.hostile import archive, header_tricks, write, zip_tricks
+from buffers import InputError
 from matplotlib.figure import Figure
-from signed import RUNS, load, run_of
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-import buffers
-import envs
+from packaging.requirements import Requirement
+from pathlib import Path
+from plumbing.files import MAX_UNPACKED, flatten
 from plumbing.files import table_text
 from plumbing.flags import PATHS
+from plumbing.flags import check_flags, parse_args, preset, read_flags
+from signed import RUNS, load, run_of
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+import borel
+import buffers
+import contextlib
+import dataclasses
+import envs
+import errno
+import fcntl
+import functools
+import importlib.metadata
+import io
+import json
+import macaw
+import matplotlib.image
+import meta_bc
+import numpy as np
+import os
+import pearl_online_oracle as pearl
+import pickle
+import plumbing.flags
+import plumbing.pictures
+import plumbing.run
+import pytest
+import re
+import resource
+import shlex
+import shutil
+import signal
+import signed
+import smac_offline_online as smac
+import subprocess
+import sys
+import threading
+import time
+import torch
+import warnings
+import zipfile
+import small
 
+SMALL = pytest.mark.usefixtures("small")  # runs on PointDirection, see small.py
 SCRIPTS = ("smac", "pearl", "meta_bc", "macaw", "borel")
 ENDS = {"smac": [4, 13], "borel": [6, 13]}  # gradient steps at the end of a phase; [9] in the others
 
@@ -263,3 +297,295 @@ def test_an_evaluation_that_is_not_finite_stops_the_run_with_one_sentence(name, 
         signed.start(name, tmp_path, data)
     assert str(error.value).count("\n") == 0 and load(folder)["step"] == first
     assert (folder / "eval.csv").read_bytes() == table_text(load(folder)["evaluations"]).encode()  # nothing of it was written
+
+
+# ----- Stopped at any moment
+
+
+@SMALL
+@pytest.mark.parametrize("script, number, method", [(smac, signal.SIGINT, "log"), (borel, signal.SIGTERM, "write")])
+def test_a_stopped_run_goes_on_by_the_pasted_command(script, whole, dataset, tmp_path, monkeypatch, number, method):
+    """In a step, or in an evaluation; the command holds for another working directory, and the curves stay the same."""
+    (tmp_path / "one place").mkdir()
+    (tmp_path / "another").mkdir()
+    monkeypatch.chdir(tmp_path / "one place")
+    shutil.copy(dataset, "d.npz")
+    with monkeypatch.context() as patch:
+        small.call_at(patch, method, 11 if method == "log" else 9, functools.partial(small.send, number))
+        with pytest.raises(SystemExit, match=f"stopped after step {12 if method == 'log' else 10}; ") as ended:
+            small.start(script, "d.npz", "my runs")
+    run = small.directory(script, tmp_path / "one place" / "my runs")
+    assert small.read(run) == (12 if method == "log" else 10)
+    monkeypatch.chdir(tmp_path / "another")
+    file, words = small.pasted(str(ended.value))
+    assert file == Path(script.__file__)
+    script.main(parse_args(script.Args, script.PRESETS, words))
+    assert os.listdir() == []
+    small.assert_equal_runs(whole(script), run)
+
+
+@SMALL
+def test_the_command_of_a_family_of_ones_own_goes_where_its_module_is(tmp_path, monkeypatch):
+    """Without starting a run, of which no more is needed."""
+    run = object.__new__(buffers.Run)
+    run.args, run.script = smac.Args(env_id="mine:Mine", dataset="d's.npz"), Path("/a folder/smac.py")
+    run.folder = Path("runs")
+    monkeypatch.chdir(tmp_path)
+    command = f"cd {tmp_path} && python '/a folder/smac.py' --resume {tmp_path}/runs --env-id mine:Mine --dataset "
+    assert run.command() == command + shlex.quote(f"{tmp_path}/d's.npz")
+
+
+@SMALL
+def test_a_stop_before_the_first_step(dataset, tmp_path, monkeypatch):
+    """PEARL collects data then."""
+    collect = pearl.collect
+    monkeypatch.setattr(pearl, "collect", lambda *args, **flags: small.send(signal.SIGTERM) or collect(*args, **flags))
+    with pytest.raises(SystemExit, match="stopped before the first gradient step; there is no checkpoint yet"):
+        small.start(pearl, dataset, tmp_path)
+
+
+@SMALL
+def test_the_hangup_of_a_terminal_stops_a_run_unless_it_is_ignored(dataset, tmp_path, monkeypatch):
+    small.call_at(monkeypatch, "log", 2, functools.partial(small.send, signal.SIGHUP))
+    with pytest.raises(SystemExit, match="stopped after step 3"):
+        small.start(meta_bc, dataset, tmp_path / "a")
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        assert small.read(small.start(meta_bc, dataset, tmp_path / "b")) == 13
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@SMALL
+def test_killed_runs_end_like_runs_that_were_never_killed(tmp_path, monkeypatch):
+    """SIGKILL at seeded random moments, some within the write of a checkpoint."""
+    flags = kill.FLAGS["smac_offline_online"].replace("--offline-steps 60", "--offline-steps 20")
+    monkeypatch.setitem(kill.FLAGS, "smac_offline_online", flags.replace("-per-iteration 40", "-per-iteration 20"))
+    kill.main(kill.Args(kills=(3, 0, 0, 0, 0), seed=3, out=str(tmp_path / "kill.md")))  # which exits if a run differs
+    rows = [line for line in (tmp_path / "kill.md").read_text().splitlines() if line.startswith("|") and ".py" in line]
+    assert sum(int(row.split("|")[-2]) for row in rows) == 3
+
+
+@SMALL
+def test_curves_are_compared_in_the_order_of_writing(whole, dataset, tmp_path, monkeypatch):
+    """The names of TensorBoard's files tell it to a second only: short runs are resumed within one."""
+    run = small.stopped(meta_bc, dataset, tmp_path, monkeypatch)
+    (first,) = run.glob("events.*")
+    first.rename(run / "events.out.tfevents.9999999999.later")
+    small.resume(meta_bc, dataset, run)
+    small.assert_equal_runs(whole(meta_bc), run)
+
+
+def spoil_table(file, how):
+    """What editors and people do to an eval.csv."""
+    content = file.read_bytes()
+    file.unlink()
+    if how == "a line is gone":
+        file.write_bytes(content[:-20])
+    if how == "other line ends":
+        file.write_bytes(b"\xef\xbb\xbf" + content.replace(b"\r\n", b"\n") + b"# a comment\n")
+    if how == "no text":
+        file.write_bytes(bytes(range(256)))
+    if how == "a FIFO":
+        os.mkfifo(file)
+    if how == "a folder":
+        file.mkdir()
+
+
+SPOILED = ["a line is gone", "other line ends", "no text", "deleted"]
+NOT_REPLACED = ["a FIFO", "a folder"]
+
+
+@SMALL
+@pytest.mark.parametrize("how", [*SPOILED, *NOT_REPLACED])
+def test_what_becomes_of_eval_csv_does_not_harm_a_run(how, whole, dataset, tmp_path, monkeypatch):
+    """Between two evaluations of a run that is stopped after both, and before it is resumed."""
+    file = small.directory(meta_bc, tmp_path) / "eval.csv"
+    small.call_at(monkeypatch, "log", 6, functools.partial(spoil_table, file, how))
+    small.call_at(monkeypatch, "log", 10, functools.partial(small.send, signal.SIGTERM))
+    with pytest.raises(SystemExit, match="stopped after step 11"):
+        small.start(meta_bc, dataset, tmp_path)
+    monkeypatch.undo()
+    if how in SPOILED:
+        assert table_text(small.read(file.parent, "evaluations")).encode() == file.read_bytes()
+        spoil_table(file, how)
+    small.resume(meta_bc, dataset, file.parent)
+    if how == "a FIFO":
+        file.unlink()
+    if how == "a folder":
+        file.rmdir()
+    if how in NOT_REPLACED:
+        small.resume(meta_bc, dataset, file.parent)  # at its end: writes the table again
+    small.assert_equal_runs(whole(meta_bc), file.parent)
+
+
+@SMALL
+def test_a_table_of_any_length_is_resumed(dataset, tmp_path, monkeypatch):
+    """1,000 tasks in each of 130 evaluations: more than 4 MB as text."""
+    run = small.stopped(meta_bc, dataset, tmp_path, monkeypatch)
+    with np.load(run / "checkpoint.npz") as file:
+        arrays = dict(file)
+    (row,) = arrays["evaluations"][:1]
+    arrays["evaluations"] = np.tile(row, (130_000, 1))
+    arrays["evaluations"][:, 4] = np.arange(130_000)
+    arrays["evaluations"][:, 5] = 1 / 3
+    write(run / "checkpoint.npz", arrays)
+    small.resume(meta_bc, dataset, run)
+    lines = (run / "eval.csv").read_text().splitlines()
+    assert len("".join(lines)) > 4 << 20 and lines[130_000].split(",")[4] == "129999"
+    np.testing.assert_array_equal(small.read(run, "evaluations")[:130_000], arrays["evaluations"])
+
+
+@SMALL
+@pytest.mark.parametrize("script", [meta_bc, macaw, borel, smac])
+def test_a_run_without_second_phase_is_extended(script, dataset, tmp_path):
+    """It equals one that was as long from the start, but for the evaluation at its first end."""
+    only = dict(online_iterations=0) if script is smac else {}
+    steps = small.RUNS[script]["offline_steps"]
+    run = small.start(script, dataset, tmp_path / "a", **only)
+    small.resume(script, dataset, run, "--offline-steps", str(steps + 3))
+    longer = small.start(script, dataset, tmp_path / "b", **only, offline_steps=steps + 3)
+    one, other = load(run), load(longer)
+    assert one["step"] == other["step"] and one.keys() == other.keys()
+    free = {"flags", "evaluations", "summed"}
+    for name in one.keys() - free:
+        assert np.array_equal(one[name], other[name]) or name.startswith("totals/"), name
+    for row in other["evaluations"].tolist():
+        assert row in one["evaluations"].tolist()
+    with pytest.raises(InputError, match=f"--offline-steps is {steps + 3} .* cannot become {steps}"):
+        small.resume(script, dataset, run, "--offline-steps", str(steps))
+
+
+@SMALL
+def test_the_first_phase_of_two_stays_as_long_as_it_was(dataset, tmp_path, monkeypatch):
+    run = small.stopped(smac, dataset, tmp_path, monkeypatch)
+    with pytest.raises(InputError, match="--offline-steps is 8 in the run to resume and cannot"):
+        small.resume(smac, dataset, run, "--offline-steps", "20")
+
+
+@SMALL
+def test_a_link_in_the_place_of_a_file_of_a_run_is_not_followed(dataset, tmp_path, monkeypatch):
+    run, target = small.stopped(meta_bc, dataset, tmp_path, monkeypatch), tmp_path / "target"
+    target.write_bytes(b"precious")
+    for name in ("eval.csv", "eval.csv.tmp", "checkpoint.npz.tmp"):
+        (run / name).unlink(missing_ok=True)
+        (run / name).symlink_to(target)
+    small.resume(meta_bc, dataset, run)
+    assert small.read(run) == 13 and not (run / "checkpoint.npz.tmp").exists()
+    for name in ("summary.png", "args.json"):
+        (run / name).unlink()
+        (run / name).symlink_to(target)
+        with pytest.raises(InputError, match=name):
+            small.resume(meta_bc, dataset, run)
+        (run / name).unlink()
+    assert target.read_bytes() == b"precious"
+
+
+@SMALL
+def test_args_json_is_whole_after_a_resume_with_shorter_flags(whole, dataset, tmp_path):
+    run = shutil.copytree(whole(meta_bc), tmp_path / "run")
+    (run / "args.json").write_text("x" * 10_000)
+    small.resume(meta_bc, dataset, run)
+    flags = json.loads((run / "args.json").read_text())
+    assert flags["resume"] == str(run) and flags["offline_steps"] == 13 and "cpu" in flags["versions"]
+
+
+# ----- Which data, which folder
+
+
+@SMALL
+@small.SCRIPTS
+def test_another_dataset_is_refused_and_the_same_one_elsewhere_is_taken(script, dataset, tmp_path, monkeypatch):
+    if script is pearl:
+        return  # it has none
+    with np.load(dataset) as file:
+        arrays = dict(file)
+    write(tmp_path / "same.npz", arrays)  # other bytes, the same content
+    others = {
+        "test_tasks": arrays["test_tasks"][::-1], "train_tasks": arrays["train_tasks"][[1, 0, 2, 3]],
+        "rl_tasks": (arrays["rl_tasks"] + 1) % 4, "encoder_rewards": arrays["encoder_rewards"] + 1,
+        "rl_obs": arrays["rl_obs"] + np.float32(1e-3),
+    }  # fmt: skip
+    fewer = {name: arrays[name] % 3 for name in ("rl_tasks", "encoder_tasks")}  # of which no size fits
+    others = [{name: array} for name, array in others.items()] + [fewer | {"train_tasks": arrays["train_tasks"][:3]}]
+    run = small.stopped(script, dataset, tmp_path, monkeypatch)
+    before = small.snapshot(run)
+    for other in others:
+        write(tmp_path / "other.npz", arrays | other)
+        words = small.refusal(small.resume, script, tmp_path / "other.npz", run)
+        assert words == f"the data of {run} are others than in this dataset: name theirs with --dataset", list(other)
+    with pytest.raises(InputError, match="there is no dataset at"):
+        small.resume(script, tmp_path / "nothing.npz", run)
+    with pytest.raises(InputError, match="--seed is 1 in the run to resume and cannot become 2"):
+        small.resume(script, dataset, run, "--seed", "2")
+    assert small.snapshot(run) == before
+    small.resume(script, tmp_path / "same.npz", run)
+    assert small.read(run) >= 13
+
+
+@SMALL
+def test_files_to_write_and_to_read_are_named_by_the_command_line_alone(dataset, tmp_path, monkeypatch):
+    target = tmp_path / "precious.npz"
+    target.write_bytes(b"precious")
+    run = small.stopped(pearl, dataset, tmp_path, monkeypatch, dataset_iteration=2)
+    with np.load(run / "checkpoint.npz") as file:
+        arrays = dict(file)
+    flags = json.loads(arrays["flags"].item())
+    assert not {"save_dataset", "dataset", "run_dir", "resume"} & flags.keys()
+    arrays["flags"] = np.array(json.dumps(flags | dict(save_dataset=str(target), run_dir=str(tmp_path / "elsewhere"))))
+    write(run / "checkpoint.npz", arrays)
+    small.resume(pearl, dataset, run)
+    assert small.read(run) == 15 and target.read_bytes() == b"precious" and not (tmp_path / "elsewhere").exists()
+
+
+@SMALL
+def test_a_dataset_that_the_command_line_names_is_written_after_a_resume(dataset, tmp_path, monkeypatch):
+    small.call_at(monkeypatch, "log", 6, functools.partial(small.send, signal.SIGTERM))
+    with pytest.raises(SystemExit) as ended:
+        small.start(pearl, dataset, tmp_path, dataset_iteration=2, save_dataset=str(tmp_path / "d.npz"))
+    monkeypatch.undo()
+    _, words = small.pasted(str(ended.value))
+    assert words[2:] == ["--save-dataset", str(tmp_path / "d.npz")]
+
+
+@SMALL
+@pytest.mark.parametrize("place", ["", "nowhere/d.npz"])
+def test_a_dataset_that_can_not_be_saved_is_found_out_at_once(tmp_path, place):
+    args = preset(pearl.Args, pearl.PRESETS, "PointDirection")
+    words = small.refusal(check_flags, dataclasses.replace(args, save_dataset=str(tmp_path / place)))
+    assert words == f"--save-dataset {tmp_path / place} is no file in a folder that can be written to"
+    check_flags(dataclasses.replace(args, save_dataset=str(tmp_path / "d.npz")))
+
+
+@SMALL
+def test_only_one_process_at_a_time_writes_to_a_run(whole, dataset, tmp_path):
+    run = shutil.copytree(whole(meta_bc), tmp_path / "run")
+    before, again = small.snapshot(run), functools.partial(small.resume, meta_bc, dataset, run)
+    with open(run / "args.json", "r+") as file:  # until this process closes the file, in any way
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        assert small.forked(again)[0] == f"InputError: another process writes to {run}, or another run of this one"
+    assert small.snapshot(run) == before
+    assert small.forked(again)[0] == "nothing"
+    assert small.forked(again)[0] == "nothing"  # the last one ended without a close
+
+
+@SMALL
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_gives_a_warning(dataset, tmp_path, monkeypatch, capsys, number):
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    run = small.start(meta_bc, dataset, tmp_path)
+    assert small.read(run) == 13
+    warning = f"warning: {run} cannot be locked: start no second process with it\n"
+    assert capsys.readouterr().err.startswith(warning)
+
+
+@SMALL
+def test_a_run_closes_its_files_and_threads(dataset, tmp_path):
+    counts = []
+    for i in range(3):
+        small.start(meta_bc, dataset, tmp_path / str(i))
+        counts.append((len(os.listdir("/dev/fd")), threading.active_count()))
+    assert counts[1] == counts[2]

@@ -19,7 +19,7 @@ import envs
 import smac_offline_online as smac
 from benchmark import evaluation, precision, speed
 from benchmark.plain_update import NETWORKS, PlainAgent, plain_update, unstack
-from plumbing.machine import matmul_precision, record
+from plumbing.machine import cuda_graph, matmul_precision
 
 SMALL = dict(rl_batch=16, context_batch=8, q_hidden=(16, 16), policy_hidden=(16,), encoder_hidden=(16,))
 
@@ -137,7 +137,7 @@ def test_the_cuda_graph_ends_at_the_same_parameters(online):
 
         sample, learn = smac.sample_batch, smac.update
         if graph:
-            sample, learn = record(sample), record(learn)
+            sample, learn = cuda_graph(sample), cuda_graph(learn)
         info = []
         for _ in range(20):
             step = learn(agent, optimizer, sample(buffer, args, generator), args, online=online)
@@ -180,7 +180,7 @@ def test_a_step_is_recorded_at_its_fourth_call_once_for_each_phase(graphs):
         calls.append(online)
         return len(calls)
 
-    fast = record(step)
+    fast = cuda_graph(step)
     assert [fast(generator, online=False) for _ in range(3)] == [1, 2, 3] and graphs == []
     assert [fast(generator, online=False) for _ in range(3)] == [4, 4, 4]  # what was recorded
     assert [graph.replays for graph in graphs] == [3] and graphs[0].generators == [generator]
@@ -198,7 +198,7 @@ def test_a_step_that_can_not_be_recorded_stops_the_run(graphs):
             raise RuntimeError("operation not permitted\nwhen stream is capturing")
         return len(calls)
 
-    fast = record(step)
+    fast = cuda_graph(step)
     assert [fast() for _ in range(3)] == [1, 2, 3]
     words = (
         r"no CUDA graph can be made \(operation not permitted when stream is capturing\): --no-cuda-graph goes without"

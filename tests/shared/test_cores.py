@@ -267,6 +267,129 @@ def test_processes_end_with_the_run(number):
     run.communicate()
 
 
+# ----- What environments leave behind
+
+
+class Starts(Blank):
+    """Starts a program in its first reset and ends it in close()."""
+
+    def __init__(self, i, folder):
+        super().__init__(i)
+        self.folder, self.program = folder, None
+
+    def reset(self):
+        self.program = self.program or subprocess.Popen(["sleep", "60"])
+        (self.folder / str(self.program.pid)).touch()
+
+    def close(self):
+        self.program.terminate()
+        self.program.wait()
+
+
+@pytest.mark.parametrize("way", ["answer", "raise", "refuse", "exit", "another dies"])
+def test_environments_are_closed_in_the_processes_that_played_them(way, two, tmp_path):
+    """Also in those that are not waited for any more."""
+
+    def play(env_list, rng):
+        for env in env_list:
+            env.reset()
+        if way == "raise":
+            raise ValueError
+        if way == "refuse":
+            raise buffers.InputError("no")
+        if way == "exit":
+            sys.exit(0)
+        if way == "another dies":
+            if env_list[0].i:  # the second process
+                time.sleep(60)
+            while len(list(tmp_path.iterdir())) < 8:
+                time.sleep(0.01)
+            for env in env_list:
+                env.close()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return [0] * len(env_list)
+
+    before = time.time()
+    try:
+        buffers.on_cores(play, [Starts(i, tmp_path) for i in range(8)], torch.Generator())
+    except (buffers.InputError, RuntimeError):
+        assert way != "answer"
+    pids = [int(file.name) for file in tmp_path.iterdir()]
+    assert len(pids) == 8 and not any(is_alive(pid) for pid in pids)
+    assert time.time() - before < 20
+
+
+def test_an_environment_that_does_not_close_is_not_waited_for(two, monkeypatch):
+    monkeypatch.setattr(cores, "MOMENT", 0.2)
+    monkeypatch.setattr(Blank, "close", lambda env: time.sleep(60), raising=False)
+    before = time.time()
+    assert buffers.on_cores(lambda env_list, rng: [1], blanks(8), torch.Generator()) == [1, 1]
+    assert time.time() - before < 20
+
+
+@pytest.mark.parametrize("end, words", [
+    (lambda: sys.exit(0), r"test_cores.py, line \d+, called sys.exit\(0\): the run did not end"),
+    (lambda: os._exit(0), "ended before they did, with exit code 0: does an environment call os._exit"),
+    (lambda: os._exit(3), "with exit code 3: does an environment call os._exit"),
+])  # fmt: skip
+def test_an_environment_that_ends_its_process(end, words, two):
+    with pytest.raises(buffers.InputError, match=words):
+        buffers.on_cores(lambda *_: end(), blanks(8), torch.Generator())
+
+
+def test_processes_that_neither_answer_nor_work(two, monkeypatch, capsys):
+    """As one that needs a lock that a thread of the run holds. Said once; those that work are not told of."""
+    monkeypatch.setattr(cores, "PATIENCE", 0.3)
+
+    def wait(env_list, rng):
+        time.sleep(1)
+        return [1]
+
+    for work, lines in ([0] * 20, 1), (range(20), 0):
+        numbers = iter(work)
+        monkeypatch.setattr(cores, "seconds_of_work", lambda _, numbers=numbers: next(numbers))
+        assert buffers.on_cores(wait, blanks(8), torch.Generator()) == [1, 1]
+        told = capsys.readouterr().err
+        assert told.count("\n") == lines
+        if lines:
+            assert "2 processes" in told and "OMP_NUM_THREADS=1" in told and "one_process" in told
+
+
+def test_the_processor_time_of_processes_is_measured():
+    own = types.SimpleNamespace(pid=os.getpid())
+    ended = types.SimpleNamespace(pid=2**22 + 1)
+    before = cores.seconds_of_work([own, ended])
+    assert abs(before - time.process_time()) < 0.1
+    until = time.process_time() + 0.2
+    while time.process_time() < until:
+        pass
+    assert 0.1 < cores.seconds_of_work([own, ended]) - before < 0.3
+
+
+def test_what_processes_return_is_put_together_on_the_device():
+    """ "meta" is a device that a machine without a GPU has."""
+    parts = [
+        ([1], torch.ones(1, 2), (torch.ones(1),)),
+        ([2, 3], torch.ones(2, 2), (torch.ones(2),)),
+    ]
+    numbers, rows, (nested,) = cores.joined(parts, torch.device("meta"))
+    assert numbers == [1, 2, 3]
+    assert rows.device.type == nested.device.type == "meta"
+    assert rows.shape == (3, 2) and nested.shape == (3,)
+
+
+def test_results_come_back_to_where_the_agent_is(two, monkeypatch):
+    """An agent on another device than the CPU: here "meta", whose copy in the processes has numbers."""
+    module = nn.Linear(1, 1, device="meta")
+    monkeypatch.setattr(cores, "on_cpu", lambda x: nn.Linear(1, 1) if x is module else x)
+
+    def play(env_list, module, rng):
+        return [env.i for env in env_list], module.weight.detach()
+
+    numbers, weights = buffers.on_cores(play, blanks(8), module, torch.Generator())
+    assert numbers == [*range(8)] and weights.device.type == "meta"
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_an_agent_on_cuda_plays_on_the_cpu(two, short):
     args, env_list, found = preset(smac.Args, smac.PRESETS, "PointDirection"), environments(), []

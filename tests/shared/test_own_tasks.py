@@ -746,7 +746,7 @@ def test_a_family_of_a_module_in_the_working_directory(module, tmp_path, quick):
     sentence = refusal(
         buffers.train, smac, env_id="own_one:Own", dataset=str(file), resume=str(run), lr=0.5
     )
-    assert "--lr is 0.0003 in the run to resume and can not become 0.5" in sentence
+    assert "--lr is 0.0003 in the run to resume and cannot become 0.5" in sentence
 
 
 def test_a_module_does_not_get_the_family_of_the_same_name_here(module):
