@@ -58,9 +58,12 @@ ENDS = {"smac": [4, 13], "borel": [6, 13]}  # gradient steps at the end of a pha
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch):
+def signed_family(request, monkeypatch):
     """The family, small evaluations, a point of the loss curves every 4 steps."""
-    monkeypatch.setattr(envs, "make_evaluation", functools.partial(envs.make_evaluation, num_train=3, repeats=2))
+    if "small" in request.fixturenames:  # runs on PointDirection
+        return
+    small_evaluation = functools.partial(envs.make_evaluation, num_train=3, repeats=2)
+    monkeypatch.setattr(envs, "make_evaluation", small_evaluation)
     monkeypatch.setattr("plumbing.run.LOG_EVERY", 4)
     signed.register(monkeypatch)
 
@@ -549,11 +552,17 @@ def test_a_dataset_that_the_command_line_names_is_written_after_a_resume(dataset
 
 
 @SMALL
-@pytest.mark.parametrize("place", ["", "nowhere/d.npz"])
-def test_a_dataset_that_can_not_be_saved_is_found_out_at_once(tmp_path, place):
+def test_a_dataset_that_can_not_be_saved_is_found_out_at_once(tmp_path):
     args = preset(pearl.Args, pearl.PRESETS, "PointDirection")
+<<<<<<< HEAD
     words = small.refusal(check_flags, dataclasses.replace(args, save_dataset=str(tmp_path / place)))
     assert words.startswith(f"--save-dataset {tmp_path / place} is ")
+=======
+    for place in ("", "nowhere/d.npz"):
+        file = str(tmp_path / place)
+        words = small.refusal(check_flags, dataclasses.replace(args, save_dataset=file))
+        assert str(tmp_path) in words
+>>>>>>> rooms
     check_flags(dataclasses.replace(args, save_dataset=str(tmp_path / "d.npz")))
 
 
