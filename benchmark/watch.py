@@ -161,8 +161,6 @@ def check_tasks(file, env_id, tasks):
 
 def meta_episode(script, agent, args, env_list, rng):
     """Of each of E environments the third trajectory and the two of exploration; mu, sigma (E, dz) if z has them."""
-    if script.__name__ == "macaw":
-        return *script.meta_episode(env_list, agent, args, rng), None
     if script.__name__ == "borel":
         return *script.adapt_belief(env_list, agent, rng)[:2], None
     final, exploration, *posterior = script.adapt(env_list, agent, args, rng)
