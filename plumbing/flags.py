@@ -1,4 +1,4 @@
-"""The command line of all scripts: what flags may be, presets, flags from a checkpoint; launching."""
+"""The command line of all scripts: what flags may be, presets, flags of a checkpoint; launching."""
 
 import contextlib
 import dataclasses
