@@ -169,22 +169,16 @@ def test_a_run_ends_with_the_process_that_started_it():
 
 def test_runs_on_ray_are_those_of_the_plain_runner(tmp_path, monkeypatch):
     pytest.importorskip("ray")
-    monkeypatch.setenv("MATMUL_PRECISION", "highest")  # as run.py sets it
     monkeypatch.setitem(run.BENCHMARKS, "point", {"smac": (COMMAND, (1, 2))})
     before = signal.getsignal(signal.SIGTERM)
-    run.main(
-        run.Args(
-            "point", run_dir=str(tmp_path / "runs"), results=str(tmp_path / "results"), ray="local"
-        )
-    )
+    made = {}
+    for runner, address in (("cluster", "local"), ("plain", None)):
+        folders = {name: str(tmp_path / runner / name) for name in ("run_dir", "results")}
+        run.main(run.Args("point", ray=address, **folders))
+        folder = tmp_path / runner / "results" / "point"
+        made[runner] = [(folder / f"smac__{seed}.csv").read_bytes() for seed in (1, 2)]
     signal.signal(signal.SIGTERM, before)  # Ray leaves one of its own
-    for seed in ("1", "2"):
-        flags = [*shlex.split(COMMAND)[1:], "--seed", seed, "--run-dir", str(tmp_path / "plain")]
-        smac.main(parse_args(smac.Args, smac.PRESETS, flags))
-        plain = tmp_path / "plain" / f"PointDirection__smac_offline_online__{seed}" / "eval.csv"
-        assert (
-            tmp_path / "results" / "point" / f"smac__{seed}.csv"
-        ).read_bytes() == plain.read_bytes()
+    assert made["cluster"] == made["plain"]
 
 
 def test_ray_is_asked_for_where_it_is_missing(monkeypatch):
