@@ -75,7 +75,7 @@ def train(script, folder, args, **flags):
     envs.make_evaluation = functools.partial(
         envs.make_evaluation, num_train=1, num_test=1, repeats=1
     )
-    buffers.Run.scalars = record
+    run.Run.add_scalars = record
     try:
         flags = {"eval_every": 10**6, "device": args.device, "run_dir": str(folder)} | flags
         if not flags.get("resume"):
