@@ -66,7 +66,7 @@ PHASES = {  # script: {phase: the flags of a run of so many steps}
 
 def train(script, folder, args, **flags):
     """Train with small evaluations. Returns the last checkpoint's arrays and what the run logged as steps a second."""
-    rates, scalars, before = [], buffers.Run.scalars, envs.make_evaluation
+    rates, scalars, before = [], buffers.Run.add_scalars, envs.make_evaluation
 
     def record(run, values):
         rates.extend(value for name, value in values.items() if name == "train/SPS")
@@ -75,7 +75,7 @@ def train(script, folder, args, **flags):
     envs.make_evaluation = functools.partial(
         envs.make_evaluation, num_train=1, num_test=1, repeats=1
     )
-    run.Run.add_scalars = record
+    buffers.Run.add_scalars = record
     try:
         flags = {"eval_every": 10**6, "device": args.device, "run_dir": str(folder)} | flags
         if not flags.get("resume"):
@@ -83,7 +83,7 @@ def train(script, folder, args, **flags):
         with contextlib.redirect_stdout(io.StringIO()):
             buffers.train(script, **flags)
     finally:
-        envs.make_evaluation, buffers.Run.scalars = before, scalars
+        envs.make_evaluation, buffers.Run.add_scalars = before, scalars
     (file,) = Path(folder).glob("*/checkpoint.npz")
     return read_npz(file, lambda name, *_: name.startswith(("agent/", "optimizer/"))), rates
 

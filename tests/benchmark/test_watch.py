@@ -26,7 +26,6 @@ import meta_bc
 import pearl_online_oracle as pearl
 import smac_offline_online as smac
 from benchmark import agents, figures, film, watch
-from plumbing.files import CSV_COLUMNS
 from plumbing.flags import one_sentence
 from plumbing.pictures import draw_summary, read_figures
 

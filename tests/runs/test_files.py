@@ -157,7 +157,7 @@ def test_terminals_may_be_numbers_that_are_booleans(terminals, tmp_path):
     tasks = envs.sample_tasks("PointDirection", 2)
     rl = [entry(terminals=terminals)]
     buffers.save_dataset(tmp_path / "d.npz", "PointDirection", tasks[:1], tasks[1:], rl, [], "")
-    (_, path), = buffers.load_dataset("PointDirection", tmp_path / "d.npz")["rl"]
+    ((_, path),) = buffers.load_dataset("PointDirection", tmp_path / "d.npz")["rl"]
     assert path["terminals"].tolist() == [False, True] and path["terminals"].dtype == bool
 
 

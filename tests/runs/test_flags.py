@@ -53,7 +53,7 @@ def other(value, kind):
         return value + 1
     if kind is float:
         return value / 2 or 0.5
-    return "-a b's \"c\".npz"
+    return '-a b\'s "c".npz'
 
 
 @pytest.mark.parametrize("variant", range(3))
