@@ -572,8 +572,7 @@ def test_the_picture_of_a_run_by_hand(tmp_path):
         (40, paths),
     ):  # the last is of a later step than eval.csv has
         np.savez(tmp_path / f"figures_{step}.npz", **kls, **ground)
-    curves, tasks, *panels = DRAW_SUMMARY(tmp_path, np.array(rows)).axes[:-1]
-    # The last is the bar of colours.
+    curves, tasks, bar_of_colours, *panels = DRAW_SUMMARY(tmp_path, np.array(rows)).axes
     (image,) = tasks.images
     np.testing.assert_array_equal(image.get_array(), [[1, 5], [np.nan, 7]])
     drawn = {
