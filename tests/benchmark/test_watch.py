@@ -603,8 +603,7 @@ def test_the_picture_of_a_run_by_hand(tmp_path):
         (40, paths),
     ):  # the last is of a later step than eval.csv has
         np.savez(tmp_path / f"figures_{step}.npz", **kls, **ground)
-    curves, tasks, *panels = DRAW_SUMMARY(tmp_path, np.array(rows)).axes[:-1]
-    # The last is the bar of colours.
+    curves, tasks, bar_of_colours, *panels = DRAW_SUMMARY(tmp_path, np.array(rows)).axes
     (image,) = tasks.images
     np.testing.assert_array_equal(image.get_array(), [[1, 5], [np.nan, 7]])
     drawn = {
@@ -646,15 +645,15 @@ def test_the_picture_of_a_run_by_hand(tmp_path):
 BAD_FIGURES = {
     "KLs that are none": (
         {"kl_train_own_context": np.float32([np.nan])},
-        "kl_train_own_context can not be drawn",
+        "kl_train_own_context cannot be drawn",
     ),
     "KLs far below 0": (
         {"kl_train_own_context": np.float32([-5])},
-        "kl_train_own_context can not be drawn",
+        "kl_train_own_context cannot be drawn",
     ),
     "paths without end": (
         {"exploration": np.full((1, 5, 2), 1e30, np.float32)},
-        "exploration can not be drawn",
+        "exploration cannot be drawn",
     ),
 }
 

@@ -458,11 +458,11 @@ NOT_REPLACED = ["a FIFO", "a folder"]
 def test_what_becomes_of_eval_csv_does_not_harm_a_run(how, whole, dataset, tmp_path, monkeypatch):
     """Between two evaluations of a run that is stopped after both, and before it is resumed."""
     file = small.directory(meta_bc, tmp_path) / "eval.csv"
-    small.call_at(monkeypatch, "log", 6, functools.partial(spoil_table, file, how))
-    small.call_at(monkeypatch, "log", 10, functools.partial(small.send, signal.SIGTERM))
-    with pytest.raises(SystemExit, match="stopped after step 11"):
-        small.start(meta_bc, dataset, tmp_path)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        small.call_at(patch, "log", 6, functools.partial(spoil_table, file, how))
+        small.call_at(patch, "log", 10, functools.partial(small.send, signal.SIGTERM))
+        with pytest.raises(SystemExit, match="stopped after step 11"):
+            small.start(meta_bc, dataset, tmp_path)
     if how in SPOILED:
         assert table_text(small.read(file.parent, "evaluations")).encode() == file.read_bytes()
         spoil_table(file, how)
