@@ -197,14 +197,13 @@ def test_the_readmes_example_runs_outside_of_the_repository_and_learns(tmp_path)
     # At the end of the offline phase, and of the run; nothing is above 0.
     before, *_, after = [np.mean(values) for values in returns.values()]
     assert after > before + 2 and after > data + 3
-    # The README names seed 1 first.
-    said = r"go from (\S+), .* after the offline phase to (\S+), .*; the data have (\S+)\."
-    (said,) = re.findall(said, " ".join((ROOT / "README.md").read_text().split()))
-    assert [before, after, data] == pytest.approx(
-        [float(word) for word in said], abs=1.5
-    )  # on another CPU
     run(["python", "-c", from_python.replace("path/to/this/folder", str(ROOT))], PYTHONPATH="")
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["ball.npz", "ball.py", "runs"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "ball.json",
+        "ball.npz",
+        "ball.py",
+        "runs",
+    ]
     assert len(list((tmp_path / "runs").iterdir())) == 2
 
 
@@ -787,7 +786,8 @@ def test_an_unknown_family_is_one_sentence_on_every_way(env_id, tmp_path):
         lambda: buffers.train(smac, env_id=env_id),
         lambda: parse_args(borel.Args, borel.PRESETS, ["--env-id", env_id]),
     ):
-        assert "there is no environment" in (sentence := refusal(ask)) or "importing" in sentence
+        sentence = refusal(ask)
+        assert re.search("there is no environment|importing|--env-id is empty", sentence)
     assert "the nearest are HopperParam," in refusal(envs.lookup, "HoperParam")
 
 
