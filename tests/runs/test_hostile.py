@@ -2,22 +2,16 @@
 
 import contextlib
 import dataclasses
-import errno
-import fcntl
 import functools
-import importlib.metadata
 import io
 import json
 import os
 import pickle
 import re
 import resource
-import shlex
 import shutil
 import signal
-import subprocess
 import sys
-import threading
 import time
 import warnings
 import zipfile
@@ -26,40 +20,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from packaging.requirements import Requirement
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
-
-import borel
-import buffers
-import envs
-import macaw
-import meta_bc
-import pearl_online_oracle as pearl
-import plumbing.flags
-import plumbing.pictures
-import plumbing.run
-import smac_offline_online as smac
-from benchmark import kill
-from benchmark.hostile import archive, header_tricks, write, zip_tricks
-from buffers import InputError
-from plumbing.files import MAX_UNPACKED, flatten
-from plumbing.flags import check_flags, parse_args, preset, read_flags
 from small import (
     HUGE,
     SPEC,
-    start,
-    directory,
-    resume,
-    read,
-    refusal,
-    sentence,
-    forked,
-    call_at,
-    stopped,
-    send,
     Unexpected,
+    call_at,
+    directory,
+    forked,
+    refusal,
+    resume,
+    send,
+    start,
 )
+
+import buffers
+import envs
+import meta_bc
+import smac_offline_online as smac
+from benchmark.hostile import archive, header_tricks, write, zip_tricks
+from plumbing.files import MAX_UNPACKED, flatten
+from plumbing.flags import parse_args, read_flags
 
 pytestmark = pytest.mark.usefixtures("small")
 

@@ -1,56 +1,38 @@
 """A run of each script: what it leaves in its folder, and that a stopped one goes on as if nothing had happened."""
 
-from benchmark import kill
-from benchmark.hostile import archive, header_tricks, write, zip_tricks
-from buffers import InputError
-from matplotlib.figure import Figure
-from packaging.requirements import Requirement
-from pathlib import Path
-from plumbing.files import MAX_UNPACKED, flatten
-from plumbing.files import table_text
-from plumbing.flags import PATHS
-from plumbing.flags import check_flags, parse_args, preset, read_flags
-from signed import RUNS, load, run_of
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
-import borel
-import buffers
-import contextlib
 import dataclasses
-import envs
 import errno
 import fcntl
 import functools
-import importlib.metadata
-import io
 import json
-import macaw
-import matplotlib.image
-import meta_bc
-import numpy as np
 import os
-import pearl_online_oracle as pearl
-import pickle
-import plumbing.flags
-import plumbing.pictures
-import plumbing.run
-import pytest
-import re
-import resource
 import shlex
 import shutil
 import signal
-import signed
-import smac_offline_online as smac
-import subprocess
-import sys
 import threading
-import time
-import torch
-import warnings
-import zipfile
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+import pytest
+import signed
 import small
+from matplotlib.figure import Figure
+from signed import RUNS, load, run_of
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import borel
+import buffers
+import envs
+import macaw
+import meta_bc
+import pearl_online_oracle as pearl
+import smac_offline_online as smac
+from benchmark import kill
+from benchmark.hostile import write
+from buffers import InputError
+from plumbing.files import table_text
+from plumbing.flags import PATHS, check_flags, parse_args, preset
 
 SMALL = pytest.mark.usefixtures("small")  # runs on PointDirection, see small.py
 SCRIPTS = ("smac", "pearl", "meta_bc", "macaw", "borel")

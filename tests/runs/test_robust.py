@@ -1,15 +1,12 @@
 """A run is never lost: full disks, closed terminals, NaNs, bad flags, missing packages."""
 
-import contextlib
 import dataclasses
 import errno
-import fcntl
 import functools
 import importlib.metadata
 import io
 import json
 import os
-import pickle
 import re
 import resource
 import shlex
@@ -18,15 +15,28 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-import warnings
-import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from packaging.requirements import Requirement
+from small import (
+    HUGE,
+    ROOT,
+    Unexpected,
+    assert_equal_runs,
+    call_at,
+    directory,
+    forked,
+    make_dataset,
+    pasted,
+    read,
+    refusal,
+    resume,
+    send,
+    sentence,
+    start,
+)
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -40,28 +50,8 @@ import plumbing.flags
 import plumbing.pictures
 import plumbing.run
 import smac_offline_online as smac
-from benchmark import kill
-from benchmark.hostile import archive, header_tricks, write, zip_tricks
 from buffers import InputError
-from plumbing.files import MAX_UNPACKED, flatten
-from plumbing.flags import check_flags, parse_args, preset, read_flags
-from small import (
-    HUGE,
-    ROOT,
-    make_dataset,
-    start,
-    directory,
-    resume,
-    read,
-    assert_equal_runs,
-    refusal,
-    sentence,
-    forked,
-    call_at,
-    send,
-    pasted,
-    Unexpected,
-)
+from plumbing.flags import check_flags, preset
 
 pytestmark = pytest.mark.usefixtures("small")
 
