@@ -28,8 +28,8 @@ import macaw
 import meta_bc
 import pearl_online_oracle as pearl
 import smac_offline_online as smac
-from benchmark.robustness import kill
-from benchmark.robustness.hostile import write
+from benchmark import kill
+from benchmark.hostile import write
 from buffers import InputError
 from plumbing.files import table_text
 from plumbing.flags import PATHS, check_flags, parse_args, preset
@@ -636,7 +636,7 @@ def test_a_dataset_that_can_not_be_saved_is_found_out_at_once(tmp_path):
     for place in ("", "nowhere/d.npz"):
         file = str(tmp_path / place)
         words = small.refusal(check_flags, dataclasses.replace(args, save_dataset=file))
-        assert str(tmp_path) in words
+        assert words.startswith(f"--save-dataset {tmp_path / place} is ")
     check_flags(dataclasses.replace(args, save_dataset=str(tmp_path / "d.npz")))
 
 
