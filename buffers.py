@@ -164,7 +164,7 @@ class ReplayBuffer:
         self.sizes[name][task] += len(index)
 
     def mark_offline(self) -> None:
-        """Remember that what the encoder buffers hold now is h_offline, with true rewards (Eq. 4)."""
+        """Remember what the encoder buffers hold now: h_offline, with true rewards (Eq. 4)."""
         self.sizes["offline"].copy_(self.sizes["encoder"])
 
     def clear_encoder(self, task: int) -> None:
@@ -188,7 +188,7 @@ class ReplayBuffer:
         return {name: field[index] for name, field in self.fields.items()}
 
     def paths(self, task: int, where: str, n: int, source: str = "rl") -> list:
-        """The "first" or "last" n transitions of a task in time order, as trajectories for `add`."""
+        """The "first" or "last" n transitions of a task in time order, as trajectories."""
         start = int(self.starts[source][task])
         size = int(self.sizes[source][task])
         index = self.index[source][start : start + size]

@@ -317,7 +317,7 @@ def flags():
         (f"{SMAC} --run-dir $(printf 'a%.0s' {{1..5000}})", "File name too long"),
         (f"{SMAC} --dataset $(printf 'a/%.0s' {{1..2500}})", "there is no dataset"),
         ("python meta_bc.py --resume $(printf 'a/%.0s' {1..2500})", "there is no file"),
-        (f"ulimit -f 20; {SMAC}", "can not write to .*File too large"),
+        (f"ulimit -f 20; {SMAC}", "cannot write to .*File too large"),
     ):  # fmt: skip
         yield Attack(
             re.findall("--[^ ]+|ulimit -f", command.replace("FLAGS", ""))[0], command, sentence

@@ -196,7 +196,7 @@ def read_figures(folder, last=math.inf) -> dict:
             too_large = (np.abs(array) > 1e19).any()
             no_kl = name.startswith("kl_") and not (array > -1).all()
             if too_large or no_kl:
-                raise InputError(f"{files[step]}: {name} can not be drawn")
+                raise InputError(f"{files[step]}: {name} cannot be drawn")
     return figures
 
 

@@ -1,8 +1,8 @@
 """A run: its folder, its gradient steps and signals, its log, its checkpoint.
 
 A run keeps its table of evaluations as numbers, in its checkpoint. The files beside the checkpoint
-(eval.csv, args.json, TensorBoard's) are output: a run never reads them again. Only figures_{step}.npz
-are read once more, for the picture at the end.
+(eval.csv, args.json, TensorBoard's) are output: a run never reads them again. Only the files
+figures_{step}.npz are read once more, for the picture at the end.
 """
 
 import contextlib
@@ -240,7 +240,10 @@ class Run:
         print_safely(f"\n{self.folder / 'summary.png'}")
 
     def explain(self, error):
-        """Add to an error where it came up, and how to continue."""
+        """Add to an error where it came up, and how to continue.
+
+        Raises InputError in place of an InputError without these words, and of an OSError.
+        """
         saved = self.saved()
         where = f"at step {self.step + 1} of {self.folder}; {saved}"
         if isinstance(error, InputError) and saved in str(error):
@@ -270,8 +273,8 @@ class Run:
     def stopped(self, when):
         """The exception with which a stopped run ends.
 
-        SystemExit ends a script with this sentence. In a notebook it would be shown with a remark on
-        how to leave it, and an interrupt there is a KeyboardInterrupt.
+        SystemExit ends a script with this sentence. A notebook would show it with a remark on how to
+        leave IPython, and an interrupt there is a KeyboardInterrupt.
         """
         sentence = f"stopped {when}; {self.saved()}"
         return KeyboardInterrupt(sentence) if in_ipython() else SystemExit(sentence)
@@ -520,7 +523,7 @@ class Run:
             file = self.folder
             if isinstance(error.filename, (str, bytes)):
                 file = os.fsdecode(error.filename)
-            reason = f"can not write to {file}: {error.strerror or error}"
+            reason = f"cannot write to {file}: {error.strerror or error}"
             raise InputError(f"{reason}; {self.saved()}") from None
 
     def saved(self):

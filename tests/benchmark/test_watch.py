@@ -615,15 +615,15 @@ def test_the_picture_of_a_run_by_hand(tmp_path):
 BAD_FIGURES = {
     "KLs that are none": (
         {"kl_train_own_context": np.float32([np.nan])},
-        "kl_train_own_context can not be drawn",
+        "kl_train_own_context cannot be drawn",
     ),
     "KLs far below 0": (
         {"kl_train_own_context": np.float32([-5])},
-        "kl_train_own_context can not be drawn",
+        "kl_train_own_context cannot be drawn",
     ),
     "paths without end": (
         {"exploration": np.full((1, 5, 2), 1e30, np.float32)},
-        "exploration can not be drawn",
+        "exploration cannot be drawn",
     ),
 }
 

@@ -74,7 +74,7 @@ def test_signals_hooks_and_precision_are_as_they_were(dataset, tmp_path, monkeyp
         start(meta_bc, dataset, tmp_path)
     assert surroundings() == before
     if name == "close":  # TensorBoard's last words do not fit on the disk
-        message = f"can not write to {directory(meta_bc, tmp_path)}: No space left on device; continue with: python"
+        message = f"cannot write to {directory(meta_bc, tmp_path)}: No space left on device; continue with: python"
         assert str(raised.value).startswith(message)
 
 
@@ -175,8 +175,8 @@ def test_a_full_disk_keeps_the_checkpoint(whole, dataset, tmp_path, monkeypatch,
         call_at(patch, "log", 11, fill)
         call_at(patch, "log", 12, functools.partial(send, signal.SIGTERM))
         message, _ = forked(lambda: start(smac, dataset, tmp_path))
-    assert message.startswith("InputError: can not write to ") and message.count("\n") == 0
-    assert re.match(r"InputError: can not write to [^']*: File too large; continue with: python", message)
+    assert message.startswith("InputError: cannot write to ") and message.count("\n") == 0
+    assert re.match(r"InputError: cannot write to [^']*: File too large; continue with: python", message)
     assert pasted(message)[1][:2] == ["--resume", str(run)]
     assert read(run) == 10 and not (run / "checkpoint.npz.tmp").exists()
     resume(smac, dataset, run)

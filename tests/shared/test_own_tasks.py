@@ -921,7 +921,7 @@ ENDS = {
     "it runs to its end": (None, None, None),
     "an error": ("update", fail, ZeroDivisionError),
     "an error in an evaluation": ("evaluate", fail, ZeroDivisionError),
-    "a full disk": ("evaluate", full_disk, OSError),
+    "a full disk": ("evaluate", full_disk, InputError),
     "NaN": (
         "update",
         lambda *args, **flags: {"losses/critic": torch.tensor(float("nan"))},
