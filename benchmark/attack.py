@@ -30,7 +30,7 @@ import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from benchmark.attacks import FLAGS, KINDS, MINE, SITES
+from benchmark.attacks import FLAGS, KINDS, MINE, SAVE, SITES
 from benchmark.hostile import dataset, write
 from benchmark.kill import content
 from plumbing.files import write_file
@@ -226,6 +226,7 @@ def main(args):
             Path(name).mkdir()
             Path(name, "sitecustomize.py").write_text(text)
         Path("mine.py").write_text(MINE)
+        Path("save.py").write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{SAVE}")
         write("d.npz", dataset())
         prepare("meta_bc")  # some attacks on others take its files
         for attack in (

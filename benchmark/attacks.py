@@ -9,6 +9,7 @@ import shutil
 import signal
 import zipfile
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
@@ -21,7 +22,9 @@ from benchmark.hostile import (
     link,
     member,
     npy,
+    read,
     replace,
+    write,
     zip_tricks,
 )
 
@@ -39,6 +42,18 @@ SMAC, PEARL, META_BC, MACAW, BOREL = (f"python {name}.py FLAGS" for name in FLAG
 RESUME = "python smac_offline_online.py --resume RUN --dataset d.npz"
 WATCH = "python benchmark/watch.py agent.npz"
 NAN = "(is|became) NaN or infinite.*(continue with|no checkpoint yet)"
+SAVE = """
+import sys, numpy as np, envs, buffers
+from plumbing.flags import one_sentence
+tasks = envs.sample_tasks("PointDirection", 2)
+path = dict(obs=np.zeros((3, 4)), actions=np.zeros((2, 2)), rewards=np.zeros(2), terminals=np.zeros(2))
+path["terminals"][-1] = float(sys.argv[1] or 0)
+if not sys.argv[1]:
+    del path["terminals"]
+rl = [(0, path)] * int(sys.argv[2])
+with one_sentence():
+    buffers.save_dataset("s.npz", "PointDirection", tasks[:1], tasks[1:], rl, [], "save.py")
+"""
 SITES = {  # what Python runs before anything else, with PYTHONPATH=NAME
     **{
         f"lock{n}": f"import fcntl\ndef flock(*_): raise OSError({n}, 'no')\nfcntl.flock = flock"
@@ -49,7 +64,7 @@ SITES = {  # what Python runs before anything else, with PYTHONPATH=NAME
     "brokengpu": "import torch\ntorch.cuda.is_available = lambda: True",
 }
 MINE = """
-import dataclasses, envs
+import dataclasses, os, subprocess, sys, threading, envs
 def family(name, value, observes):
     class Broken(envs.PointDirection):
         def reset(self, **options):
@@ -63,6 +78,39 @@ def family(name, value, observes):
     Broken.__name__ = name
     row = dataclasses.replace(envs.SPECS["PointDirection"], env_class=Broken, num_train_tasks=3, num_test_tasks=2)
     envs.register(name, row)
+RUN, LOCK = os.getpid(), threading.Lock()
+class Ends(envs.PointDirection):
+    def step(self, action):
+        if os.getpid() != RUN or "FORKED" not in os.environ:
+            sys.exit(0)
+        return super().step(action)
+class EndsAtOnce(envs.PointDirection):
+    def step(self, action):
+        if os.getpid() != RUN or "FORKED" not in os.environ:
+            os._exit(0)
+        return super().step(action)
+class Starts(envs.PointDirection):
+    program = None
+    def reset(self, **options):
+        self.program = self.program or subprocess.Popen(["sleep", "600"])
+        os.makedirs("started", exist_ok=True)
+        open(f"started/{self.program.pid}", "w").close()
+        return super().reset(**options)
+    def close(self):
+        if self.program:
+            self.program.terminate()
+            self.program.wait()
+LOCK.acquire()  # as a thread of the run may
+class Waits(envs.PointDirection):
+    def reset(self, **options):
+        if os.getpid() != RUN and not os.path.exists(f"waited{os.getpid()}"):
+            open(f"waited{os.getpid()}", "w").close()
+            LOCK.acquire(timeout=0.1 if os.path.exists("waited") else 40)
+            open("waited", "w").close()
+        return super().reset(**options)
+for one in (Ends, EndsAtOnce, Starts, Waits):
+    envs.register(one.__name__, dataclasses.replace(
+        envs.SPECS["PointDirection"], env_class=one, num_train_tasks=3, num_test_tasks=2))
 family("PaysNaN", float("nan"), False)
 family("PaysInf", float("inf"), False)
 family("ObservesNaN", float("nan"), True)
@@ -274,7 +322,7 @@ def closed():
 def unchanged():
     """6 refused resume"""
     yield Attack(
-        "a flag that can not change", f"{RESUME} --seed 2", "--seed is 1 in the run to resume"
+        "a flag that cannot change", f"{RESUME} --seed 2", "--seed is 1 in the run to resume"
     )
     other = functools.partial(shutil.copy, "stopped/meta_bc/checkpoint.npz")
     yield Attack(
@@ -291,7 +339,7 @@ def locks():
         yield ends(
             f"errno {number}",
             f"PYTHONPATH=lock{number} {RESUME}",
-            sentence="warning: .* can not be locked",
+            sentence="warning: .* can ?not be locked",
         )
     yield ends("no fcntl", f"PYTHONPATH=nofcntl {RESUME}")
     both = f"{SMAC} & {SMAC}; a=$?; wait $!; [ $((a + $?)) = 2 ]"
@@ -341,7 +389,7 @@ def sentences():
     command = (
         "MUJOCO_GL=none python benchmark/watch.py agents/HopperParam.npz --tasks 1 --video new.gif"
     )
-    yield Attack("no library that draws", command, "can not be drawn here")
+    yield Attack("no library that draws", command, "can ?not be drawn here")
 
 
 def curves():
@@ -370,6 +418,106 @@ def twice():
         yield stops(f"{number.name} twice", command, number, number, then=again, codes=(1, 130))
 
 
+def of_family(name):
+    """Write x.npz, a dataset of a family of the module mine."""
+    return data(env_id=lambda d: np.array(name))
+
+
+def exits():
+    """14 programs that end by themselves"""
+    for name, words in (("Ends", "called sys.exit"), ("EndsAtOnce", "os._exit")):
+        flags = f"--env-id mine:{name}"
+        yield Attack("in the run's process", f"{PEARL} {flags}", words)
+        forked = f"FORKED=1 OMP_NUM_THREADS=2 {META_BC} {flags} --dataset x.npz"
+        yield Attack("in a process of an evaluation", forked, words, of_family(name))
+    for text in ("sys.exit(0)", "os._exit(0)"):
+
+        def write_module(run, text=text):
+            Path("leaves.py").write_text(f"import os, sys\n{text}\n")
+
+        words = f"called {re.escape(text)}, so that the run did not end"
+        command = f"{META_BC} --env-id leaves:{text[:2]}"
+        yield Attack("a module, when it is imported", command, words, write_module)
+
+
+def no_files():
+    """15 what is no file"""
+    for place in ("null", "full"):
+        command = f"{WATCH} --episodes 2 --out /dev/{place}; e=$?; [ -c /dev/{place} ] && exit $e"
+        yield Attack("a device", command, "is a device, and only a regular file", agent())
+    command = f"mkfifo pipe; {WATCH} --episodes 2 --out pipe; e=$?; [ -p pipe ] && exit $e"
+    yield Attack("a pipe", command, "pipe is a pipe, and only a regular file", agent())
+    command = f"ln -s precious link.gif; {WATCH} --video link.gif"
+    yield Attack("a link", command, "link.gif is a link, and only a regular file", agent())
+    command = f"mkfifo data.npz; {PEARL} --save-dataset data.npz"
+    yield Attack("a dataset", command, "data.npz is a pipe, and only a regular file")
+
+
+def left_behind():
+    """16 left behind"""
+    command = f"OMP_NUM_THREADS=2 {META_BC} --env-id mine:Starts --dataset x.npz; e=$?; "
+    command += "[ -e started ] || exit 9; "
+    command += "for p in started/*; do kill -0 ${p##*/} 2> /dev/null && exit 9; done; exit $e"
+    yield ends("programs of environments", command, of_family("Starts"), equal=False)
+
+
+def silence():
+    """17 silence"""
+    command = f"OMP_NUM_THREADS=2 {META_BC} --env-id mine:Waits --dataset x.npz"
+    words = "have not answered nor worked.* OMP_NUM_THREADS=1 goes without"
+    yield ends("a lock that nobody gives back", command, of_family("Waits"), words, equal=False)
+
+
+def dataset_of_a_run():
+    """18 the dataset of a run"""
+    run = "runs/PointDirection__pearl_online_oracle__1"
+    command = f"exec {PEARL} --dataset-iteration 1 --save-dataset s.npz"
+    yield Attack(
+        "its iteration is over",
+        command,
+        "stopped",
+        codes=(1,),
+        signals=(signal.SIGTERM,),
+        then="PASTED",
+    )
+    command = (
+        f"{PEARL} --online-iterations 1 --dataset-iteration 1 --save-dataset s.npz; rm s.npz; "
+    )
+    command += f"cp -r {run} before; "
+    command += (
+        f"python pearl_online_oracle.py --resume {run} --online-iterations 2 --save-dataset s.npz; "
+    )
+    command += f"e=$?; diff -r {run} before || exit 9; exit $e"
+    yield Attack("and it is not there", command, "iteration 1 of this run is over")
+    for terminal, paths, words in (
+        (0.3, 1, "terminals must be booleans"),
+        (2, 1, "terminals must be booleans"),
+        ("''", 1, "has no terminals"),
+        (0, 0, "rl has no trajectory"),
+    ):
+        yield Attack("from a program", f"python save.py {terminal} {paths}", words)
+
+
+def settings():
+    """19 settings"""
+    for shell in ("nosuchshell x", "bash nowhere/x"):
+        words = f"python meta_bc.py --tyro-write-completion {shell}"
+        yield Attack("completion", words, "got nosuchshell|nowhere/x")
+    words = "MATMUL_PRECISION is 'low', expected highest or medium"
+    yield Attack("precision", f"MATMUL_PRECISION=low {META_BC}", words)
+
+    def large(run):
+        agent()(run)
+        arrays = read("agent.npz")
+        for name, array in arrays.items():
+            if name.startswith("6/"):
+                arrays[name] = np.full_like(array, 1e10)
+        write("agent.npz", arrays)
+
+    yield Attack("weights of 1e10", WATCH, "is NaN or infinite", large)
+
+
 KINDS = (
     other_data, writes, harmful, nan, closed, unchanged, locks, no_bullet, flags, sentences, curves, redirected, twice,
+    exits, no_files, left_behind, silence, dataset_of_a_run, settings,
 )  # fmt: skip

@@ -139,7 +139,7 @@ def how_it_ended(process):
     if process.exitcode is None or process.exitcode < 0:  # killed, by the system as a rule
         return f"no processes to play episodes in, one died: is memory short? {GOES_WITHOUT}"
     words = "a process that played episodes ended before they did"
-    return f"{words}, with exit code {process.exitcode}: does an environment call os._exit?"
+    return f"{words}, with exit code {process.exitcode}, as after a call of os._exit"
 
 
 def end(processes, connections):

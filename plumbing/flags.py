@@ -1,4 +1,4 @@
-"""The command line of all scripts: what flags may be, presets, flags from a checkpoint; launching."""
+"""The command line of all scripts: what flags may be, presets, flags of a checkpoint; launching."""
 
 import contextlib
 import dataclasses
@@ -130,7 +130,10 @@ def check_products(values):
 def check_writable(flag, path):
     """Raise an InputError unless a file of this name can be written, or replaced."""
     file = Path(os.path.expanduser(path)).absolute()
-    check_replaceable(file)
+    try:
+        check_replaceable(file)
+    except InputError as error:
+        raise InputError(f"{flag} {error}") from None
     try:
         tempfile.TemporaryFile(dir=file.parent).close()
     except OSError:

@@ -273,8 +273,8 @@ class Run:
     def stopped(self, when):
         """The exception with which a stopped run ends.
 
-        SystemExit ends a script with this sentence. A notebook would show it with a remark on how to
-        leave IPython, and an interrupt there is a KeyboardInterrupt.
+        SystemExit ends a script with this sentence. A notebook would show it with a remark on how
+        to leave IPython, and an interrupt there is a KeyboardInterrupt.
         """
         sentence = f"stopped {when}; {self.saved()}"
         return KeyboardInterrupt(sentence) if in_ipython() else SystemExit(sentence)

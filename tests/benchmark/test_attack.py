@@ -68,12 +68,12 @@ def test_every_kind_has_attacks_on_a_script_or_on_watch(tmp_path, monkeypatch):
     monkeypatch.setattr(attacks, "archive", lambda members: b"")  # of 300,000: both take seconds
     write("d.npz", dataset())
     found = [(kind.__doc__, attack) for kind in KINDS for attack in kind()]
-    assert [int(re.match(r"\d+", kind.__doc__)[0]) for kind in KINDS] == list(range(1, 14)) and len(
+    assert [int(re.match(r"\d+", kind.__doc__)[0]) for kind in KINDS] == list(range(1, 20)) and len(
         found
     ) >= 60
     assert len({(attack.what, attack.command) for _, attack in found}) == len(found)
     for _, one in found:
         assert (
-            re.search(rf"python (\.\./)?({'|'.join(FLAGS)}|benchmark/watch)\.py ", one.command)
+            re.search(rf"python (\.\./)?({'|'.join(FLAGS)}|benchmark/watch|save)\.py ", one.command)
             and one.codes
         )

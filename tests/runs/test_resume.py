@@ -1,60 +1,45 @@
 """A run of each script: what it leaves in its folder, and that a stopped one goes on as if nothing had happened."""
 
-from benchmark import kill
-from benchmark.hostile import archive, header_tricks, write, zip_tricks
-from buffers import InputError
-from matplotlib.figure import Figure
-from packaging.requirements import Requirement
-from pathlib import Path
-from plumbing.files import MAX_UNPACKED, flatten
-from plumbing.files import table_text
-from plumbing.flags import PATHS
-from plumbing.flags import check_flags, parse_args, preset, read_flags
-from signed import RUNS, load, run_of
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
-import borel
-import buffers
-import contextlib
 import dataclasses
-import envs
 import errno
 import fcntl
 import functools
-import importlib.metadata
-import io
 import json
-import macaw
-import matplotlib.image
-import meta_bc
-import numpy as np
 import os
-import pearl_online_oracle as pearl
-import pickle
-import plumbing.flags
-import plumbing.pictures
-import plumbing.run
-import pytest
-import re
-import resource
 import shlex
 import shutil
 import signal
-import signed
-import smac_offline_online as smac
-import subprocess
-import sys
 import threading
-import time
-import torch
-import warnings
-import zipfile
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+import pytest
+import signed
 import small
+from matplotlib.figure import Figure
+from signed import RUNS, load, run_of
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import borel
+import buffers
+import envs
+import macaw
+import meta_bc
+import pearl_online_oracle as pearl
+import smac_offline_online as smac
+from benchmark import kill
+from benchmark.hostile import write
+from buffers import InputError
+from plumbing.files import table_text
+from plumbing.flags import PATHS, check_flags, parse_args, preset
 
 SMALL = pytest.mark.usefixtures("small")  # runs on PointDirection, see small.py
 SCRIPTS = ("smac", "pearl", "meta_bc", "macaw", "borel")
-ENDS = {"smac": [4, 13], "borel": [6, 13]}  # gradient steps at the end of a phase; [9] in the others
+ENDS = {
+    "smac": [4, 13],
+    "borel": [6, 13],
+}  # gradient steps at the end of a phase; [9] in the others
 
 
 @pytest.fixture(autouse=True)
@@ -103,7 +88,8 @@ def curves(folder):
 
 def same_arrays(one, other):
     return one.keys() == other.keys() and all(
-        one[name].dtype == other[name].dtype and np.array_equal(one[name], other[name]) for name in one
+        one[name].dtype == other[name].dtype and np.array_equal(one[name], other[name])
+        for name in one
     )
 
 
@@ -123,7 +109,10 @@ def assert_equal_runs(one, other, points_twice=False):
 
 def interrupt(monkeypatch, script, step, *signals):
     """Send signals to this process during gradient step number `step`; returns how to take that back."""
-    calls, functions = [], {name: getattr(script, name) for name in ("update", "update_vae") if hasattr(script, name)}
+    calls, functions = (
+        [],
+        {name: getattr(script, name) for name in ("update", "update_vae") if hasattr(script, name)},
+    )
 
     def send_before(update):
         def call(*args, **kwargs):
@@ -136,7 +125,9 @@ def interrupt(monkeypatch, script, step, *signals):
 
     for name, function in functions.items():
         monkeypatch.setattr(script, name, send_before(function))
-    return lambda: [monkeypatch.setattr(script, name, function) for name, function in functions.items()]
+    return lambda: [
+        monkeypatch.setattr(script, name, function) for name, function in functions.items()
+    ]
 
 
 # ----- What a run leaves
@@ -155,24 +146,41 @@ def test_a_run_leaves_its_flags_table_curves_agents_figures_and_picture(name, wh
     added = {"precision", "versions", "threads", "dataset_sha256", "commit"}  # to the flags
     own = {key: value for key, value in flags.items() if key not in added}
     assert own["env_id"] == "Signed" and own["eval_every"] == 5
-    assert flags["versions"].keys() >= {"python", "torch", "cpu"} and flags["precision"] in ("medium", "highest")
+    assert flags["versions"].keys() >= {"python", "torch", "cpu"} and flags["precision"] in (
+        "medium",
+        "highest",
+    )
     with np.load(run / f"agent_{ends[-1]}.npz") as file:
         last = dict(file)
     assert json.loads(str(last.pop("flags"))) == {k: v for k, v in own.items() if k not in PATHS}
-    assert str(last.pop("script")) == RUNS[name][0].__name__ and "test (own context)" in str(last.pop("returns"))
+    assert str(last.pop("script")) == RUNS[name][0].__name__ and "test (own context)" in str(
+        last.pop("returns")
+    )
     assert same_arrays(last, {key: value.numpy() for key, value in agent.state_dict().items()})
     checkpoint = load(run)
-    assert same_arrays(last, {key[6:]: value for key, value in checkpoint.items() if key.startswith("agent/")})
-    assert checkpoint["step"] == ends[-1] and table_text(checkpoint["evaluations"]).encode() == (run / "eval.csv").read_bytes()
+    assert same_arrays(
+        last, {key[6:]: value for key, value in checkpoint.items() if key.startswith("agent/")}
+    )
+    assert (
+        checkpoint["step"] == ends[-1]
+        and table_text(checkpoint["evaluations"]).encode() == (run / "eval.csv").read_bytes()
+    )
 
     picture = matplotlib.image.imread(run / "summary.png")
     assert abs(len(picture) - 360 * len(ends)) < 40 and picture.std() > 0.01
-    (points, _), kls = curves(run), {"kl_test_own_context", "kl_train_own_context", "kl_train_offline_context"}
+    (points, _), kls = (
+        curves(run),
+        {"kl_test_own_context", "kl_train_own_context", "kl_train_offline_context"},
+    )
     with np.load(run / f"figures_{ends[-1]}.npz") as file:
         arrays = dict(file)
-    assert arrays.keys() == {"macaw": set(), "pearl": kls - {"kl_train_offline_context"}}.get(name, kls)
+    assert arrays.keys() == {"macaw": set(), "pearl": kls - {"kl_train_offline_context"}}.get(
+        name, kls
+    )
     for tag, values in arrays.items():  # of each environment: three tasks, twice each
-        assert values.shape == (6,) and values.mean() == pytest.approx(points[f"eval/{tag}", ends[-1]], rel=1e-5)
+        assert values.shape == (6,) and values.mean() == pytest.approx(
+            points[f"eval/{tag}", ends[-1]], rel=1e-5
+        )
     # Means of the losses: every 4 steps, and at each evaluation
     logged = sorted(step for tag, step in points if tag == "losses/actor")
     steps = {"smac": [4, 5, 8, 10, 12, 13], "pearl": [4, 5, 8, 9], "borel": [8, 10, 12, 13]}
@@ -188,7 +196,9 @@ def test_the_agent_of_the_first_phase_is_kept(wholes, tmp_path, monkeypatch, no_
     then = {k[6:]: v for k, v in load(run_of("smac", tmp_path)).items() if k.startswith("agent/")}
     with np.load(run / "agent_4.npz") as file:
         assert same_arrays({k: v for k, v in file.items() if k in then}, then)
-        assert not np.array_equal(file["policy.net.0.weight"], agent.state_dict()["policy.net.0.weight"])
+        assert not np.array_equal(
+            file["policy.net.0.weight"], agent.state_dict()["policy.net.0.weight"]
+        )
 
 
 # ----- Stop and resume
@@ -199,11 +209,18 @@ STOPS += [("meta_bc", 7), ("macaw", 6)] + [("borel", step) for step in (3, 6, 9)
 
 
 @pytest.mark.parametrize("name, step", STOPS)
-def test_a_stopped_and_resumed_run_equals_one_that_never_stopped(name, step, wholes, tmp_path, monkeypatch, no_picture):
+def test_a_stopped_and_resumed_run_equals_one_that_never_stopped(
+    name, step, wholes, tmp_path, monkeypatch, no_picture
+):
     run, folder = whole(name, wholes)[0], run_of(name, tmp_path)
-    data, number = signed.save_data(tmp_path / "data.npz"), signal.SIGINT if step % 2 else signal.SIGTERM
+    data, number = (
+        signed.save_data(tmp_path / "data.npz"),
+        signal.SIGINT if step % 2 else signal.SIGTERM,
+    )
     undo = interrupt(monkeypatch, RUNS[name][0], step, number)
-    with pytest.raises(SystemExit, match=f"^stopped after step {step}; continue with: .* --resume {folder}") as stop:
+    with pytest.raises(
+        SystemExit, match=f"^stopped after step {step}; continue with: .* --resume {folder}"
+    ) as stop:
         signed.start(name, tmp_path, data)
     assert str(stop.value).count("\n") == 0 and load(folder)["step"] == step
     undo()
@@ -212,7 +229,9 @@ def test_a_stopped_and_resumed_run_equals_one_that_never_stopped(name, step, who
 
 
 @pytest.mark.parametrize("name, number", [("smac", 1), ("smac", 3), ("pearl", 1), ("borel", 1)])
-def test_a_signal_during_an_evaluation_loses_nothing(name, number, wholes, tmp_path, monkeypatch, no_picture):
+def test_a_signal_during_an_evaluation_loses_nothing(
+    name, number, wholes, tmp_path, monkeypatch, no_picture
+):
     run, script, calls = whole(name, wholes)[0], RUNS[name][0], []
     data, evaluate = signed.save_data(tmp_path / "data.npz"), script.evaluate
 
@@ -231,7 +250,9 @@ def test_a_signal_during_an_evaluation_loses_nothing(name, number, wholes, tmp_p
 
 
 @pytest.mark.parametrize("name", ["smac", "pearl"])
-def test_what_came_after_the_last_checkpoint_is_made_again(name, wholes, tmp_path, monkeypatch, no_picture):
+def test_what_came_after_the_last_checkpoint_is_made_again(
+    name, wholes, tmp_path, monkeypatch, no_picture
+):
     """As if the machine had failed after an evaluation, before its checkpoint was written."""
     run, folder, save, calls = whole(name, wholes)[0], run_of(name, tmp_path), buffers.Run.save, []
     data = signed.save_data(tmp_path / "data.npz")
@@ -263,7 +284,9 @@ def test_a_second_signal_stops_at_once(tmp_path, monkeypatch, no_picture):
     assert load(folder)["step"] == 13
 
 
-def test_a_run_is_resumed_in_another_place_with_data_that_were_moved(wholes, tmp_path, monkeypatch, no_picture):
+def test_a_run_is_resumed_in_another_place_with_data_that_were_moved(
+    wholes, tmp_path, monkeypatch, no_picture
+):
     run = whole("smac", wholes)[0]
     undo = interrupt(monkeypatch, RUNS["smac"][0], 7, signal.SIGTERM)
     (tmp_path / "before").mkdir()
@@ -280,7 +303,9 @@ def test_a_run_is_resumed_in_another_place_with_data_that_were_moved(wholes, tmp
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_an_evaluation_that_is_not_finite_stops_the_run_with_one_sentence(name, tmp_path, monkeypatch, no_picture):
+def test_an_evaluation_that_is_not_finite_stops_the_run_with_one_sentence(
+    name, tmp_path, monkeypatch, no_picture
+):
     """At the second evaluation, so that the checkpoint of the first one is there to go on from."""
     folder, pay, calls, script = run_of(name, tmp_path), signed.Signed.pay, [], RUNS[name][0]
     data, evaluate = signed.save_data(tmp_path / "data.npz"), script.evaluate
@@ -290,7 +315,9 @@ def test_an_evaluation_that_is_not_finite_stops_the_run_with_one_sentence(name, 
         return evaluate(*args)
 
     monkeypatch.setattr(script, "evaluate", count)
-    broken = staticmethod(lambda env: float("nan") if env.evaluating and len(calls) == 2 else pay(env))
+    broken = staticmethod(
+        lambda env: float("nan") if env.evaluating and len(calls) == 2 else pay(env)
+    )
     monkeypatch.setattr(signed.Signed, "pay", broken)
     first, second = {"smac": (4, 5), "borel": (6, 10)}.get(name, (5, 9))
     # The NaN reward is in the context, hence in z and in the actions
@@ -299,23 +326,33 @@ def test_an_evaluation_that_is_not_finite_stops_the_run_with_one_sentence(name, 
     with pytest.raises(buffers.InputError, match=message) as error:
         signed.start(name, tmp_path, data)
     assert str(error.value).count("\n") == 0 and load(folder)["step"] == first
-    assert (folder / "eval.csv").read_bytes() == table_text(load(folder)["evaluations"]).encode()  # nothing of it was written
+    assert (folder / "eval.csv").read_bytes() == table_text(
+        load(folder)["evaluations"]
+    ).encode()  # nothing of it was written
 
 
 # ----- Stopped at any moment
 
 
 @SMALL
-@pytest.mark.parametrize("script, number, method", [(smac, signal.SIGINT, "log"), (borel, signal.SIGTERM, "write")])
-def test_a_stopped_run_goes_on_by_the_pasted_command(script, whole, dataset, tmp_path, monkeypatch, number, method):
+@pytest.mark.parametrize(
+    "script, number, method", [(smac, signal.SIGINT, "log"), (borel, signal.SIGTERM, "write")]
+)
+def test_a_stopped_run_goes_on_by_the_pasted_command(
+    script, whole, dataset, tmp_path, monkeypatch, number, method
+):
     """In a step, or in an evaluation; the command holds for another working directory, and the curves stay the same."""
     (tmp_path / "one place").mkdir()
     (tmp_path / "another").mkdir()
     monkeypatch.chdir(tmp_path / "one place")
     shutil.copy(dataset, "d.npz")
     with monkeypatch.context() as patch:
-        small.call_at(patch, method, 11 if method == "log" else 9, functools.partial(small.send, number))
-        with pytest.raises(SystemExit, match=f"stopped after step {12 if method == 'log' else 10}; ") as ended:
+        small.call_at(
+            patch, method, 11 if method == "log" else 9, functools.partial(small.send, number)
+        )
+        with pytest.raises(
+            SystemExit, match=f"stopped after step {12 if method == 'log' else 10}; "
+        ) as ended:
             small.start(script, "d.npz", "my runs")
     run = small.directory(script, tmp_path / "one place" / "my runs")
     assert small.read(run) == (12 if method == "log" else 10)
@@ -331,7 +368,10 @@ def test_a_stopped_run_goes_on_by_the_pasted_command(script, whole, dataset, tmp
 def test_the_command_of_a_family_of_ones_own_goes_where_its_module_is(tmp_path, monkeypatch):
     """Without starting a run, of which no more is needed."""
     run = object.__new__(buffers.Run)
-    run.args, run.script = smac.Args(env_id="mine:Mine", dataset="d's.npz"), Path("/a folder/smac.py")
+    run.args, run.script = (
+        smac.Args(env_id="mine:Mine", dataset="d's.npz"),
+        Path("/a folder/smac.py"),
+    )
     run.folder = Path("runs")
     monkeypatch.chdir(tmp_path)
     command = f"cd {tmp_path} && python '/a folder/smac.py' --resume {tmp_path}/runs --env-id mine:Mine --dataset "
@@ -342,8 +382,14 @@ def test_the_command_of_a_family_of_ones_own_goes_where_its_module_is(tmp_path, 
 def test_a_stop_before_the_first_step(dataset, tmp_path, monkeypatch):
     """PEARL collects data then."""
     collect = pearl.collect
-    monkeypatch.setattr(pearl, "collect", lambda *args, **flags: small.send(signal.SIGTERM) or collect(*args, **flags))
-    with pytest.raises(SystemExit, match="stopped before the first gradient step; there is no checkpoint yet"):
+    monkeypatch.setattr(
+        pearl,
+        "collect",
+        lambda *args, **flags: small.send(signal.SIGTERM) or collect(*args, **flags),
+    )
+    with pytest.raises(
+        SystemExit, match="stopped before the first gradient step; there is no checkpoint yet"
+    ):
         small.start(pearl, dataset, tmp_path)
 
 
@@ -363,9 +409,17 @@ def test_the_hangup_of_a_terminal_stops_a_run_unless_it_is_ignored(dataset, tmp_
 def test_killed_runs_end_like_runs_that_were_never_killed(tmp_path, monkeypatch):
     """SIGKILL at seeded random moments, some within the write of a checkpoint."""
     flags = kill.FLAGS["smac_offline_online"].replace("--offline-steps 60", "--offline-steps 20")
-    monkeypatch.setitem(kill.FLAGS, "smac_offline_online", flags.replace("-per-iteration 40", "-per-iteration 20"))
-    kill.main(kill.Args(kills=(3, 0, 0, 0, 0), seed=3, out=str(tmp_path / "kill.md")))  # which exits if a run differs
-    rows = [line for line in (tmp_path / "kill.md").read_text().splitlines() if line.startswith("|") and ".py" in line]
+    monkeypatch.setitem(
+        kill.FLAGS, "smac_offline_online", flags.replace("-per-iteration 40", "-per-iteration 20")
+    )
+    kill.main(
+        kill.Args(kills=(3, 0, 0, 0, 0), seed=3, out=str(tmp_path / "kill.md"))
+    )  # which exits if a run differs
+    rows = [
+        line
+        for line in (tmp_path / "kill.md").read_text().splitlines()
+        if line.startswith("|") and ".py" in line
+    ]
     assert sum(int(row.split("|")[-2]) for row in rows) == 3
 
 
@@ -455,7 +509,9 @@ def test_a_run_without_second_phase_is_extended(script, dataset, tmp_path):
         assert np.array_equal(one[name], other[name]) or name.startswith("totals/"), name
     for row in other["evaluations"].tolist():
         assert row in one["evaluations"].tolist()
-    with pytest.raises(InputError, match=f"--offline-steps is {steps + 3} .* cannot become {steps}"):
+    with pytest.raises(
+        InputError, match=f"--offline-steps is {steps + 3} .* cannot become {steps}"
+    ):
         small.resume(script, dataset, run, "--offline-steps", str(steps))
 
 
@@ -490,7 +546,9 @@ def test_args_json_is_whole_after_a_resume_with_shorter_flags(whole, dataset, tm
     (run / "args.json").write_text("x" * 10_000)
     small.resume(meta_bc, dataset, run)
     flags = json.loads((run / "args.json").read_text())
-    assert flags["resume"] == str(run) and flags["offline_steps"] == 13 and "cpu" in flags["versions"]
+    assert (
+        flags["resume"] == str(run) and flags["offline_steps"] == 13 and "cpu" in flags["versions"]
+    )
 
 
 # ----- Which data, which folder
@@ -498,7 +556,9 @@ def test_args_json_is_whole_after_a_resume_with_shorter_flags(whole, dataset, tm
 
 @SMALL
 @small.SCRIPTS
-def test_another_dataset_is_refused_and_the_same_one_elsewhere_is_taken(script, dataset, tmp_path, monkeypatch):
+def test_another_dataset_is_refused_and_the_same_one_elsewhere_is_taken(
+    script, dataset, tmp_path, monkeypatch
+):
     if script is pearl:
         return  # it has none
     with np.load(dataset) as file:
@@ -509,14 +569,21 @@ def test_another_dataset_is_refused_and_the_same_one_elsewhere_is_taken(script, 
         "rl_tasks": (arrays["rl_tasks"] + 1) % 4, "encoder_rewards": arrays["encoder_rewards"] + 1,
         "rl_obs": arrays["rl_obs"] + np.float32(1e-3),
     }  # fmt: skip
-    fewer = {name: arrays[name] % 3 for name in ("rl_tasks", "encoder_tasks")}  # of which no size fits
-    others = [{name: array} for name, array in others.items()] + [fewer | {"train_tasks": arrays["train_tasks"][:3]}]
+    fewer = {
+        name: arrays[name] % 3 for name in ("rl_tasks", "encoder_tasks")
+    }  # of which no size fits
+    others = [{name: array} for name, array in others.items()] + [
+        fewer | {"train_tasks": arrays["train_tasks"][:3]}
+    ]
     run = small.stopped(script, dataset, tmp_path, monkeypatch)
     before = small.snapshot(run)
     for other in others:
         write(tmp_path / "other.npz", arrays | other)
         words = small.refusal(small.resume, script, tmp_path / "other.npz", run)
-        assert words == f"the data of {run} are others than in this dataset: name theirs with --dataset", list(other)
+        assert (
+            words
+            == f"the data of {run} are others than in this dataset: name theirs with --dataset"
+        ), list(other)
     with pytest.raises(InputError, match="there is no dataset at"):
         small.resume(script, tmp_path / "nothing.npz", run)
     with pytest.raises(InputError, match="--seed is 1 in the run to resume and cannot become 2"):
@@ -527,7 +594,9 @@ def test_another_dataset_is_refused_and_the_same_one_elsewhere_is_taken(script, 
 
 
 @SMALL
-def test_files_to_write_and_to_read_are_named_by_the_command_line_alone(dataset, tmp_path, monkeypatch):
+def test_files_to_write_and_to_read_are_named_by_the_command_line_alone(
+    dataset, tmp_path, monkeypatch
+):
     target = tmp_path / "precious.npz"
     target.write_bytes(b"precious")
     run = small.stopped(pearl, dataset, tmp_path, monkeypatch, dataset_iteration=2)
@@ -535,17 +604,27 @@ def test_files_to_write_and_to_read_are_named_by_the_command_line_alone(dataset,
         arrays = dict(file)
     flags = json.loads(arrays["flags"].item())
     assert not {"save_dataset", "dataset", "run_dir", "resume"} & flags.keys()
-    arrays["flags"] = np.array(json.dumps(flags | dict(save_dataset=str(target), run_dir=str(tmp_path / "elsewhere"))))
+    arrays["flags"] = np.array(
+        json.dumps(flags | dict(save_dataset=str(target), run_dir=str(tmp_path / "elsewhere")))
+    )
     write(run / "checkpoint.npz", arrays)
     small.resume(pearl, dataset, run)
-    assert small.read(run) == 15 and target.read_bytes() == b"precious" and not (tmp_path / "elsewhere").exists()
+    assert (
+        small.read(run) == 15
+        and target.read_bytes() == b"precious"
+        and not (tmp_path / "elsewhere").exists()
+    )
 
 
 @SMALL
-def test_a_dataset_that_the_command_line_names_is_written_after_a_resume(dataset, tmp_path, monkeypatch):
+def test_a_dataset_that_the_command_line_names_is_written_after_a_resume(
+    dataset, tmp_path, monkeypatch
+):
     small.call_at(monkeypatch, "log", 6, functools.partial(small.send, signal.SIGTERM))
     with pytest.raises(SystemExit) as ended:
-        small.start(pearl, dataset, tmp_path, dataset_iteration=2, save_dataset=str(tmp_path / "d.npz"))
+        small.start(
+            pearl, dataset, tmp_path, dataset_iteration=2, save_dataset=str(tmp_path / "d.npz")
+        )
     monkeypatch.undo()
     _, words = small.pasted(str(ended.value))
     assert words[2:] == ["--save-dataset", str(tmp_path / "d.npz")]
@@ -557,7 +636,7 @@ def test_a_dataset_that_can_not_be_saved_is_found_out_at_once(tmp_path):
     for place in ("", "nowhere/d.npz"):
         file = str(tmp_path / place)
         words = small.refusal(check_flags, dataclasses.replace(args, save_dataset=file))
-        assert str(tmp_path) in words
+        assert words.startswith(f"--save-dataset {tmp_path / place} is ")
     check_flags(dataclasses.replace(args, save_dataset=str(tmp_path / "d.npz")))
 
 
@@ -567,7 +646,10 @@ def test_only_one_process_at_a_time_writes_to_a_run(whole, dataset, tmp_path):
     before, again = small.snapshot(run), functools.partial(small.resume, meta_bc, dataset, run)
     with open(run / "args.json", "r+") as file:  # until this process closes the file, in any way
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        assert small.forked(again)[0] == f"InputError: another process writes to {run}, or another run of this one"
+        assert (
+            small.forked(again)[0]
+            == f"InputError: another process writes to {run}, or another run of this one"
+        )
     assert small.snapshot(run) == before
     assert small.forked(again)[0] == "nothing"
     assert small.forked(again)[0] == "nothing"  # the last one ended without a close
@@ -575,7 +657,9 @@ def test_only_one_process_at_a_time_writes_to_a_run(whole, dataset, tmp_path):
 
 @SMALL
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
-def test_a_file_system_without_locks_gives_a_warning(dataset, tmp_path, monkeypatch, capsys, number):
+def test_a_file_system_without_locks_gives_a_warning(
+    dataset, tmp_path, monkeypatch, capsys, number
+):
     def flock(*_):
         raise OSError(number, os.strerror(number))
 

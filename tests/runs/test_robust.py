@@ -1,15 +1,12 @@
 """A run is never lost: full disks, closed terminals, NaNs, bad flags, missing packages."""
 
-import contextlib
 import dataclasses
 import errno
-import fcntl
 import functools
 import importlib.metadata
 import io
 import json
 import os
-import pickle
 import re
 import resource
 import shlex
@@ -18,15 +15,28 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-import warnings
-import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from packaging.requirements import Requirement
+from small import (
+    HUGE,
+    ROOT,
+    Unexpected,
+    assert_equal_runs,
+    call_at,
+    directory,
+    forked,
+    make_dataset,
+    pasted,
+    read,
+    refusal,
+    resume,
+    send,
+    sentence,
+    start,
+)
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -40,12 +50,8 @@ import plumbing.flags
 import plumbing.pictures
 import plumbing.run
 import smac_offline_online as smac
-from benchmark import kill
-from benchmark.hostile import archive, header_tricks, write, zip_tricks
 from buffers import InputError
-from plumbing.files import MAX_UNPACKED, flatten
-from plumbing.flags import check_flags, parse_args, preset, read_flags
-from small import HUGE, ROOT, make_dataset, start, directory, resume, read, assert_equal_runs, refusal, sentence, forked, call_at, send, pasted, Unexpected
+from plumbing.flags import check_flags, preset
 
 pytestmark = pytest.mark.usefixtures("small")
 
@@ -54,15 +60,24 @@ pytestmark = pytest.mark.usefixtures("small")
 
 
 def surroundings():
-    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
-    return handlers, threading.excepthook, tqdm.monitor_interval, torch.get_float32_matmul_precision()
+    handlers = [
+        signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    ]
+    return (
+        handlers,
+        threading.excepthook,
+        tqdm.monitor_interval,
+        torch.get_float32_matmul_precision(),
+    )
 
 
 @pytest.mark.parametrize("place, name, error", [
     (plumbing.run, "flatten", Unexpected()), (plumbing.pictures, "draw_summary", Unexpected()),
     (SummaryWriter, "close", OSError(errno.ENOSPC, "No space left on device")),
 ])  # fmt: skip
-def test_signals_hooks_and_precision_are_as_they_were(dataset, tmp_path, monkeypatch, place, name, error):
+def test_signals_hooks_and_precision_are_as_they_were(
+    dataset, tmp_path, monkeypatch, place, name, error
+):
     """Also after an error while a run is closed; tests/shared/test_own_tasks.py has other ends."""
 
     def fail(*_):
@@ -89,7 +104,11 @@ class Gone(io.StringIO):
         self.isatty = lambda: terminal
 
     def write(self, text):
-        raise OSError(errno.EIO, "I/O error") if self.isatty() else BrokenPipeError(errno.EPIPE, "Broken pipe")
+        raise (
+            OSError(errno.EIO, "I/O error")
+            if self.isatty()
+            else BrokenPipeError(errno.EPIPE, "Broken pipe")
+        )
 
     def flush(self):
         self.write("")
@@ -118,7 +137,10 @@ def test_streams_that_are_not_there(whole, dataset, tmp_path, monkeypatch):
 
 def test_streams_that_are_closed(tmp_path):
     """GLFW, which Gymnasium loads, needs an error stream; and no file may take the place of one."""
-    lines = "import os, sys, envs", "kept = [os.fstat(n).st_rdev == os.stat(os.devnull).st_rdev for n in range(3)]"
+    lines = (
+        "import os, sys, envs",
+        "kept = [os.fstat(n).st_rdev == os.stat(os.devnull).st_rdev for n in range(3)]",
+    )
     code = "; ".join([*lines, f"open({str(tmp_path / 'kept')!r}, 'w').write(str(kept))"])
     command = f"{shlex.quote(sys.executable)} -c {shlex.quote(code)} <&- >&- 2>&-"
     subprocess.run(["bash", "-c", command], cwd=ROOT, check=True)
@@ -142,24 +164,41 @@ def test_output_that_is_not_a_terminal_stays_small(tmp_path, monkeypatch, capsys
     """22,000 steps of a hundredth of a second: a line every half minute, and no bar."""
     clock, network = [0.0], torch.nn.Linear(1, 1)
     monkeypatch.setattr(plumbing.run.time, "time", lambda: clock[0])
-    args = meta_bc.Args(env_id="PointDirection", run_dir=str(tmp_path), device="cpu", eval_every=10**6)
+    args = meta_bc.Args(
+        env_id="PointDirection", run_dir=str(tmp_path), device="cpu", eval_every=10**6
+    )
     monkeypatch.setattr(buffers.Run, "save", lambda run: None)
-    with buffers.Run(args, "a.py", agent=network, optimizer=torch.optim.Adam(network.parameters())) as run:
+    with buffers.Run(
+        args, "a.py", agent=network, optimizer=torch.optim.Adam(network.parameters())
+    ) as run:
         for step in run.steps(22_000, "training"):
             clock[0] = step / 100
     out, err = capsys.readouterr()
     lines = [line for line in err.splitlines() if line]
-    assert len(lines) == 7 and lines[0].startswith("training: step 30") and lines[0].endswith(" of 22000")
+    assert (
+        len(lines) == 7
+        and lines[0].startswith("training: step 30")
+        and lines[0].endswith(" of 22000")
+    )
     assert len(err) < 300 and len(out) < 1000
 
 
 def test_few_of_many_trajectories_are_drawn(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
-    path = {"obs": rng.normal(size=(2, 4)), "actions": np.zeros((1, 2)), "rewards": [0], "terminals": [0]}
+    path = {
+        "obs": rng.normal(size=(2, 4)),
+        "actions": np.zeros((1, 2)),
+        "rewards": [0],
+        "terminals": [0],
+    }
     entries = [(number % 4, path | {"obs": rng.normal(size=(2, 4))}) for number in range(600)]
     tasks = envs.sample_tasks("PointDirection", 6)
-    buffers.save_dataset(tmp_path / "d.npz", "PointDirection", tasks[:4], tasks[4:], entries, [], "python test")
-    monkeypatch.setattr(envs, "make_evaluation", functools.partial(envs.make_evaluation, num_train=4))
+    buffers.save_dataset(
+        tmp_path / "d.npz", "PointDirection", tasks[:4], tasks[4:], entries, [], "python test"
+    )
+    monkeypatch.setattr(
+        envs, "make_evaluation", functools.partial(envs.make_evaluation, num_train=4)
+    )
     with np.load(start(meta_bc, tmp_path / "d.npz", tmp_path) / "figures_13.npz") as file:
         assert file["offline data"].shape == (500, 2, 2)
 
@@ -167,7 +206,9 @@ def test_few_of_many_trajectories_are_drawn(tmp_path, monkeypatch):
 # ----- What can not be written, or is not worth it
 
 
-@pytest.mark.parametrize("limit", [1, 8000])  # bytes a file: nothing can be written; all but the checkpoint
+@pytest.mark.parametrize(
+    "limit", [1, 8000]
+)  # bytes a file: nothing can be written; all but the checkpoint
 def test_a_full_disk_keeps_the_checkpoint(whole, dataset, tmp_path, monkeypatch, limit):
     run = directory(smac, tmp_path)
     with monkeypatch.context() as patch:
@@ -176,7 +217,9 @@ def test_a_full_disk_keeps_the_checkpoint(whole, dataset, tmp_path, monkeypatch,
         call_at(patch, "log", 12, functools.partial(send, signal.SIGTERM))
         message, _ = forked(lambda: start(smac, dataset, tmp_path))
     assert message.startswith("InputError: cannot write to ") and message.count("\n") == 0
-    assert re.match(r"InputError: cannot write to [^']*: File too large; continue with: python", message)
+    assert re.match(
+        r"InputError: cannot write to [^']*: File too large; continue with: python", message
+    )
     assert pasted(message)[1][:2] == ["--resume", str(run)]
     assert read(run) == 10 and not (run / "checkpoint.npz.tmp").exists()
     resume(smac, dataset, run)
@@ -192,7 +235,11 @@ def test_folders_that_can_not_be_run_folders(dataset, tmp_path, monkeypatch, cap
     ):  # fmt: skip
         assert words in sentence(monkeypatch, capsys, meta_bc, *flags, folder)
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
-    for words in (["--resume", "~nobody_of_this_name/run"], ["--resume", "a/" * 3000], [*flags[:5], "~/nothing.npz"]):
+    for words in (
+        ["--resume", "~nobody_of_this_name/run"],
+        ["--resume", "a/" * 3000],
+        [*flags[:5], "~/nothing.npz"],
+    ):
         assert "there is no " in sentence(monkeypatch, capsys, meta_bc, *words)
 
 
@@ -204,7 +251,12 @@ def test_the_home_folder_may_be_a_tilde(dataset, tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path)) == ["d.npz", "runs"]
 
 
-NANS = [(smac, "observation"), (pearl, "reward"), (macaw, "observation"), (macaw, "observation alone")]
+NANS = [
+    (smac, "observation"),
+    (pearl, "reward"),
+    (macaw, "observation"),
+    (macaw, "observation alone"),
+]
 
 
 @pytest.mark.parametrize("script, what", NANS)
@@ -224,7 +276,9 @@ def test_nan_from_the_environment(script, dataset, tmp_path, monkeypatch, what):
     monkeypatch.setattr(buffers.Run, "save", lambda run: save(run) or broken.append(run.step))
     message, run = refusal(start, script, dataset, tmp_path), directory(script, tmp_path)
     at = r"(at the evaluation after|before) step \d+"  # PEARL meets it while it collects data
-    assert re.search(rf"became NaN or infinite {at} of {run}; continue with: python", message), message
+    assert re.search(rf"became NaN or infinite {at} of {run}; continue with: python", message), (
+        message
+    )
     assert pasted(message)[1][:2] == ["--resume", str(run)]
     assert read(run) == broken[0] == 5
 
@@ -232,7 +286,9 @@ def test_nan_from_the_environment(script, dataset, tmp_path, monkeypatch, what):
 @pytest.mark.parametrize("script, flags", [(smac, dict(lr=1e3)), (macaw, dict(policy_lr=1e15))])
 def test_learning_that_diverges(script, flags, dataset, tmp_path):
     message = refusal(functools.partial(start, script, dataset, tmp_path, eval_every=1, **flags))
-    assert re.search("(is|became) NaN or infinite", message) and re.search("continue with|no checkpoint yet", message)
+    assert re.search("(is|became) NaN or infinite", message) and re.search(
+        "continue with|no checkpoint yet", message
+    )
 
 
 def test_rewards_that_are_too_large(tmp_path):
@@ -258,7 +314,9 @@ def test_a_checkpoint_never_holds_nan(dataset, tmp_path, monkeypatch, value):
     monkeypatch.setattr(smac, "update", poison)
     monkeypatch.setattr(buffers.Run, "write", lambda *_: None)  # an evaluation would find it
     message = refusal(start, smac, dataset, tmp_path)
-    assert message.startswith("no checkpoint after step 15, agent/decoder.net.0.bias is NaN or infinite; continue with")
+    assert message.startswith(
+        "no checkpoint after step 15, agent/decoder.net.0.bias is NaN or infinite; continue with"
+    )
     assert read(directory(smac, tmp_path)) == 10
 
 
@@ -311,20 +369,30 @@ def test_a_buffer_that_does_not_fit_into_memory(dataset, tmp_path, number):
 
 
 def test_numbers_on_the_command_line_that_are_too_long(monkeypatch, capsys):
-    for flag, words in (("--lr", "--lr is inf"), ("--seed", "--seed is 1000"), ("--online-iterations", "s is 1000")):
-        assert words in sentence(monkeypatch, capsys, smac, "--env-id", "PointDirection", flag, str(HUGE))
+    for flag, words in (
+        ("--lr", "--lr is inf"),
+        ("--seed", "--seed is 1000"),
+        ("--online-iterations", "s is 1000"),
+    ):
+        assert words in sentence(
+            monkeypatch, capsys, smac, "--env-id", "PointDirection", flag, str(HUGE)
+        )
 
 
 def test_a_gpu_that_does_not_work(monkeypatch, capsys):
     def fail(*_, **__):
-        raise RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported")
+        raise RuntimeError(
+            "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"
+        )
 
     flags = ["--env-id", "PointDirection", "--device"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch, "ones", fail)
     for device in ("auto", "cuda"):
         words = sentence(monkeypatch, capsys, smac, *flags, device)
-        assert words.startswith(f"error: --device {device}: the GPU cannot be used (CUDA error: out of memory CUDA")
+        assert words.startswith(
+            f"error: --device {device}: the GPU cannot be used (CUDA error: out of memory CUDA"
+        )
         assert words.endswith("; --device cpu works")
 
 
@@ -347,7 +415,9 @@ def test_without_pybullet_all_but_sawyer_works(dataset, tmp_path, monkeypatch, c
     capsys.readouterr()
     for env_id in ("SawyerManipulation", "SawyerManipulation8"):
         words = sentence(monkeypatch, capsys, pearl, "--env-id", env_id)
-        assert words.startswith("error: the Sawyer environments need pybullet; `pip install pybullet==")
+        assert words.startswith(
+            "error: the Sawyer environments need pybullet; `pip install pybullet=="
+        )
     for env_id in envs.SPECS.keys() - {"SawyerManipulation", "SawyerManipulation8"}:
         envs.make(env_id).close()
 
@@ -358,7 +428,10 @@ def test_requirements_install_without_a_compiler():
     requirements = {r.name: r for r in map(Requirement, lines)}
     assert [name for name, r in requirements.items() if r.marker] == ["pybullet"]
     assert all(str(r.specifier).startswith("==") for r in requirements.values())
-    marker, where = requirements["pybullet"].marker, dict(sys_platform="linux", platform_machine="x86_64")
+    marker, where = (
+        requirements["pybullet"].marker,
+        dict(sys_platform="linux", platform_machine="x86_64"),
+    )
     assert marker.evaluate(where | {"python_version": "3.11"})
     for other in (dict(python_version="3.12"), dict(python_version="3.13"), dict(sys_platform="darwin"),
                   dict(sys_platform="win32"), dict(platform_machine="aarch64")):  # fmt: skip

@@ -21,7 +21,9 @@ from benchmark import evaluation, precision, speed
 from benchmark.plain_update import NETWORKS, PlainAgent, plain_update, unstack
 from plumbing.machine import cuda_graph, matmul_precision
 
-SMALL = dict(rl_batch=16, context_batch=8, q_hidden=(16, 16), policy_hidden=(16,), encoder_hidden=(16,))
+SMALL = dict(
+    rl_batch=16, context_batch=8, q_hidden=(16, 16), policy_hidden=(16,), encoder_hidden=(16,)
+)
 
 
 @pytest.fixture
@@ -30,8 +32,13 @@ def set_up(request):
     sizes, spec = SMALL | getattr(request, "param", {}), envs.SPECS["HopperParam"]
     args = smac.Args(env_id="HopperParam", lr=1e-3, **sizes)
     torch.manual_seed(0)
-    agent, generator = smac.Agent(spec.obs_dim, spec.action_dim, args), torch.Generator().manual_seed(0)
-    optimizer = torch.optim.Adam([p for p in agent.parameters() if p.requires_grad], lr=args.lr, fused=True)
+    agent, generator = (
+        smac.Agent(spec.obs_dim, spec.action_dim, args),
+        torch.Generator().manual_seed(0),
+    )
+    optimizer = torch.optim.Adam(
+        [p for p in agent.parameters() if p.requires_grad], lr=args.lr, fused=True
+    )
     buffer = speed.random_buffer(spec, num_tasks=5)
     return agent, optimizer, [smac.sample_batch(buffer, args, generator) for _ in range(20)], args
 
@@ -50,7 +57,11 @@ def test_the_plain_update_ends_at_the_same_parameters(set_up, online):
     for ours, theirs in pairs:
         for value, expected in zip(ours.parameters(), theirs.parameters(), strict=True):
             torch.testing.assert_close(value, expected, rtol=1e-3, atol=1e-5)
-    moved = {name.split(".")[0] for name, value in agent.state_dict().items() if not torch.equal(value, before[name])}
+    moved = {
+        name.split(".")[0]
+        for name, value in agent.state_dict().items()
+        if not torch.equal(value, before[name])
+    }
     assert moved == {"policy", "q", "q_target"} | set(() if online else ("encoder", "decoder"))
 
 
@@ -67,8 +78,13 @@ def test_the_products_of_a_step_are_those_that_pytorch_makes(set_up):
 HEADERS = Path(sysconfig.get_path("include"), "Python.h")
 
 
-@pytest.mark.skipif(not (shutil.which("g++") and HEADERS.exists()), reason="needs a C++ compiler and Python's headers")
-@pytest.mark.parametrize("set_up", [dict(q_hidden=(16,), decoder_hidden=(16,))], ids=["shallow"], indirect=True)
+@pytest.mark.skipif(
+    not (shutil.which("g++") and HEADERS.exists()),
+    reason="needs a C++ compiler and Python's headers",
+)
+@pytest.mark.parametrize(
+    "set_up", [dict(q_hidden=(16,), decoder_hidden=(16,))], ids=["shallow"], indirect=True
+)
 def test_the_compiled_update_ends_at_the_same_parameters(set_up):
     agent, optimizer, batches, args = set_up
     start = {name: value.clone() for name, value in agent.state_dict().items()}
@@ -76,7 +92,9 @@ def test_the_compiled_update_ends_at_the_same_parameters(set_up):
         smac.update(agent, optimizer, batch, args, False)
     expected = {name: value.clone() for name, value in agent.state_dict().items()}
     agent.load_state_dict(start)
-    optimizer = torch.optim.Adam([p for p in agent.parameters() if p.requires_grad], lr=args.lr, fused=True)
+    optimizer = torch.optim.Adam(
+        [p for p in agent.parameters() if p.requires_grad], lr=args.lr, fused=True
+    )
     compiled = torch.compile(smac.update)
     for batch in batches:
         compiled(agent, optimizer, batch, args, False)
@@ -94,11 +112,18 @@ def test_the_table_of_precisions(tmp_path, monkeypatch):
     monkeypatch.setattr(speed, "matmul_precision", lambda *_: "highest")
     monkeypatch.setattr(torch, "compile", lambda step: step)
     precision.main(precision.Args("PointDirection", file=tmp_path / "precision.md"))
-    rows = [line.strip("| ").split(" | ") for line in (tmp_path / "precision.md").read_text().splitlines()[4:]]
+    rows = [
+        line.strip("| ").split(" | ")
+        for line in (tmp_path / "precision.md").read_text().splitlines()[4:]
+    ]
     assert [row[:2] for row in rows if row[0]] == [
         [name, phase] for name in precision.SIZES for phase in ("offline", "self-supervised")
     ]
-    assert all(row[2:-2] == "6.0 5.0 3.0 2.0 1.5 highest 2.00 1.67 1.50 4.00".split() for row in rows if row[0])
+    assert all(
+        row[2:-2] == "6.0 5.0 3.0 2.0 1.5 highest 2.00 1.67 1.50 4.00".split()
+        for row in rows
+        if row[0]
+    )
     seconds, steps = (np.array([int(row[i]) for row in rows if row[0]]) for i in (-2, -1))
     assert (abs(steps / 1000 - seconds / 1.5) <= 0.5 / 1.5 + 0.001).all()  # 1.5 ms a step are saved
 
@@ -200,9 +225,7 @@ def test_a_step_that_can_not_be_recorded_stops_the_run(graphs):
 
     fast = cuda_graph(step)
     assert [fast() for _ in range(3)] == [1, 2, 3]
-    words = (
-        r"no CUDA graph can be made \(operation not permitted when stream is capturing\): --no-cuda-graph goes without"
-    )
+    words = r"no CUDA graph can be made \(operation not permitted when stream is capturing\): --no-cuda-graph goes without"
     with pytest.raises(buffers.InputError, match=words):
         fast()
 
@@ -220,7 +243,11 @@ def test_the_precision_is_that_of_the_kind_of_processor(monkeypatch, capability,
 
     def matmul(x, w):
         medium = x.dtype == torch.float32 and torch.get_float32_matmul_precision() == "medium"
-        return product(x.bfloat16(), w.bfloat16()).float() if medium and not exact else product(x.double(), w.double())
+        return (
+            product(x.bfloat16(), w.bfloat16()).float()
+            if medium and not exact
+            else product(x.double(), w.double())
+        )
 
     monkeypatch.delenv("MATMUL_PRECISION", raising=False)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)

@@ -329,8 +329,8 @@ def test_an_environment_that_does_not_close_is_not_waited_for(two, monkeypatch):
 
 @pytest.mark.parametrize("end, words", [
     (lambda: sys.exit(0), r"test_cores.py, line \d+, called sys.exit\(0\): the run did not end"),
-    (lambda: os._exit(0), "ended before they did, with exit code 0: does an environment call os._exit"),
-    (lambda: os._exit(3), "with exit code 3: does an environment call os._exit"),
+    (lambda: os._exit(0), "before they did, with exit code 0, as after a call of os._exit"),
+    (lambda: os._exit(3), "with exit code 3, as after a call of os._exit"),
 ])  # fmt: skip
 def test_an_environment_that_ends_its_process(end, words, two):
     with pytest.raises(buffers.InputError, match=words):
@@ -338,7 +338,7 @@ def test_an_environment_that_ends_its_process(end, words, two):
 
 
 def test_processes_that_neither_answer_nor_work(two, monkeypatch, capsys):
-    """As one that needs a lock that a thread of the run holds. Said once; those that work are not told of."""
+    """As one that needs a lock of the run. Said once; of those that work nothing is said."""
     monkeypatch.setattr(cores, "PATIENCE", 0.3)
 
     def wait(env_list, rng):
@@ -379,7 +379,7 @@ def test_what_processes_return_is_put_together_on_the_device():
 
 
 def test_results_come_back_to_where_the_agent_is(two, monkeypatch):
-    """An agent on another device than the CPU: here "meta", whose copy in the processes has numbers."""
+    """An agent on another device: here "meta", whose copy in the processes has numbers."""
     module = nn.Linear(1, 1, device="meta")
     monkeypatch.setattr(cores, "on_cpu", lambda x: nn.Linear(1, 1) if x is module else x)
 
