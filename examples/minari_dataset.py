@@ -85,5 +85,5 @@ if __name__ == "__main__":
             to_minari(buffers.load_dataset(args.env_id, args.file), args.env_id, args.minari_id)
         else:
             from_minari(args.minari_id, args.env_id, args.file)
-    except (buffers.InputError, OSError) as error:
+    except (ValueError, OSError) as error:  # Minari raises these too
         parser.exit(2, f"error: {error}\n")

@@ -1,6 +1,6 @@
 """An offline dataset to the folders that FOCAL, CSRO and UNICORN read, and back.
 
-    python examples/peers_dataset.py PointDirection export FOLDER
+    python examples/peers_dataset.py PointDirection export FOLDER datasets/PointDirection.npz
     python examples/peers_dataset.py PointDirection import FOLDER new.npz --i-trust-these-files
 
     FOLDER/goal_idx{N}/trj_evalsample{i}_step{j}.npy  trajectory i of task N, by a policy of age j
@@ -13,6 +13,7 @@ yourself, by `numpy.save`; of four columns a trajectory shorter than the horizon
 """
 
 import argparse
+import pickle
 import sys
 from pathlib import Path
 
@@ -51,6 +52,8 @@ def read_folder(folder, num_tasks, horizon):
             files[int(j), int(i)] = file
         for _, file in sorted(files.items()):
             rows = np.load(file, allow_pickle=True)
+            if rows.ndim != 2 or rows.shape[1] not in (4, 5):
+                raise buffers.InputError(f"{file} is an array {rows.shape}, expected (L, 4)")
             obs = np.stack(rows[:, 0])
             next_obs = np.stack(rows[:, 3])
             if not np.array_equal(obs[1:], next_obs[:-1]):
@@ -95,7 +98,7 @@ if __name__ == "__main__":
     parser.add_argument("env_id")
     parser.add_argument("direction", choices=["export", "import"])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("file", nargs="?", help="the .npz file; to export: by default the shipped")
+    parser.add_argument("file", help="the .npz file to read or to write")
     parser.add_argument("--i-trust-these-files", action="store_true")
     args = parser.parse_args()
     try:
@@ -103,5 +106,5 @@ if __name__ == "__main__":
             to_folder(buffers.load_dataset(args.env_id, args.file), args.folder)
         else:
             from_folder(args.folder, args.env_id, args.file, args.i_trust_these_files)
-    except (buffers.InputError, OSError) as error:
+    except (ValueError, OSError, pickle.UnpicklingError) as error:
         parser.exit(2, f"error: {error}\n")

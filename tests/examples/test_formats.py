@@ -6,8 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import buffers
+import meta_bc
 
 # Minari would like to know the author, and more.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:minari")
@@ -194,3 +196,27 @@ def test_nothing_is_unpickled_unless_asked_for(tmp_path):
     assert len(result.stderr.splitlines()) == 1
     assert not (tmp_path / "trace").exists()
     assert not (tmp_path / "new.npz").exists()
+
+
+@pytest.mark.parametrize("way", ["minari", "peers"])
+def test_into_a_run(way, tmp_path, monkeypatch, quick):
+    """A run with data that were away and came back learns the same, bit for bit."""
+    dataset = small_dataset(tmp_path / "mine.npz")
+    new = tmp_path / "new.npz"
+    if way == "minari":
+        pytest.importorskip("minari")
+        import minari_dataset
+
+        monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+        minari_dataset.to_minari(dataset, "PointDirection", "PointDirection/test-v0")
+        minari_dataset.from_minari("PointDirection/test-v0", "PointDirection", new)
+    else:
+        peers_dataset.to_folder(dataset, tmp_path / "peers")
+        peers_dataset.from_folder(tmp_path / "peers", "PointDirection", new, trusted=True)
+    sizes = dict(policy_hidden=(8,), encoder_hidden=(8,), rl_batch=8, offline_steps=3)
+    agents = []
+    for file in (tmp_path / "mine.npz", new):
+        flags = sizes | dict(dataset=str(file), run_dir=str(tmp_path / file.stem))
+        agents.append(buffers.train(meta_bc, env_id="PointDirection", **flags))
+    for one, other in zip(agents[0].parameters(), agents[1].parameters()):
+        assert torch.equal(one, other)
