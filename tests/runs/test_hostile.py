@@ -37,7 +37,7 @@ import buffers
 import envs
 import meta_bc
 import smac_offline_online as smac
-from benchmark.hostile import archive, header_tricks, write, zip_tricks
+from benchmark.robustness.hostile import archive, header_tricks, write, zip_tricks
 from plumbing.files import MAX_UNPACKED, flatten
 from plumbing.flags import parse_args, read_flags
 

@@ -28,8 +28,8 @@ import macaw
 import meta_bc
 import pearl_online_oracle as pearl
 import smac_offline_online as smac
-from benchmark import kill
-from benchmark.hostile import write
+from benchmark.robustness import kill
+from benchmark.robustness.hostile import write
 from buffers import InputError
 from plumbing.files import table_text
 from plumbing.flags import PATHS, check_flags, parse_args, preset
