@@ -46,6 +46,7 @@ class Args:
     vae_steps: int = 5_000  # gradient steps of stage 1 (the authors' 100 epochs would be 2,500)
     offline_steps: int = 25_000  # gradient steps of stage 2: 102 million transitions (SMAC: 51)
     eval_every: int = 4_000  # steps between two evaluations of stage 2, each with a checkpoint
+    keep_agents: bool = False  # keep the agent of every evaluation, agent_{step}.npz
     run_dir: str = "runs"  # results go to RUN_DIR/{env_id}__{script}__{seed}/
     resume: Optional[str] = None  # folder of a run: continue it from its checkpoint
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where networks and buffers live

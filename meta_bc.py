@@ -32,6 +32,7 @@ class Args:
     dataset: Optional[str] = None  # offline dataset; by default datasets/{env_id}.npz
     offline_steps: int = 50_000  # gradient steps [C.3]
     eval_every: int = 4_000  # gradient steps between two evaluations, each with a checkpoint
+    keep_agents: bool = False  # keep the agent of every evaluation, agent_{step}.npz
     run_dir: str = "runs"  # results go to RUN_DIR/{env_id}__{script}__{seed}/
     resume: Optional[str] = None  # folder of a run: continue it from its checkpoint
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where networks and buffers live

@@ -35,6 +35,7 @@ class Args:
     dataset_iteration: int = 40  # the iteration after which it is written [C.2, authors' scripts]
     online_iterations: int = 100  # iterations of collecting data and training on them
     eval_every: int = 4_000  # gradient steps between two evaluations, each with a checkpoint
+    keep_agents: bool = False  # keep the agent of every evaluation, agent_{step}.npz
     run_dir: str = "runs"  # results go to RUN_DIR/{env_id}__{script}__{seed}/
     resume: Optional[str] = None  # folder of a run: continue it from its checkpoint
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where networks and buffers live

@@ -434,7 +434,7 @@ class Run:
             is_last = self.step + 1 == self.end
             if is_last:
                 self.save_npz(f"figures_{self.end}.npz", arrays)
-            if is_last or getattr(self.args, "keep_agents", False):
+            if is_last or self.args.keep_agents:
                 self.save_agent(texts)
         new = f", {self.env_steps} new transitions" if self.env_steps else ""
         self.sentence = f"step {self.step + 1}{new} | return: {', '.join(texts)}"

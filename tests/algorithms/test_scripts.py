@@ -40,7 +40,7 @@ MAY_DIFFER = {
     "encode", "adapt",
 }  # fmt: skip
 READ_BY_RUN = (
-    "eval_every run_dir resume device cuda_graph preset".split()
+    "eval_every keep_agents run_dir resume device cuda_graph preset".split()
 )  # by `Run` and `parse_args`, for all scripts
 
 
