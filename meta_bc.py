@@ -201,7 +201,8 @@ def cloning_loss(agent, batch, z):
 
 
 def reward_loss(agent, batch, z):
-    """The squared error of L_reward (Eq. 3), on the unscaled rewards of h'; `update` adds the KL.
+    """The squared error of L_reward (Eq. 3), on the unscaled rewards of h', as in l. 5 of Alg. 1
+    (Eq. 3 itself has h); `update` adds the KL.
 
     z (N, dz) -> scalar.
     """
@@ -357,6 +358,8 @@ def evaluate(agent, buffer, eval_envs, args):
 
     # --- Offline context: the same training tasks with z ~ q(z | h_offline) (Figure 2). Every
     # further transition narrows the posterior: h_offline is as long as the own histories are.
+    tasks, env_list = eval_envs["train"]
+    exploration = evaluations[-1].exploration
     lengths = []  # how many transitions each environment has explored
     explored_paths = []
     for pair in exploration:
@@ -370,17 +373,17 @@ def evaluate(agent, buffer, eval_envs, args):
     kl = kl_to_prior(mu, sigma)
     evaluations.append(buffers.Evaluation("train", "offline", tasks, final, exploration, kl))
 
-    # --- Decoder against true rewards: for people to read, never for training
-    scalars = {}
+    # --- Decoder against true rewards, with the mean of z given h_offline, on offline data and on
+    # what was explored: for people to read, never for training
     offline = buffer.sample(tasks, args.rl_batch, buffer_rng, "offline")
     offline = {name: values.flatten(0, 1) for name, values in offline.items()}  # (E * B, .)
     explored = buffers.join(explored_paths, buffer.device)
-    z_offline = mu.repeat_interleave(args.rl_batch, dim=0)
-    z_explored = mu.repeat_interleave(lengths, dim=0)
-    for name, data, z in (
-        ("decoder_loss", offline, z_offline),
-        ("generated_reward_mse", explored, z_explored),
+    scalars = {}
+    for name, data, repeats in (
+        ("decoder_loss", offline, args.rl_batch),
+        ("generated_reward_mse", explored, lengths),
     ):
+        z = mu.repeat_interleave(repeats, dim=0)
         rewards = data["rewards"][:, 0]
         error = agent.decoder(data["obs"], data["actions"], z) - rewards
         scalars[f"eval/{name}"] = error.square().mean()

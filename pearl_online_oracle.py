@@ -497,17 +497,17 @@ def empty_buffer(spec, args, device):
 def write_dataset(buffer, train_tasks, test_tasks, args):
     """Write the offline dataset: a few transitions of each task, from early in the run."""
     slices = DATASET_SLICES.get(envs.short_name(args.env_id), DEFAULT_SLICES)
-    parts = dict(rl=[], encoder=[])  # lists of (task number, trajectory)
-    for name, piece in zip(parts, slices):
-        if piece is None:
+    entries = dict(rl=[], encoder=[])  # lists of (task, trajectory)
+    for source, which in zip(("rl", "encoder"), slices):
+        if which is None:  # the RL part serves as both
             continue
-        where, num_steps = piece
+        end, num_steps = which  # of the "first" or the "last" transitions so many
         for task in range(len(train_tasks)):
-            for path in buffer.paths(task, where, num_steps, name):
-                parts[name].append((task, path))
+            for path in buffer.paths(task, end, num_steps, source):
+                entries[source].append((task, path))
     command = buffers.command_line(args, __file__, PRESETS)
     buffers.save_dataset(
-        args.save_dataset, args.env_id, train_tasks, test_tasks, **parts, command=command
+        args.save_dataset, args.env_id, train_tasks, test_tasks, **entries, command=command
     )
 
 
@@ -522,8 +522,10 @@ def main(args):
     act_rng = torch.Generator().manual_seed(args.seed)  # for acting, on the CPU
     train_rng = torch.Generator(device).manual_seed(args.seed)
     if args.save_dataset and args.dataset_iteration > args.online_iterations:
-        after = f"--dataset-iteration {args.dataset_iteration} comes after the last"
-        raise buffers.InputError(f"--save-dataset: {after}")
+        iteration = args.dataset_iteration
+        raise buffers.InputError(
+            f"--save-dataset: --dataset-iteration {iteration} is never reached"
+        )
 
     num_train = spec.num_train_tasks
     sampled = envs.sample_tasks(args.env_id, num_train + spec.num_test_tasks, args.task_seed)
@@ -534,9 +536,10 @@ def main(args):
     on_gpu = device.type == "cuda"
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.lr, fused=True, capturable=on_gpu)
 
-    env_list = [envs.make(args.env_id) for _ in range(args.tasks_per_iteration)]
+    num_envs = args.tasks_per_iteration
+    env_list = [envs.make(args.env_id) for _ in range(num_envs)]
     eval_envs = envs.make_evaluation(args.env_id, train_tasks, test_tasks)
-    common = (agent, buffer, args, act_rng, train_rng)  # arguments of each `collect`
+    common = dict(agent=agent, buffer=buffer, args=args, act_rng=act_rng, train_rng=train_rng)
     state = dict(agent=agent, optimizer=optimizer, buffer=buffer, act_rng=act_rng, rng=train_rng)
     with buffers.Run(args, __file__, **state) as run:
         # The same functions, faster: a CUDA graph on a GPU, the best exact precision on a CPU
@@ -544,27 +547,31 @@ def main(args):
         learn = run.fast(update, args.compile)
 
         # ----- Before training: all tasks, as many at a time as there are environments
-        firsts = range(0, num_train, len(env_list)) if run.step == 0 else []
-        for first in run.count("initial data", firsts):
-            tasks = range(first, min(first + len(env_list), num_train))
+        groups = [range(num_train)[i : i + num_envs] for i in range(0, num_train, num_envs)]
+        if run.step > 0:  # a resumed run has these data
+            groups = []
+        for tasks in run.count("initial data", groups):
             for env, task in zip(env_list, tasks):
                 env.unwrapped.set_task(train_tasks[task])
-            run.env_steps += collect(env_list, tasks, args.initial_steps, True, *common)
+            new = collect(env_list, tasks, args.initial_steps, from_prior=True, **common)
+            run.env_steps += new
 
         # ----- Online phase
         dataset_step = args.dataset_iteration * args.updates_per_iteration
         for step in run.steps(args.online_iterations * args.updates_per_iteration, "online"):
             if step % args.updates_per_iteration == 0:
                 # PAPER: 1000 new transitions an iteration, 4 gradient steps for each. CODE: 1000
-                # on each of five tasks, 0.8 gradient steps for each, after 2000 on every task
-                # before training.
-                tasks = torch.randint(num_train, (len(env_list),), generator=act_rng).tolist()
+                # on each of five tasks, 0.8 gradient steps for each, and 2000 on every task
+                # before the first gradient step.
+                tasks = torch.randint(num_train, (num_envs,), generator=act_rng).tolist()
                 for env, task in zip(env_list, tasks):
                     env.unwrapped.set_task(train_tasks[task])
                     buffer.clear_encoder(task)  # h is what the present policy explores
                 # z ~ p(z) fills the encoder buffers; z ~ q(z | h) then needs them
-                run.env_steps += collect(env_list, tasks, args.prior_steps, True, *common)
-                run.env_steps += collect(env_list, tasks, args.posterior_steps, False, *common)
+                new = collect(env_list, tasks, args.prior_steps, from_prior=True, **common)
+                run.env_steps += new
+                new = collect(env_list, tasks, args.posterior_steps, from_prior=False, **common)
+                run.env_steps += new
             batch = sample(buffer, args, train_rng)
             info = learn(agent, optimizer, batch, args)
             run.log(info)

@@ -64,8 +64,8 @@ class Args:
 
     # --- Self-supervised phase
     tasks_per_iteration: int = 5  # tasks that collect data in one iteration, side by side
-    prior_steps: int = 400  # new transitions a task with z from the prior [authors' code]
-    posterior_steps: int = 600  # new transitions a task with z from the posterior
+    prior_steps: int = 400  # new transitions of each task, z from the prior [authors' code]
+    posterior_steps: int = 600  # new transitions of each task, z from the posterior
     updates_per_iteration: int = 4_000  # gradient steps an iteration [PEARL's code]
     encoder_buffer: Literal["prior", "all", "frozen"] = "prior"  # new data that enter it [C.2]
 
@@ -272,7 +272,7 @@ def kl_to_prior(mu, sigma):
 
 
 def critic_loss(agent, batch, z, args):
-    """L_critic (Eq. 1): the mean of (Q_w(s, a, z) - y)^2.
+    """L_critic (Eq. 1): the mean of (Q_w(s, a, z) - y)^2 over transitions, summed over the critics.
 
     z (N, dz) -> loss, and Q of the batch (num_critics, N).
     """
@@ -294,7 +294,8 @@ def actor_loss(agent, batch, z, q, args, lambda_pearl):
 
     z (N, dz), q of the batch (num_critics, N) -> loss, weights of Eq. 2 (N,).
     """
-    # --- A new action, a ~ pi(a | s, z), and its Q. Only PEARL's loss differentiates through it.
+    # --- A new action, a ~ pi(a | s, z), and its Q. Only PEARL's loss differentiates through it;
+    # without that loss the graph is not needed.
     mean, log_std = agent.policy(batch["obs"], z)  # (N, a)
     u = mean + log_std.exp() * batch["noise_a"]
     if not lambda_pearl:
@@ -323,7 +324,8 @@ def actor_loss(agent, batch, z, q, args, lambda_pearl):
 
 
 def reward_loss(agent, batch, z):
-    """The squared error of L_reward (Eq. 3), on the unscaled rewards of h'; `update` adds the KL.
+    """The squared error of L_reward (Eq. 3), on the unscaled rewards of h', as in l. 5 of Alg. 1
+    (Eq. 3 itself has h); `update` adds the KL.
 
     z (N, dz) -> scalar.
     """
@@ -350,7 +352,10 @@ def generate_rewards(agent, path, h_offline, args, rng):
 
 
 def sample_batch(buffer, args, rng):
-    """[Alg. 1, l. 3 and 10] Buffers D_i ~ D, of each two histories h and h', and all noise."""
+    """[Alg. 1, l. 3 and 10] Buffers D_i ~ D, of each two histories h and h', and all noise.
+
+    h' is of the RL buffer of D_i, h of its encoder buffer, which holds less [C.2].
+    """
     has_data = buffer.sizes["encoder"] > 0
     draws = torch.rand(args.meta_batch, len(has_data), generator=rng, device=rng.device)
     tasks = (draws * has_data).argmax(1)  # (T,), uniform over the tasks that have data
@@ -382,13 +387,18 @@ def update(agent, optimizer, batch, args, self_supervised):
     Returns scalars to log, as tensors.
     """
     # --- Who trains: Section 5.2, and the ablations of Figures 5 and 7
-    train_decoder = not self_supervised
-    if args.oracle_rewards and not args.oracle_frozen:
-        train_decoder = True
-    q_loss_to_encoder = args.encoder_loss != "reward"
-    reward_loss_to_encoder = args.encoder_loss == "reward"
-    if args.encoder_loss == "reward_then_q":
+    # Where Appendix B lets encoder and decoder train on, Section 5.2 and Algorithm 1 freeze them.
+    train_decoder = not self_supervised or (args.oracle_rewards and not args.oracle_frozen)
+    if args.encoder_loss == "reward":  # SMAC
+        reward_loss_to_encoder = train_decoder
+        q_loss_to_encoder = False
+    elif args.encoder_loss == "reward_then_q":
         reward_loss_to_encoder = not self_supervised
+        q_loss_to_encoder = True
+    else:
+        reward_loss_to_encoder = False
+        q_loss_to_encoder = True
+    train_encoder = reward_loss_to_encoder or q_loss_to_encoder
     lambda_pearl = args.lambda_pearl if self_supervised else 0.0
     if args.actor_ablation:
         lambda_pearl = 1.0
@@ -401,8 +411,9 @@ def update(agent, optimizer, batch, args, self_supervised):
     for name in ("rewards", "terminals"):
         flat[name] = batch[name].flatten()  # (N,)
 
-    # --- z ~ q(z | h), one for each task. A detached z keeps a loss out of the encoder.
-    with torch.set_grad_enabled(train_decoder or q_loss_to_encoder):
+    # --- z ~ q(z | h), one for each task; l. 11 has z = q(h), here it is drawn in both phases.
+    # A detached z keeps a loss out of the encoder.
+    with torch.set_grad_enabled(train_encoder):
         mu, sigma = agent.encoder(batch["context"])  # (T, dz)
         kl = kl_to_prior(mu, sigma).mean()
         z = mu + sigma * batch["noise_z"]
@@ -426,7 +437,8 @@ def update(agent, optimizer, batch, args, self_supervised):
     with torch.no_grad():
         targets = list(agent.q_target.parameters())
         torch._foreach_lerp_(targets, list(agent.q.parameters()), args.tau)  # soft update
-        effective_sample_size = weights.mean().square() / weights.square().mean()  # share of N
+        # The effective sample size of Eq. 2's weights, as a share of N
+        ess_share = weights.mean().square() / weights.square().mean()
     info = {
         "losses/critic": l_critic,
         "losses/actor": l_actor,
@@ -434,7 +446,7 @@ def update(agent, optimizer, batch, args, self_supervised):
         "losses/kl": kl,
         "train/q_mean": q.mean(),
         "train/q_max": q.amax(),
-        "train/actor_weight_ess": effective_sample_size,
+        "train/actor_weight_ess": ess_share,
     }
     return {name: value.detach() for name, value in info.items()}
 
@@ -476,11 +488,11 @@ def rollout(env_list, agent, mu, sigma, rng, deterministic=False, read_rewards=T
 def collect(env_list, tasks, num_steps, from_prior, agent, buffer, args, act_rng, train_rng):
     """Explore without rewards, label, and store [Alg. 1, l. 7 to 9].
 
-    Whole episodes in E tasks side by side, until each task has `num_steps` new transitions.
+    Whole episodes in E tasks side by side, until each has `num_steps` new transitions.
 
     Args:
         env_list: E environments, already set to their tasks.
-        tasks: the numbers of these E tasks.
+        tasks: the rows of these E tasks in the list of training (or test) tasks.
         from_prior: explore with z ~ p(z), and else with z ~ q(z | h), h from the encoder buffer.
 
     Returns the number of new transitions.
@@ -490,11 +502,14 @@ def collect(env_list, tasks, num_steps, from_prior, agent, buffer, args, act_rng
     while live := [e for e in range(len(tasks)) if new_steps[e] < num_steps]:
         # --- The buffer D_i that each new trajectory enters
         # PAPER: D_i drawn anew (l. 8). CODE: the one of the training task that is explored.
-        owners = [tasks[e] for e in live]
-        if args.explore_tasks == "test":  # which has no offline data: any D_i, as in the text
-            owners = torch.randint(num_train, (len(live),), generator=act_rng).tolist()
-        if args.explore_tasks == "test" and args.oracle_rewards:  # a buffer of its own
-            owners = [num_train + tasks[e] for e in live]
+        explored = [tasks[e] for e in live]
+        owners = explored
+        if args.explore_tasks == "test":
+            # A test task has no offline data. As in the text any D_i labels, and stands in for h
+            # below; with true rewards the task gets a buffer of its own.
+            drawn = torch.randint(num_train, (len(live),), generator=act_rng).tolist()
+            own = [num_train + task for task in explored]
+            owners = own if args.oracle_rewards else drawn
 
         # --- l. 7: one trajectory in each task. Its rewards are not read.
         # PAPER: z ~ p(z) only. CODE: z ~ q(z | h) in 600 of 1000 transitions.
@@ -504,16 +519,16 @@ def collect(env_list, tasks, num_steps, from_prior, agent, buffer, args, act_rng
             h = buffer.sample(owners, args.context_batch, train_rng, "encoder")
             mu, sigma = agent.encoder(make_context(h, args))
         live_envs = [env_list[e] for e in live]
-        read_rewards = args.oracle_rewards
-        paths = rollout(live_envs, agent, mu, sigma, act_rng, read_rewards=read_rewards)
+        paths = rollout(live_envs, agent, mu, sigma, act_rng, read_rewards=args.oracle_rewards)
 
         for e, i, path in zip(live, owners, paths):
             if not args.oracle_rewards:
-                # l. 8: h_offline ~ D_i, from the part of its encoder buffer with true rewards
+                # l. 8: h_offline ~ D_i, of the offline transitions in its encoder buffer
                 h_offline = buffer.sample([i], args.context_batch, train_rng, "offline")
                 # l. 9: r_generated
                 path["rewards"] = generate_rewards(agent, path, h_offline, args, train_rng)
-            # --- l. 9: D_i grows; its encoder buffer by exploration from the prior alone [C.2]
+            # --- l. 9: D_i grows. What its encoder buffer takes: exploration from the prior [C.2],
+            # or all, or, frozen, nothing (a buffer without offline data is never frozen).
             frozen = args.encoder_buffer == "frozen" and i < num_train
             to_encoder = args.encoder_buffer == "all" or (from_prior and not frozen)
             buffer.add(i, path, encoder=to_encoder)
@@ -576,6 +591,8 @@ def evaluate(agent, buffer, eval_envs, args):
 
     # --- Offline context: the same training tasks with z ~ q(z | h_offline) (Figure 2). Every
     # further transition narrows the posterior: h_offline is as long as the own histories are.
+    tasks, env_list = eval_envs["train"]
+    exploration = evaluations[-1].exploration
     lengths = []  # how many transitions each environment has explored
     explored_paths = []
     for pair in exploration:
@@ -589,17 +606,17 @@ def evaluate(agent, buffer, eval_envs, args):
     kl = kl_to_prior(mu, sigma)
     evaluations.append(buffers.Evaluation("train", "offline", tasks, final, exploration, kl))
 
-    # --- Decoder against true rewards: for people to read, never for training
-    scalars = {}
+    # --- Decoder against true rewards, with the mean of z given h_offline, on offline data and on
+    # what was explored: for people to read, never for training
     offline = buffer.sample(tasks, args.rl_batch, buffer_rng, "offline")
     offline = {name: values.flatten(0, 1) for name, values in offline.items()}  # (E * B, .)
     explored = buffers.join(explored_paths, buffer.device)
-    z_offline = mu.repeat_interleave(args.rl_batch, dim=0)
-    z_explored = mu.repeat_interleave(lengths, dim=0)
-    for name, data, z in (
-        ("decoder_loss", offline, z_offline),
-        ("generated_reward_mse", explored, z_explored),
+    scalars = {}
+    for name, data, repeats in (
+        ("decoder_loss", offline, args.rl_batch),
+        ("generated_reward_mse", explored, lengths),
     ):
+        z = mu.repeat_interleave(repeats, dim=0)
         rewards = data["rewards"][:, 0]
         error = agent.decoder(data["obs"], data["actions"], z) - rewards
         scalars[f"eval/{name}"] = error.square().mean()
@@ -627,7 +644,7 @@ def main(args):
     explored_tasks = dataset[f"{args.explore_tasks}_tasks"]
     own_buffers = args.explore_tasks == "test" and args.oracle_rewards
     extra_tasks = len(explored_tasks) if own_buffers else 0
-    # Both parts of a visit end with a whole episode.
+    # What a task gets in an iteration has two parts, of which each ends with a whole episode.
     longest_visit = args.prior_steps + args.posterior_steps + 2 * spec.horizon
     extra_steps = args.online_iterations * args.tasks_per_iteration * longest_visit
     buffer = buffers.from_dataset(dataset, args.env_id, device, extra_tasks, extra_steps)
@@ -640,6 +657,7 @@ def main(args):
     env_list = [envs.make(args.env_id) for _ in range(args.tasks_per_iteration)]
     eval_envs = envs.make_evaluation(args.env_id, dataset["train_tasks"], dataset["test_tasks"])
     state = dict(agent=agent, optimizer=optimizer, buffer=buffer, act_rng=act_rng, rng=train_rng)
+    common = dict(agent=agent, buffer=buffer, args=args, act_rng=act_rng, train_rng=train_rng)
     with buffers.Run(args, __file__, dataset["sha256"], **state) as run:
         # The same functions, faster: a CUDA graph on a GPU, the best exact precision on a CPU
         sample = run.fast(sample_batch)
@@ -653,22 +671,21 @@ def main(args):
             if run.evaluation_due:
                 run.write(*evaluate(agent, buffer, eval_envs, args))
 
-        # ----- Self-supervised phase: no reward is read from here on
-        second_phase = args.online_iterations * args.updates_per_iteration
-        for step in run.steps(args.offline_steps + second_phase, "self-supervised"):  # l. 6
+        # ----- Self-supervised phase: training reads no true reward, unless --oracle-rewards
+        online_steps = args.online_iterations * args.updates_per_iteration
+        for step in run.steps(args.offline_steps + online_steps, "self-supervised"):  # l. 6
             if (step - args.offline_steps) % args.updates_per_iteration == 0:
                 # PAPER: 4 gradient steps for each new transition. CODE: 0.8, since five tasks
-                # collect and not one; 4 on Sawyer.
+                # collect and not one; 4 on Sawyer, 0.2 with --preset short.
                 size = (args.tasks_per_iteration,)
                 tasks = torch.randint(len(explored_tasks), size, generator=act_rng).tolist()
                 for env, task in zip(env_list, tasks):
                     env.unwrapped.set_task(explored_tasks[task])
-                visit = (agent, buffer, args, act_rng, train_rng)
-                for num_steps, from_prior in (
-                    (args.prior_steps, True),
-                    (args.posterior_steps, False),
-                ):
-                    run.env_steps += collect(env_list, tasks, num_steps, from_prior, *visit)
+                # l. 7 to 9
+                new = collect(env_list, tasks, args.prior_steps, from_prior=True, **common)
+                run.env_steps += new
+                new = collect(env_list, tasks, args.posterior_steps, from_prior=False, **common)
+                run.env_steps += new
             batch = sample(buffer, args, train_rng)  # l. 10
             info = learn(agent, optimizer, batch, args, self_supervised=True)  # l. 11 and 12
             run.log(info)

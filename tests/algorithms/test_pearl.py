@@ -344,7 +344,7 @@ def test_a_dataset_is_never_written_where_a_checkpoint_says(tmp_path, few_tasks)
 
 
 def test_refuses_to_write_a_dataset_of_an_iteration_that_never_comes(tmp_path, few_tasks):
-    with pytest.raises(buffers.InputError, match="--dataset-iteration 40 comes after the last"):
+    with pytest.raises(buffers.InputError, match="--dataset-iteration 40 is never reached"):
         start(tmp_path, "--save-dataset", tmp_path / "d.npz", "--dataset-iteration", 40)
     assert list(tmp_path.iterdir()) == []
 
