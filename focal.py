@@ -328,12 +328,12 @@ def metric_loss(z, tasks):
     positive = same_task & ~itself
     negative = ~same_task
     # PAPER: |z_i - z_j|^2, and beta / (|z_i - z_j|^n + eps). CODE: a root and n = 2, of the mean
-    # over the dimensions, with these numbers, as in the authors' code.
+    # over the dimensions, with these numbers, and a mean over the pairs of each kind, as in the
+    # authors' code: neither kind drowns the other.
     attraction = (distance + 1e-3).sqrt()
     repulsion = 1 / (distance + 0.1)
-    # PAPER: a sum over all pairs. CODE: a mean of each kind, as in the authors' code, so that
-    # neither drowns the other. No pair of two tasks: all of the batch may be of one.
     pull = torch.where(positive, attraction, 0.0).sum() / positive.sum()
+    # All tasks of a batch may be the same one: then there is no pair to push apart.
     push = torch.where(negative, repulsion, 0.0).sum() / negative.sum().clamp(min=1)
     return pull + push
 
@@ -354,9 +354,8 @@ def club_losses(agent, context, obs_dim, action_dim):
     l_psi = ((z.detach() - mean).square() / (2 * variance) + variance.log() / 2).mean()
 
     # CLUB: mean_i log psi(z_i | s_i, a_i) - mean_ij log psi(z_j | s_i, a_i), an upper bound of the
-    # information between z and (s, a). psi is fixed here.
-    # PAPER: i, j of the batch. CODE: of one history, as in the authors' code: what the policy that
-    # made the data did differently from task to task stays.
+    # information between z and (s, a). psi is fixed here. i and j are of one history, as in the
+    # authors' code, which leaves out the half of the Gaussian's exponent.
     mean = mean.detach()
     variance = variance.detach()
     own = (z - mean).square()  # (H, C, dz)
@@ -375,8 +374,8 @@ def transition_loss(agent, batch, z):
     mean, log_std = agent.decoder(batch["obs"], batch["actions"], z)  # (N, 1 + o)
     change = batch["next_obs"] - batch["obs"]
     target = torch.cat([batch["rewards"][:, None], change], dim=-1)  # (N, 1 + o)
-    # PAPER: summed over the dimensions. CODE: a mean, so that one weight of the metric suits 4
-    # and 376 of them.
+    # PAPER: a likelihood, so a sum over the dimensions. CODE: a mean, so that one weight of the
+    # metric suits 4 and 376 of them.
     standardised = (target - mean) * (-log_std).exp()
     return (0.5 * standardised.square() + log_std).mean()
 
@@ -386,8 +385,8 @@ def transition_loss(agent, batch, z):
 
 def sample_batch(buffer, args, rng):
     """Tasks, of each two histories h and transitions for critic and actor, and all noise."""
-    # PAPER (FOCAL's and CSRO's code): tasks without replacement, one history of each, so that no
-    # two z are of one task. CODE: two histories of each.
+    # PAPER: in the code of FOCAL and CSRO the tasks of a batch differ and have one history each, so
+    # that no two z are of one task. CODE: two histories of each task.
     num_tasks = len(buffer.sizes["encoder"])
     tasks = torch.randint(num_tasks, (args.meta_batch,), generator=rng, device=rng.device)  # (T,)
 
@@ -429,7 +428,9 @@ def update(agent, optimizer, batch, args):
     for name in ("rewards", "terminals"):
         flat[name] = batch[name].flatten()  # (N,)
 
-    # --- z of each history: the mean of q(z | h), no noise
+    # --- z of each history
+    # PAPER: the encoder ends in tanh, z is the mean of its outputs over the transitions. CODE: the
+    # mean of SMAC's q(z | h), a mean weighted by the precisions, without tanh and without noise.
     z_histories, _ = agent.encoder(batch["context"])  # (2T, dz)
     z = z_histories[::2]  # (T, dz), of the first history of each task
     z = z.repeat_interleave(transitions, dim=0)  # (N, dz)
