@@ -55,7 +55,7 @@ class Args:
     gamma: float = 0.99  # discount [Table 1]
     tau: float = 0.005  # soft target update [Table 1, "eta"]
     lr: float = 3e-4  # Adam's learning rate, all networks [Table 1]
-    reward_scale: float = 5.0  # factor on the reward in the Bellman target [Table 2]; entropy has 1
+    reward_scale: float = 5.0  # factor on the reward in the target [Table 2]; the entropy has 1
     policy_reg: float = 1e-3  # weight of the squares of the policy's outputs [PEARL's code]
     kl_coef: float = 0.4  # weight of the KL term, a mean over tasks (PEARL: 0.1 on the sum over 4)
 
@@ -110,7 +110,7 @@ PRESETS["SawyerManipulation8"] = PRESETS["SawyerManipulation"]
 # PAPER: Ant has an encoder part of 400, Humanoid 1200 transitions. CODE: one buffer, and of
 # Humanoid 400, since 1200 of its 376 numbers take 64 MB. The paper does not say which transitions
 # for Walker, Hopper, Humanoid.
-DATASET_SLICES = {
+DATASET_SLICES = {  # (of the RL buffer, of the encoder buffer)
     "CheetahVelocity": (("first", 1200), ("last", 400)),
     "HumanoidDirection": (("last", 400), None),
 }
@@ -290,7 +290,7 @@ def pearl_actor_loss(agent, batch, z, args):
     actions, log_prob, mean, log_std = sample_action(agent, batch["obs"], z, batch["noise_a"])
     q_new = agent.q(batch["obs"], actions, z, frozen=True).amin(0)  # (N,)
     loss = (log_prob - q_new).mean()
-    # PEARL's regulariser keeps the actions away from the limits of tanh.
+    # As in PEARL's code, mean and log standard deviation before tanh are kept small.
     squares = mean.square().mean() + log_std.square().mean()
     return loss + args.policy_reg * squares, log_prob
 

@@ -71,6 +71,7 @@ class Args:
     # --- Ablations and oracle of the paper
     explore_tasks: Literal["train", "test"] = "train"  # where the second phase collects [Figure 9]
     oracle_rewards: bool = False  # second phase with true rewards, all networks train [Figure 9]
+    oracle_frozen: bool = False  # with --oracle-rewards: encoder and decoder stay frozen
     actor_ablation: bool = False  # PEARL's actor loss in place of Eq. 2, both phases [Figure 5]
     encoder_loss: Literal["reward", "reward_then_q", "q"] = "reward"  # trains it [Figure 7]
 
@@ -380,7 +381,9 @@ def update(agent, optimizer, batch, args, self_supervised):
     Returns scalars to log, as tensors.
     """
     # --- Who trains: Section 5.2, and the ablations of Figures 5 and 7
-    train_decoder = not self_supervised or args.oracle_rewards
+    train_decoder = not self_supervised
+    if args.oracle_rewards and not args.oracle_frozen:
+        train_decoder = True
     q_loss_to_encoder = args.encoder_loss != "reward"
     reward_loss_to_encoder = args.encoder_loss == "reward"
     if args.encoder_loss == "reward_then_q":

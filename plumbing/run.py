@@ -13,9 +13,11 @@ import math
 import os
 import shlex
 import signal
+import stat
 import sys
 import threading
 import time
+import traceback
 from pathlib import Path
 from typing import Optional
 
@@ -101,9 +103,11 @@ class Run:
         self.totals = {}  # sums of the scalars of the last steps ...
         self.summed = 0  # ... and how many steps these are
         self.table = np.zeros((0, len(CSV_COLUMNS)))  # a row for each evaluation, split and task
+        self.phase = 0  # 1 in the first phase, 2 in the second
         self.evaluation_due = False
         self.stopping = False
         self.sentence = ""  # to print after the next checkpoint
+        self.stopwatch = Stopwatch()
 
         if not str(self.folder).isprintable():  # TensorBoard takes no other paths
             raise InputError(
@@ -173,9 +177,7 @@ class Run:
             with self.writing():
                 self.writer = SummaryWriter(str(self.folder), purge_step=self.step + 1)
                 if not self.args.resume:
-                    rows = [f"| {name} | {value} |" for name, value in vars(self.args).items()]
-                    text = "\n".join(["| flag | value |", "|---|---|", *rows])
-                    self.writer.add_text("flags", text)
+                    self.log_flags()
         except BaseException:
             self.file.close()
             raise
@@ -194,12 +196,26 @@ class Run:
                     self.handlers[number] = signal.signal(number, self.stop)
         return self
 
+    def log_flags(self):
+        """Show the flags in TensorBoard, as a text and under HPARAMS."""
+        from torch.utils.tensorboard.summary import hparams
+
+        rows = [f"| {name} | {value} |" for name, value in vars(self.args).items()]
+        self.writer.add_text("flags", "\n".join(["| flag | value |", "|---|---|", *rows]))
+        values = {}
+        for name, value in vars(self.args).items():
+            values[name] = value if isinstance(value, (bool, int, float, str)) else str(value)
+        # SummaryWriter.add_hparams would make a second file, and TensorBoard a second run of it.
+        metrics = dict.fromkeys([f"charts/{split}/own_context_return" for split in SPLITS], 0)
+        for summary in hparams(values, metrics):
+            self.writer.file_writer.add_summary(summary)
+
     def ignore_full_disk(self, failure):
         """In place of threading.excepthook."""
         if not issubclass(failure.exc_type, OSError):
             self.hook(failure)
 
-    def __exit__(self, kind, error, traceback):
+    def __exit__(self, kind, error, _):
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         try:
@@ -210,12 +226,35 @@ class Run:
             tqdm.monitor_interval = self.monitor
             self.file.close()
         if kind is None:
-            with self.writing():
-                figure = pictures.draw_summary(self.folder, self.table)
-                style = dict(format="png", dpi=100, bbox_inches="tight")
-                write_file(self.folder / "summary.png", lambda file: figure.savefig(file, **style))
-            say(pictures.table_of_means(self.table))
-            say(f"\n{self.folder / 'summary.png'}")
+            self.finish()
+        elif issubclass(kind, Exception):
+            self.explain(error)
+
+    def finish(self):
+        """Draw summary.png, and print the table."""
+        with self.writing():
+            figure = pictures.draw_summary(self.folder, self.table)
+            style = dict(format="png", dpi=100, bbox_inches="tight")
+            write_file(self.folder / "summary.png", lambda file: figure.savefig(file, **style))
+        say(pictures.table_of_means(self.table))
+        say(f"\n{self.folder / 'summary.png'}")
+
+    def explain(self, error):
+        """Add to an error where it came up, and how to continue."""
+        saved = self.saved()
+        where = f"at step {self.step + 1} of {self.folder}; {saved}"
+        if isinstance(error, InputError) and saved in str(error):
+            return
+        if isinstance(error, (InputError, OSError)):
+            # A script prints the sentence of these alone. What an environment raised has more.
+            cause = error.__cause__ if isinstance(error, InputError) else error
+            if cause is not None:
+                say("".join(traceback.format_exception(cause)), "stderr")
+            what = str(error)
+            if not isinstance(error, InputError):
+                what = f"{type(error).__name__}: {error}"
+            raise InputError(f"{what[:200]}, {where}") from error
+        error.add_note(where)  # which Python prints below the error
 
     # ----- Signals and steps
 
@@ -224,6 +263,18 @@ class Run:
         if self.stopping:
             raise KeyboardInterrupt
         self.stopping = True
+        # A signal may come while something is printed, which cannot be interrupted by a print.
+        with contextlib.suppress(RuntimeError):
+            say("\nstops after this step; once more stops at once", "stderr")
+
+    def stopped(self, when):
+        """The exception with which a stopped run ends.
+
+        SystemExit ends a script with this sentence. In a notebook it would be shown with a remark on
+        how to leave it, and an interrupt there is a KeyboardInterrupt.
+        """
+        sentence = f"stopped {when}; {self.saved()}"
+        return KeyboardInterrupt(sentence) if in_ipython() else SystemExit(sentence)
 
     def steps(self, end, name):
         """Gradient steps up to number `end`.
@@ -231,21 +282,22 @@ class Run:
         Yields the number of steps made so far, then counts, saves and stops.
         """
         self.end = end
-        self.since = shown = time.time()
-        terminal = sys.stderr is not None and sys.stderr.isatty()
+        self.phase += 1
+        self.since = last_line = time.time()
         bar = tqdm(
             total=end,
             initial=min(self.step, end),
             desc=name,
             file=Screen(),
-            disable=not terminal,
+            disable=not bars_move(),
         )
         with bar:
             while self.step < end:
                 if self.stopping:
-                    raise SystemExit(f"stopped before step {self.step + 1}; {self.saved()}")
+                    raise self.stopped(f"before step {self.step + 1}")
                 next_step = self.step + 1
                 self.evaluation_due = next_step == end or next_step % self.args.eval_every == 0
+                self.stopwatch.start(self.env_steps)
                 yield self.step
                 self.step += 1
                 bar.update()
@@ -256,20 +308,38 @@ class Run:
                     bar.clear()
                     say(self.sentence)
                     self.sentence = ""
+                self.tell_end(bar)
                 # A line now and then where no bar can move
-                if not terminal and time.time() - shown > 30:
-                    shown = time.time()
+                if bar.disable and time.time() - last_line > 30:
+                    last_line = time.time()
                     say(f"{name}: step {self.step} of {end}", "stderr")
                 if self.stopping:
-                    raise SystemExit(f"stopped after step {self.step}; {self.saved()}")
+                    raise self.stopped(f"after step {self.step}")
 
     def count(self, name, values):
         """Yields values of what comes before the first gradient step; stops as `steps` does."""
-        terminal = sys.stderr is not None and sys.stderr.isatty()
-        for value in tqdm(values, desc=name, file=Screen(), disable=not terminal):
+        for value in tqdm(values, desc=name, file=Screen(), disable=not bars_move()):
             if self.stopping:
-                raise SystemExit(f"stopped before the first gradient step; {self.saved()}")
+                raise self.stopped("before the first gradient step")
             yield value
+
+    def tell_end(self, bar):
+        """Say when the whole run will end, as soon as that can be told, and when more is known."""
+        news = self.stopwatch.news()
+        if not news:
+            return
+        seconds = self.stopwatch.seconds_left(self.step, vars(self.args))
+        if seconds < 60:
+            return
+        end = time.strftime("%a %H:%M", time.localtime(time.time() + seconds))
+        sentence = f"about {in_words(seconds)} to go, until {end}"
+        missing = self.stopwatch.missing(vars(self.args))
+        if missing:
+            sentence += f"; {missing} not counted yet"
+        if seconds > 2 * 3600 and getattr(self.args, "preset", None) == "paper":
+            sentence += "; --preset short has smaller sizes"
+        bar.clear()
+        say(sentence)
 
     def fast(self, function, compiled=False):
         """`function` in this run's precision; on a GPU recorded and replayed, see `record`."""
@@ -295,13 +365,16 @@ class Run:
 
         Raises InputError: one of them is NaN or infinite.
         """
+        self.stopwatch.stop(self.env_steps)
         for name, value in info.items():
             self.totals[name] = self.totals.get(name, 0) + value
         self.summed += 1
         if (self.step + 1) % LOG_EVERY == 0 or self.evaluation_due:
             means = {name: value.item() / self.summed for name, value in self.totals.items()}
             self.check(means, "before")
-            means["train/SPS"] = self.summed / (time.time() - self.since)
+            seconds = max(time.time() - self.since, 1e-6)  # a clock may stand still
+            means["train/SPS"] = self.summed / seconds
+            means["train/phase"] = self.phase  # where it steps up the second phase begins
             with self.writing():
                 self.add_scalars(means)
             self.totals = {}
@@ -355,17 +428,25 @@ class Run:
                 figure = pictures.paths_figure(arrays)
                 self.writer.add_figure("eval/paths", figure, self.step + 1)
             self.write_table()
-            if self.step + 1 == self.end:
+            is_last = self.step + 1 == self.end
+            if is_last:
                 self.save_npz(f"figures_{self.end}.npz", arrays)
+            if is_last or getattr(self.args, "keep_agents", False):
                 self.save_agent(texts)
         new = f", {self.env_steps} new transitions" if self.env_steps else ""
         self.sentence = f"step {self.step + 1}{new} | return: {', '.join(texts)}"
+        self.stopwatch.stop_evaluation()
         self.since = time.time()
 
     def write_table(self):
         """Write eval.csv, all of it: whatever became of the file meanwhile."""
+        file = self.folder / "eval.csv"
+        if not is_replaceable(file):
+            words = "is no regular file and stays as it is; the table is in the checkpoint"
+            say(f"warning: {file} {words}", "stderr")
+            return
         text = table_text(self.table)
-        write_file(self.folder / "eval.csv", lambda file: file.write(text.encode()))
+        write_file(file, lambda stream: stream.write(text.encode()))
 
     def save_agent(self, texts):
         """Write agent_{step}.npz: the agent, its flags, and what it returned, in words."""
@@ -471,6 +552,106 @@ def lock(file):
         import fcntl
 
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def is_replaceable(file):
+    """Whether there is no such file, or a regular one."""
+    try:
+        return stat.S_ISREG(os.lstat(file).st_mode)
+    except FileNotFoundError:
+        return True
+
+
+def in_ipython():
+    """Whether this is a notebook, or IPython in a terminal."""
+    ipython = sys.modules.get("IPython")
+    return ipython is not None and ipython.get_ipython() is not None
+
+
+def bars_move():
+    """Whether a progress bar can move here: in a terminal or a notebook."""
+    is_terminal = sys.stderr is not None and sys.stderr.isatty()
+    return is_terminal or in_ipython()
+
+
+# ===== How long a run takes
+
+
+class Stopwatch:
+    """How long gradient steps, collections of new data and evaluations take, on average."""
+
+    WARM_UP = 100  # steps that are not counted: some wait for a compiler
+    ENOUGH = 100  # steps after which an average can be told
+
+    def __init__(self):
+        self.seconds = dict.fromkeys(("step", "collection", "evaluation"), 0.0)
+        self.counts = dict.fromkeys(self.seconds, 0)
+        self.steps = 0  # also those of the warm-up
+        self.told = set()  # of what an average was known when it was told
+
+    def start(self, env_steps):
+        """At the beginning of a step."""
+        self.env_steps = env_steps
+        self.began = time.time()
+
+    def stop(self, env_steps):
+        """At the end of a step, in which there may have been a collection before."""
+        now = time.time()
+        self.steps += 1
+        if env_steps > self.env_steps:
+            self.add("collection", now - self.began)
+        elif self.steps > self.WARM_UP:
+            self.add("step", now - self.began)
+        self.began = now
+
+    def stop_evaluation(self):
+        """At the end of an evaluation, after the step."""
+        self.add("evaluation", time.time() - self.began)
+
+    def add(self, name, seconds):
+        self.seconds[name] += seconds
+        self.counts[name] += 1
+
+    def news(self):
+        """Whether the step's average is known, and since the last call that said yes one more."""
+        known = {name for name, count in self.counts.items() if count}
+        if self.counts["step"] < self.ENOUGH or known <= self.told:
+            return False
+        self.told = known
+        return True
+
+    def parts_left(self, step, flags):
+        """How many steps, collections and evaluations are to come, by the flags of a run."""
+        updates = flags.get("updates_per_iteration", 1)
+        online_steps = flags.get("online_iterations", 0) * updates
+        total = flags.get("vae_steps", 0) + flags.get("offline_steps", 0) + online_steps
+        steps = total - step
+        return {
+            "step": steps,
+            "collection": min(steps, online_steps) / updates,
+            "evaluation": steps / flags["eval_every"],
+        }
+
+    def seconds_left(self, step, flags):
+        """The time to the end of a run; a part of which nothing is known yet counts as nothing."""
+        seconds = 0.0
+        for name, number in self.parts_left(step, flags).items():
+            if self.counts[name]:
+                seconds += number * self.seconds[name] / self.counts[name]
+        return seconds
+
+    def missing(self, flags):
+        """What `seconds_left` does not count, in words."""
+        words = {"collection": "new data", "evaluation": "evaluations"}
+        parts = self.parts_left(0, flags)
+        names = [words[name] for name in words if parts[name] and not self.counts[name]]
+        return " and ".join(names)
+
+
+def in_words(seconds):
+    """A duration: "2 h 10 min"."""
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
 
 # ===== An evaluation as rows, curves and pictures

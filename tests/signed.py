@@ -1,6 +1,7 @@
-"""A family whose observations say which task, episode and buffer they are of, and small runs of the five scripts on it.
+"""A family whose observations say which task, episode and buffer they are of.
 
-A test can then read off from every datum where it comes from, and see from its place where it went.
+There are small runs of the five scripts on it. A test can then read off from every datum where it
+comes from, and see from its place where it went.
 """
 
 import gymnasium as gym
@@ -17,26 +18,20 @@ from plumbing.flags import parse_args
 
 SIGNS = np.array([5, 2, 7, 4, 3, 11, 6, 9]) / 16  # of the tasks; the first are training tasks
 TRAIN, TEST = SIGNS[:5], SIGNS[5:]
-HORIZON, FALL = (
-    3,
-    2,
-)  # a task with an odd number ends with a fall after two steps, the others at the time limit
-COLUMNS = SIGN, TIME, ORIGIN, EPISODE, ACTION = range(
-    5
-)  # of an observation; the last is the action that led to it
+# A task with an odd number ends with a fall after two steps, the others at the time limit.
+HORIZON = 3
+FALL = 2
+# Of an observation; the last is the action that led to it.
+COLUMNS = SIGN, TIME, ORIGIN, EPISODE, ACTION = range(5)
 ENCODER_DATA, RL_DATA, COLLECTED, EVALUATION = -1, 0, 1, 2  # what ORIGIN says
-OFFLINE, ITERATIONS, UPDATES, TASKS = (
-    4,
-    3,
-    3,
-    5,
-)  # gradient steps, iterations, gradient steps and tasks of each
-PRIOR_STEPS, POSTERIOR_STEPS, EVAL_EVERY, EPISODES = (
-    4,
-    5,
-    5,
-    4,
-)  # the last: of each task in the RL part of the dataset
+OFFLINE = 4  # gradient steps of the offline phase
+ITERATIONS = 3
+UPDATES = 3  # gradient steps of an iteration
+TASKS = 5  # tasks of an iteration
+PRIOR_STEPS = 4
+POSTERIOR_STEPS = 5
+EVAL_EVERY = 5
+EPISODES = 4  # episodes of each task in the RL part of the dataset
 VAE_STEPS = 6
 
 
@@ -114,7 +109,9 @@ def episode(sign, origin, number):
 
 
 def save_data(file):
-    """The dataset: of each training task four episodes for the RL buffer, and two others for the encoder buffer."""
+    """The dataset: of each training task four episodes for the RL buffer, and two others for the
+    encoder buffer.
+    """
     parts = [
         [
             (task, episode(sign, origin, number))
@@ -128,7 +125,9 @@ def save_data(file):
 
 
 def register(patch):
-    """Add the family for as long as `patch`, a MonkeyPatch, lasts; environments of an evaluation know what they are."""
+    """Add the family for as long as `patch`, a MonkeyPatch, lasts; environments of an evaluation
+    know what they are.
+    """
     spec = envs.Spec(Signed, len(COLUMNS), 1, 1, HORIZON, len(TRAIN), len(TEST))
     patch.setitem(envs.SPECS, "Signed", spec)
     patch.setitem(gym.registry, "smac/Signed-v0", None)  # to be taken out again at the end
@@ -148,9 +147,11 @@ def register(patch):
 
 NETWORKS = "--policy-hidden 8 --latent-dim 2 --q-hidden 8"
 BATCHES = "--meta-batch 3 --rl-batch 6 --context-batch 4"
-COLLECT = f"--online-iterations {ITERATIONS} --updates-per-iteration {UPDATES} --tasks-per-iteration {TASKS}"
+COLLECT = f"--online-iterations {ITERATIONS} --updates-per-iteration {UPDATES}"
+COLLECT += f" --tasks-per-iteration {TASKS}"
 COLLECT += f" --prior-steps {PRIOR_STEPS} --posterior-steps {POSTERIOR_STEPS}"
-SMAC = f"{NETWORKS} --encoder-hidden 8 --decoder-hidden 8 {BATCHES} {COLLECT} --offline-steps {OFFLINE} --lr 0.0123"
+SMAC = f"{NETWORKS} --encoder-hidden 8 --decoder-hidden 8 {BATCHES} {COLLECT} --lr 0.0123"
+SMAC += f" --offline-steps {OFFLINE}"
 RUNS = {  # name: (script, flags); no learning rate is a default
     "smac": (smac, SMAC),
     "smac, encoder buffer frozen": (smac, f"{SMAC} --encoder-buffer frozen"),
@@ -167,13 +168,13 @@ RUNS = {  # name: (script, flags); no learning rate is a default
     ),
     "meta_bc": (
         meta_bc,
-        f"--policy-hidden 8 --encoder-hidden 8 --decoder-hidden 8 --latent-dim 2 {BATCHES} --offline-steps 9 "
-        "--lr 0.0123",
+        f"--policy-hidden 8 --encoder-hidden 8 --decoder-hidden 8 --latent-dim 2 {BATCHES} "
+        "--offline-steps 9 --lr 0.0123",
     ),
     "macaw": (
         macaw,
-        f"--policy-hidden 8 --value-hidden 8 {BATCHES} --offline-steps 9 --policy-lr 0.0123 --value-lr 0.0234 "
-        "--lr-lr 0.0345",
+        f"--policy-hidden 8 --value-hidden 8 {BATCHES} --offline-steps 9 "
+        "--policy-lr 0.0123 --value-lr 0.0234 --lr-lr 0.0345",
     ),
     "borel": (
         borel,
@@ -185,10 +186,11 @@ RUNS = {  # name: (script, flags); no learning rate is a default
 
 def arguments(name, folder, data, *flags):
     """The command line of a run in `folder`."""
-    words = [
-        *f"--env-id Signed --device cpu --eval-every {EVAL_EVERY} {RUNS[name][1]} --run-dir {folder}".split()
-    ]
-    return [*words, *flags, *([] if name == "pearl" else ["--dataset", str(data)])]
+    words = f"--env-id Signed --device cpu --eval-every {EVAL_EVERY} {RUNS[name][1]}".split()
+    words += ["--run-dir", str(folder), *flags]
+    if name != "pearl":
+        words += ["--dataset", str(data)]
+    return words
 
 
 def start(name, folder, data, *flags):
@@ -223,7 +225,7 @@ def load(folder):
 
 
 def members(checkpoint, task, name="rl"):
-    """Which transitions of a checkpoint's buffer are in one of the lists of a task, in time order."""
+    """Which transitions of a checkpoint's buffer are in a list of a task, in time order."""
     sizes = checkpoint[f"buffer/sizes/{name}"]
     first = sizes[:task].sum()
     return checkpoint[f"buffer/index/{name}"][first : first + sizes[task]]

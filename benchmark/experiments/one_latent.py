@@ -18,9 +18,9 @@ import tyro
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
-from benchmark import watch
 import buffers
 import envs
+from benchmark import watch
 
 
 @dataclasses.dataclass

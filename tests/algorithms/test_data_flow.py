@@ -1,8 +1,9 @@
-"""Which task, split, buffer and flag every datum comes from and goes to, in all scripts, both phases, after a resume.
+"""Which task, split, buffer and flag every datum comes from, and where it goes.
 
-The runs are on tests/signed.py's family, whose observations say where they are of. Encoders are replaced by ones that
-sign their output too: the first number of z is the sign of the task that the history is of, and so is every parameter
-of a policy that MACAW has adapted. So a network's input says whether state and z belong to each other.
+In all scripts, in both phases, and after a resume. The runs are on tests/signed.py's family, whose
+observations say where they are of. Encoders are replaced by ones that sign their output too: the
+first number of z is the sign of the task that the history is of, and so is every parameter of a
+policy that MACAW has adapted. So a network's input says whether state and z belong to each other.
 """
 
 import csv
@@ -38,10 +39,8 @@ import macaw
 import pearl_online_oracle as pearl
 import smac_offline_online as smac
 
-UNKNOWN, MIXED = (
-    9.0,
-    -9.0,
-)  # signs of a z from the prior or a policy not adapted, and of a history of several tasks
+UNKNOWN = 9.0  # the sign of a z from the prior, or of a policy that is not adapted
+MIXED = -9.0  # the sign of a history of several tasks
 COLLECTING = [name for name in RUNS if RUNS[name][0] in (smac, pearl)]
 SELF_SUPERVISED = [
     name for name in COLLECTING if name.startswith("smac") and "true rewards" not in name
@@ -57,7 +56,9 @@ def sign_of(obs):
 
 
 def spy(patch, owner, name, before=None, after=None, place=None, log=None):
-    """Call before(*args) and after(result, *args) around a function; `after` may replace the result."""
+    """Call before(*args) and after(result, *args) around a function; `after` may replace the
+    result.
+    """
     function = getattr(owner, name)
 
     def call(*args, **kwargs):
@@ -75,7 +76,9 @@ def spy(patch, owner, name, before=None, after=None, place=None, log=None):
 
 
 def sign_posteriors(patch, script, log):
-    """Encoder and prior of SMAC, PEARL and meta-BC: mean of z[0] is the sign, the standard deviation small."""
+    """Encoder and prior of SMAC, PEARL and meta-BC: mean of z[0] is the sign, the standard
+    deviation small.
+    """
 
     def encode(result, self, context):
         log.histories.append((log.place, context.detach().clone()))
@@ -96,7 +99,9 @@ def sign_posteriors(patch, script, log):
 
 
 def sign_beliefs(patch, log):
-    """BOReL's encoder: memory[0] is the sign of all that it has read, 0 before, and the belief's mean is that."""
+    """BOReL's encoder: memory[0] is the sign of all that it has read, 0 before, and the belief's
+    mean is that.
+    """
 
     def encode(result, self, steps, memory):
         signs, read = sign_of(steps["next_obs"]), []
@@ -133,7 +138,9 @@ def sign_beliefs(patch, log):
 
 
 def sign_adaptation(patch, log):
-    """MACAW: all parameters after adaptation are the sign of the inner batch, and UNKNOWN before it."""
+    """MACAW: all parameters after adaptation are the sign of the inner batch, and UNKNOWN before
+    it.
+    """
 
     def adapt(result, agent, batch):
         sign = sign_of(batch["obs"])
@@ -228,7 +235,8 @@ def sign_and_record(patch, script, log):
         spy(patch, script, "generate_rewards", after=label, place="label", log=log)
 
 
-# ----- The runs: each once as a whole, and once stopped by SIGTERM (in its second phase, if it has one) and resumed
+# ----- The runs: each once as a whole, and once stopped by SIGTERM and resumed; if it has a second
+# phase, stopped there
 
 
 CASES = [(name, resumed) for name in RUNS for resumed in (False, True)]
@@ -306,7 +314,9 @@ def is_own(tag, sign):
 
 
 def acted(flow, place):
-    """All that the policy saw there, episode after episode: observations (n, o) and signs of z (n,)."""
+    """All that the policy saw there, episode after episode: observations (n, o) and signs of z
+    (n,).
+    """
     rows = [(obs, tag) for where, obs, tag in flow.acted if where == place]
     obs, tags = (torch.cat(column).numpy() for column in zip(*rows))
     begun = {
@@ -366,7 +376,8 @@ def test_an_evaluation_adapts_to_each_task_by_what_was_seen_of_it(flow):
     assert one(obs[:, ORIGIN]) == EVALUATION
     unknown, own, begins = tags == UNKNOWN, is_own(tags, obs[:, SIGN]), obs[:, TIME] == 0
     times = len(EVALUATIONS.get(flow.script, [5, 9]))
-    # Two episodes of exploration and one after it; on training tasks another one after offline data.
+    # Two episodes of exploration and one after it; on training tasks another one after offline
+    # data.
     before = {"test": 2, "train": 2}
     after = {"test": 1, "train": 1 if flow.script is pearl else 2}
     if flow.script is borel:  # adapts with every step
@@ -418,7 +429,9 @@ def test_the_history_of_an_evaluation_is_two_episodes_of_the_task_or_its_offline
 
 
 def parts(batch):
-    """What a gradient step draws from the RL buffer: {name: transitions}; none in BOReL's first stage."""
+    """What a gradient step draws from the RL buffer: {name: transitions}; none in BOReL's first
+    stage.
+    """
     if "inner" in batch:
         return {name: batch[name] for name in ("inner", "outer")}
     return {"rl": batch} if "obs" in batch else {}
@@ -479,7 +492,8 @@ def test_the_parts_of_a_sampled_transition_belong_together(flow):
                 columns = len(signed.COLUMNS)
                 for name in ("obs", "next_obs"):
                     data[name] = data[name][:, :columns]
-                # The last step of an episode leads to the first state of the next one of the meta-trajectory.
+                # The last step of an episode leads to the first state of the next one of the
+                # meta-trajectory.
                 last = data["next_obs"][:, TIME] == 0
                 np.testing.assert_array_equal(
                     data["next_obs"][last, EPISODE], data["obs"][last, EPISODE] + 1
@@ -548,9 +562,12 @@ def test_the_context_of_a_batch_is_of_the_same_tasks_and_of_the_encoder_buffer(f
 
 
 NETWORKS = {
-    "smac": {"policy", "QFunctions", "Decoder"}, "pearl": {"policy", "QFunctions"}, "meta_bc": {"policy", "Decoder"},
-    "macaw": {"policy", "value"}, "borel": {"policy", "QFunctions", "decoder"},
-}  # fmt: skip
+    "smac": {"policy", "QFunctions", "Decoder"},
+    "pearl": {"policy", "QFunctions"},
+    "meta_bc": {"policy", "Decoder"},
+    "macaw": {"policy", "value"},
+    "borel": {"policy", "QFunctions", "decoder"},
+}
 
 
 @over(NETWORKS)
@@ -600,7 +617,9 @@ def test_the_learning_rates_reach_the_optimizer(flow):
 
 
 def rounds(flow):
-    """Episodes that were collected side by side: {gradient steps before: [(signs of the tasks, signs of z), ...]}."""
+    """Episodes that were collected side by side: {gradient steps before: [(signs of the tasks,
+    signs of z), ...]}.
+    """
     found, steps = {}, np.array([before for _, before, _ in flow.batches])
     for number, (place, obs, tag) in enumerate(flow.acted):
         if place == "collect" and (obs[:, TIME] == 0).all():
@@ -611,9 +630,7 @@ def rounds(flow):
 
 
 @over(COLLECTING)
-def test_an_iteration_visits_several_tasks_of_the_right_split_and_explores_with_the_prior_then_the_posterior(
-    flow,
-):
+def test_an_iteration_visits_tasks_of_the_right_split_with_the_prior_and_then_the_posterior(flow):
     found, signs = rounds(flow), TEST if "test tasks" in flow.name else TRAIN
     if flow.script is pearl:  # first every training task, in order
         initial, found[0] = found[0][:2], found[0][2:]
@@ -738,7 +755,9 @@ def test_what_was_collected_is_stored_whole_under_its_task(flow):
 
 @over(["smac", "smac, one buffer", "pearl"])
 def test_new_histories_are_those_of_exploration(flow):
-    """In the contexts of gradient steps: of episodes with z from the prior, unless there is one buffer."""
+    """In the contexts of gradient steps: of episodes with z from the prior, unless there is one
+    buffer.
+    """
     collected, tags = acted(flow, "collect")
     prior = {(row[SIGN], row[EPISODE]) for row, tag in zip(collected, tags) if tag == UNKNOWN}
     used = set()
@@ -755,15 +774,20 @@ def forbid(*_, **__):
     raise AssertionError("a reward was used")
 
 
-USES = "float int index bool complex array len iter getitem repr str format hash abs neg pos round trunc"
-USES += " add radd sub rsub mul rmul truediv rtruediv floordiv rfloordiv pow rpow matmul rmatmul eq ne lt le gt ge"
+USES = """
+    float int index bool complex array len iter getitem repr str format hash abs neg pos round trunc
+    add radd sub rsub mul rmul truediv rtruediv floordiv rfloordiv pow rpow matmul rmatmul
+    eq ne lt le gt ge
+"""
 ForbiddenReward = type("ForbiddenReward", (), {f"__{use}__": forbid for use in USES.split()})
 PAY = {"NaN": lambda: float("nan"), "what must not be touched": ForbiddenReward}
 
 
 @pytest.fixture
 def paid(request, quick, monkeypatch):
-    """Environments pay what the parameter says while data are collected; returns a list of these steps."""
+    """Environments pay what the parameter says while data are collected; returns a list of these
+    steps.
+    """
     signed.register(monkeypatch)
     steps, pay = [], signed.Signed.pay
 

@@ -1,4 +1,6 @@
-"""The networks and losses of SMAC against numbers worked out by hand, or a second time in NumPy with float64."""
+"""The networks and losses of SMAC against numbers worked out by hand, or a second time in NumPy
+with float64.
+"""
 
 import math
 from types import SimpleNamespace
@@ -17,7 +19,9 @@ NETWORKS = ("encoder", "decoder", "policy", "q", "q_target")
 
 
 def make_agent(**flags):
-    """A small agent in float64 whose parameters are all of order 1, so that no term of a loss is lost in another."""
+    """A small agent in float64 whose parameters are all of order 1, so that no term of a loss is
+    lost in another.
+    """
     sizes = dict(
         q_hidden=(8, 7),
         policy_hidden=(8,),
@@ -97,7 +101,9 @@ def np_min_q(critics, obs, actions, z):
 
 
 def np_policy(agent, obs, z, shift=0.0):
-    """Mean and log standard deviation; `shift` is added to the first bias of the last layer, for differences."""
+    """Mean and log standard deviation; `shift` is added to the first bias of the last layer, for
+    differences.
+    """
     out = np_mlp(agent.policy.net, obs, z)
     out[:, 0] += shift
     return out[:, :ACTION], np.clip(out[:, ACTION:], -20, 2)
@@ -256,7 +262,7 @@ def test_two_q_functions_equal_separate_networks_in_values_and_gradients():
             torch.testing.assert_close(bias.grad[k, 0], layer.bias.grad)
 
 
-def test_frozen_q_functions_have_the_same_values_and_input_gradients_but_leave_their_weights_alone():
+def test_frozen_q_functions_have_the_same_values_and_input_gradients_and_no_gradient_of_their_own():
     agent, _ = make_agent()
     batch, z, grads, values = flatten(make_batch()), random_z(), [], []
     for frozen in (False, True):
@@ -298,7 +304,7 @@ def test_standard_deviation_of_the_policy_is_bounded():
 
 
 def test_critic_loss_by_hand():
-    """r + gamma min Q' = (1 * 5 + .9 * 8, -2 * 5): the fall of the second transition ends the sum."""
+    """r + gamma min Q' = (1 * 5 + .9 * 8, -2 * 5): the fall of the second one ends the sum."""
     seen = {}
 
     def q_target(obs, actions, z):
@@ -346,7 +352,7 @@ def actor_setting(lambda_pearl, **flags):
 
 
 def np_actor(agent, batch, z, shift=0.0, weights=None):
-    """AWAC part of the loss, PEARL part, weights; the policy's first output bias moved by `shift`."""
+    """AWAC part of the loss, PEARL part, weights; the policy's first bias moved by `shift`."""
     mean, log_std = np_policy(agent, batch["obs"], z, shift)
     new = np.tanh(mean + np.exp(log_std) * array(batch["noise_a"]))
     new_q = np_min_q(agent.q, batch["obs"], new, z)
@@ -382,7 +388,9 @@ def test_actor_weights_by_hand():
 
 
 def test_actor_weights_as_in_the_text():
-    """Advantages lambda * ln 3, -lambda * ln 2 and lambda * 1000: weights 3, 1/2, and 20 in place of infinity."""
+    """Advantages lambda * ln 3, -lambda * ln 2 and lambda * 1000: weights 3, 1/2, and 20 in place
+    of infinity.
+    """
     lam, zeros = 0.3, torch.zeros(3, 1)
     batch = {"obs": zeros, "actions": zeros, "noise_a": zeros}
     agent = SimpleNamespace(
@@ -395,7 +403,7 @@ def test_actor_weights_as_in_the_text():
     assert loss.item() == pytest.approx(23.5 / 3 * math.log(2 * math.pi) / 2, rel=1e-6)
 
 
-def test_actor_weights_can_not_overflow():
+def test_actor_weights_cannot_overflow():
     batch = {"obs": torch.zeros(2, 1), "actions": torch.zeros(2, 1), "noise_a": torch.zeros(2, 1)}
     agent = SimpleNamespace(
         policy=lambda obs, z: (torch.zeros(2, 1), torch.zeros(2, 1)),
@@ -544,7 +552,9 @@ Q, R = "critic", "reward"
 
 @pytest.mark.parametrize(
     "self_supervised, flags, to_encoder, decoder_trains, awac, pearl",
-    [  # the losses that reach the encoder beside the KL (none at all if empty), and the weights of both actor losses
+    # to_encoder: the losses that reach the encoder beside the KL; if empty, not even that does.
+    # awac, pearl: the weights of both actor losses
+    [
         (OFFLINE, {}, {R}, True, 1.0, 0.0),
         (SELF_SUPERVISED, {}, {}, False, 1.0, 0.4),
         (SELF_SUPERVISED, {"oracle_rewards": True}, {R}, True, 1.0, 0.4),
@@ -559,7 +569,9 @@ Q, R = "critic", "reward"
 def test_update_takes_one_step_down_the_right_gradients(
     self_supervised, flags, to_encoder, decoder_trains, awac, pearl
 ):
-    """With plain gradient descent every parameter must move by -lr times the gradient of the losses it belongs to."""
+    """With plain gradient descent every parameter must move by -lr times the gradient of the losses
+    it belongs to.
+    """
     agent, args = make_agent(lambda_pearl=0.4, kl_coef=0.25, tau=0.1, **flags)
     flat = flatten(make_batch())
     mu, sigma = agent.encoder(flat["context"])

@@ -64,7 +64,8 @@ def test_the_policy_learns_from_actions_and_the_encoder_from_rewards_alone():
     for name, changed in (("as is", {}), ("other actions", {"actions": -batch["actions"]})):
         agent.zero_grad()
         optimizer = torch.optim.SGD(agent.parameters(), lr=0.0)
-        # The decoder reads the actions too: with its weights on them at zero only the policy can tell the two apart.
+        # The decoder reads the actions too: with its weights on them at zero only the policy can
+        # tell the two apart.
         with torch.no_grad():
             agent.decoder.net[0].weight[:, OBS : OBS + ACTION] = 0
         meta_bc.update(agent, optimizer, batch | changed, args)
@@ -103,7 +104,9 @@ def test_the_encoder_follows_the_reward_loss_and_the_weighted_kl():
 
 
 def test_it_imitates_goal_directed_data(tmp_path, quick):
-    """With offline context it heads for the task: 39, 45 and 47 for seeds 1 to 3, and about 0 if it ignored z."""
+    """With offline context it heads for the task: 39, 45 and 47 for seeds 1 to 3, and about 0 if it
+    ignored z.
+    """
     flags = dict(rl_batch=64, offline_steps=1500, eval_every=1500, device="cpu", dataset=GOAL_DATA)
     buffers.train(meta_bc, env_id="PointDirection", run_dir=str(tmp_path), **flags)
     with open(tmp_path / "PointDirection__meta_bc__1" / "eval.csv", newline="") as file:

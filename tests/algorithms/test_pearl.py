@@ -1,4 +1,6 @@
-"""PEARL: its losses against numbers computed by hand, the buffers it keeps, and the dataset it writes."""
+"""PEARL: its losses against numbers computed by hand, the buffers it keeps, and the dataset it
+writes.
+"""
 
 import copy
 import csv
@@ -19,11 +21,12 @@ import pearl_online_oracle as pearl
 from plumbing.flags import parse_args
 
 OBS, ACTION, T, B = 4, 2, 2, 3
-SMALL = [
-    *"--env-id PointDirection --q-hidden 16 16 --policy-hidden 16 16 --encoder-hidden 16 --rl-batch 16".split(),
-    *"--context-batch 8 --latent-dim 3 --online-iterations 3 --updates-per-iteration 6 --eval-every 6".split(),
-    *"--initial-steps 10 --prior-steps 10 --posterior-steps 12 --tasks-per-iteration 2 --device cpu".split(),
-]
+SMALL = """
+    --env-id PointDirection --device cpu --eval-every 6 --online-iterations 3
+    --q-hidden 16 16 --policy-hidden 16 16 --encoder-hidden 16 --latent-dim 3
+    --rl-batch 16 --context-batch 8 --updates-per-iteration 6 --tasks-per-iteration 2
+    --initial-steps 10 --prior-steps 10 --posterior-steps 12
+""".split()
 HORIZON, TRAIN_TASKS, TEST_TASKS = 10, 6, 2
 
 
@@ -335,7 +338,7 @@ def test_a_dataset_is_never_written_where_a_checkpoint_says(tmp_path, few_tasks)
     (tmp_path / "d.npz").unlink()
     pearl.main(parse(["--resume", run, "--online-iterations", 4]))
     assert not (tmp_path / "d.npz").exists() and load(run)["step"] == 24
-    message = "--dataset-iteration is 2 in the run to resume and can not become 5"
+    message = "--dataset-iteration is 2 in the run to resume and can ?not become 5"
     with pytest.raises(buffers.InputError, match=message):
         parse(["--resume", run, "--save-dataset", tmp_path / "e.npz", "--dataset-iteration", 5])
 
@@ -390,7 +393,9 @@ def test_cheetah_takes_the_first_of_one_buffer_and_the_last_of_the_other(tmp_pat
 
 
 def test_it_learns_the_point_mass(tmp_path, quick):
-    """Mean return of test and training tasks, seeds 1 to 5: 28, 23, 30, 23 and 33; at the start it is about 0."""
+    """Mean return of test and training tasks, seeds 1 to 5: 28, 23, 30, 23 and 33; at the start it
+    is about 0.
+    """
     flags = dict(
         q_hidden=(64, 64),
         policy_hidden=(64,),
