@@ -49,6 +49,7 @@ class Args:
     # --- Loss of the encoder
     context_loss: Literal["focal", "csro", "unicorn"] = "focal"  # what trains the encoder
     csro_weight: float = 2.5  # lambda of CSRO, over the 10 that its code puts before the metric
+    critic_to_encoder: bool = False  # the critic's loss trains it too (an option of CSRO's code)
     unicorn_weight: float = 0.15  # weight of UNICORN's metric; it must fit the rewards
 
     # --- Networks
@@ -453,8 +454,9 @@ def update(agent, optimizer, batch, args):
         l_encoder = args.unicorn_weight * l_metric + l_decoder
         info |= {"losses/decoder": l_decoder}
 
-    # --- Critic and actor: Eq. 1 and 2 of SMAC. A detached z keeps them out of the encoder.
-    l_critic, q = critic_loss(agent, flat, z.detach(), args)
+    # --- Critic and actor: Eq. 1 and 2 of SMAC. A detached z keeps a loss out of the encoder.
+    z_critic = z if args.critic_to_encoder else z.detach()
+    l_critic, q = critic_loss(agent, flat, z_critic, args)
     l_actor, weights = actor_loss(agent, flat, z.detach(), q, args, lambda_pearl)
 
     # --- One backward pass for all

@@ -212,6 +212,21 @@ def test_critic_and_actor_have_the_same_gradients_whatever_trains_the_encoder(lo
     assert_same(found, expected, "q")
 
 
+def test_the_critics_loss_trains_the_encoder_on_request():
+    agent, batch, args = setting(critic_to_encoder=True, reward_scale=1.0)
+    flat = dict(batch)
+    for name in ("obs", "actions", "next_obs"):
+        flat[name] = batch[name].flatten(0, 1)
+    for name in ("rewards", "terminals"):
+        flat[name] = batch[name].flatten()
+    z, _ = agent.encoder(batch["context"])
+    first = z[[0, 2]].repeat_interleave(BATCH, 0)
+    loss, _ = focal.critic_loss(agent, flat, first, args)
+    loss = loss + focal.metric_loss(z, batch["context_tasks"])
+    both = gradients(loss, agent)
+    assert_same(step(agent, batch, args), both, "encoder")
+
+
 def test_the_actors_ablation_is_pearls_loss_in_place_of_eq_2():
     agent, batch, args = setting(actor_ablation=True)
     data = {**batch, "actions": -batch["actions"]}
