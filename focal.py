@@ -40,6 +40,7 @@ class Args:
     dataset: Optional[str] = None  # offline dataset; by default datasets/{env_id}.npz
     offline_steps: int = 50_000  # gradient steps [SMAC, C.3]
     eval_every: int = 4_000  # gradient steps between two evaluations, each with a checkpoint
+    keep_agents: bool = False  # keep the agent of every evaluation, agent_{step}.npz
     run_dir: str = "runs"  # results go to RUN_DIR/{env_id}__{script}__{seed}/
     resume: Optional[str] = None  # folder of a run: continue it from its checkpoint
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where networks and buffers live
@@ -49,7 +50,8 @@ class Args:
     # --- Loss of the encoder
     context_loss: Literal["focal", "csro", "unicorn"] = "focal"  # what trains the encoder
     csro_weight: float = 2.5  # lambda of CSRO, over the 10 that its code puts before the metric
-    unicorn_weight: float = 1.5  # weight of UNICORN's metric beside its decoder
+    critic_to_encoder: bool = False  # the critic's loss trains it too (an option of CSRO's code)
+    unicorn_weight: float = 0.15  # weight of UNICORN's metric; it must fit the rewards
 
     # --- Networks
     q_hidden: tuple[int, ...] = (300, 300, 300)  # hidden sizes of the Q-functions [Table 1]
@@ -89,7 +91,12 @@ PRESETS = {
         eval_every=8_000,
     ),
     "PointDirection": SMALL  # a point mass, which is not in the paper
-    | dict(rl_batch=128, offline_steps=3_000, eval_every=1_200),
+    | dict(
+        rl_batch=128,
+        unicorn_weight=0.0015,  # its rewards are .1 to .5
+        offline_steps=3_000,
+        eval_every=1_200,
+    ),
     "short": SMALL | dict(rl_batch=64, offline_steps=15_000, eval_every=5_000),
     "CheetahVelocity short": dict(  # small networks learned nothing here
         q_hidden=(300, 300, 300),
@@ -203,17 +210,16 @@ class Psi(nn.Module):
 
 
 class TransitionDecoder(nn.Module):
-    """UNICORN's p_theta(r, s' - s | s, a, z), a Gaussian with independent dimensions."""
+    """UNICORN's p_theta(r, s' - s | s, a, z), a Gaussian of deviation 1."""
 
     def __init__(self, obs_dim, action_dim, hidden, latent_dim):
         super().__init__()
-        self.net = mlp([obs_dim + action_dim + latent_dim, *hidden, 2 * (obs_dim + 1)])
+        self.net = mlp([obs_dim + action_dim + latent_dim, *hidden, 1 + obs_dim])
 
     def forward(self, obs, actions, z):
-        """obs (N, o), actions (N, a), z (N, dz) -> mean and log deviation, (N, 1 + o) each."""
+        """obs (N, o), actions (N, a), z (N, dz) -> mean of (r, s' - s), (N, 1 + o)."""
         inputs = torch.cat([obs, actions, z], dim=-1)
-        mean, log_std = self.net(inputs).chunk(2, dim=-1)
-        return mean, log_std.clamp(-5, 2)
+        return self.net(inputs)
 
 
 class Agent(nn.Module):
@@ -264,7 +270,7 @@ def tanh_gaussian_log_prob(u, mean, log_std):
 
 
 def critic_loss(agent, batch, z, args):
-    """L_critic (Eq. 1): the mean of (Q_w(s, a, z) - y)^2.
+    """L_critic (Eq. 1): the mean of (Q_w(s, a, z) - y)^2 over transitions, summed over the critics.
 
     z (N, dz) -> loss, and Q of the batch (num_critics, N).
     """
@@ -286,7 +292,8 @@ def actor_loss(agent, batch, z, q, args, lambda_pearl):
 
     z (N, dz), q of the batch (num_critics, N) -> loss, weights of Eq. 2 (N,).
     """
-    # --- A new action, a ~ pi(a | s, z), and its Q. Only PEARL's loss differentiates through it.
+    # --- A new action, a ~ pi(a | s, z), and its Q. Only PEARL's loss differentiates through it;
+    # without that loss the graph is not needed.
     mean, log_std = agent.policy(batch["obs"], z)  # (N, a)
     u = mean + log_std.exp() * batch["noise_a"]
     if not lambda_pearl:
@@ -328,12 +335,12 @@ def metric_loss(z, tasks):
     positive = same_task & ~itself
     negative = ~same_task
     # PAPER: |z_i - z_j|^2, and beta / (|z_i - z_j|^n + eps). CODE: a root and n = 2, of the mean
-    # over the dimensions, with these numbers, as in the authors' code.
+    # over the dimensions, with these numbers, and a mean over the pairs of each kind, as in the
+    # authors' code: neither kind drowns the other.
     attraction = (distance + 1e-3).sqrt()
     repulsion = 1 / (distance + 0.1)
-    # PAPER: a sum over all pairs. CODE: a mean of each kind, as in the authors' code, so that
-    # neither drowns the other. No pair of two tasks: all of the batch may be of one.
     pull = torch.where(positive, attraction, 0.0).sum() / positive.sum()
+    # All tasks of a batch may be the same one: then there is no pair to push apart.
     push = torch.where(negative, repulsion, 0.0).sum() / negative.sum().clamp(min=1)
     return pull + push
 
@@ -354,9 +361,8 @@ def club_losses(agent, context, obs_dim, action_dim):
     l_psi = ((z.detach() - mean).square() / (2 * variance) + variance.log() / 2).mean()
 
     # CLUB: mean_i log psi(z_i | s_i, a_i) - mean_ij log psi(z_j | s_i, a_i), an upper bound of the
-    # information between z and (s, a). psi is fixed here.
-    # PAPER: i, j of the batch. CODE: of one history, as in the authors' code: what the policy that
-    # made the data did differently from task to task stays.
+    # information between z and (s, a). psi is fixed here. i and j are of one history, as in the
+    # authors' code, which leaves out the half of the Gaussian's exponent.
     mean = mean.detach()
     variance = variance.detach()
     own = (z - mean).square()  # (H, C, dz)
@@ -372,13 +378,12 @@ def transition_loss(agent, batch, z):
 
     z (N, dz) -> scalar.
     """
-    mean, log_std = agent.decoder(batch["obs"], batch["actions"], z)  # (N, 1 + o)
+    predicted = agent.decoder(batch["obs"], batch["actions"], z)  # (N, 1 + o)
     change = batch["next_obs"] - batch["obs"]
-    target = torch.cat([batch["rewards"][:, None], change], dim=-1)  # (N, 1 + o)
-    # PAPER: summed over the dimensions. CODE: a mean, so that one weight of the metric suits 4
-    # and 376 of them.
-    standardised = (target - mean) * (-log_std).exp()
-    return (0.5 * standardised.square() + log_std).mean()
+    target = torch.cat([batch["rewards"][:, None], change], dim=-1)
+    # With learned deviations s', which a simulator gives exactly, took all of the network, and z
+    # told nothing about the rewards.
+    return 0.5 * (predicted - target).square().sum(-1).mean()
 
 
 # ===== One gradient step
@@ -386,8 +391,8 @@ def transition_loss(agent, batch, z):
 
 def sample_batch(buffer, args, rng):
     """Tasks, of each two histories h and transitions for critic and actor, and all noise."""
-    # PAPER (FOCAL's and CSRO's code): tasks without replacement, one history of each, so that no
-    # two z are of one task. CODE: two histories of each.
+    # PAPER: in the code of FOCAL and CSRO the tasks of a batch differ and have one history each, so
+    # that no two z are of one task. CODE: two histories of each task.
     num_tasks = len(buffer.sizes["encoder"])
     tasks = torch.randint(num_tasks, (args.meta_batch,), generator=rng, device=rng.device)  # (T,)
 
@@ -429,7 +434,9 @@ def update(agent, optimizer, batch, args):
     for name in ("rewards", "terminals"):
         flat[name] = batch[name].flatten()  # (N,)
 
-    # --- z of each history: the mean of q(z | h), no noise
+    # --- z of each history
+    # PAPER: the encoder ends in tanh, z is the mean of its outputs over the transitions. CODE: the
+    # mean of SMAC's q(z | h), a mean weighted by the precisions, without tanh and without noise.
     z_histories, _ = agent.encoder(batch["context"])  # (2T, dz)
     z = z_histories[::2]  # (T, dz), of the first history of each task
     z = z.repeat_interleave(transitions, dim=0)  # (N, dz)
@@ -445,11 +452,13 @@ def update(agent, optimizer, batch, args):
         info |= {"losses/club": l_club, "losses/psi": l_psi}
     if args.context_loss == "unicorn":
         l_decoder = transition_loss(agent, flat, z)
+        # PAPER: a weight of .15 to 1.5. CODE: .15, less where the rewards are small.
         l_encoder = args.unicorn_weight * l_metric + l_decoder
         info |= {"losses/decoder": l_decoder}
 
-    # --- Critic and actor: Eq. 1 and 2 of SMAC. A detached z keeps them out of the encoder.
-    l_critic, q = critic_loss(agent, flat, z.detach(), args)
+    # --- Critic and actor: Eq. 1 and 2 of SMAC. A detached z keeps a loss out of the encoder.
+    z_critic = z if args.critic_to_encoder else z.detach()
+    l_critic, q = critic_loss(agent, flat, z_critic, args)
     l_actor, weights = actor_loss(agent, flat, z.detach(), q, args, lambda_pearl)
 
     # --- One backward pass for all

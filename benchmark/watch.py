@@ -82,6 +82,8 @@ def load(path, env_id=None, dataset=None):
         raise InputError(f"{path} is no {'folder of a run, by its name' if run else 'agent file'}")
     script = importlib.import_module(name)
     args = read_flags(script.Args, script.PRESETS, file)
+    if dataset and hasattr(args, "dataset"):
+        args = dataclasses.replace(args, dataset=str(dataset))
     if ":" in args.env_id and args.env_id != env_id:  # a file must not run code
         raise InputError(
             f"the agent's environment is of a module: give --env-id {args.env_id} as well"
@@ -163,7 +165,14 @@ def meta_episode(script, agent, args, env_list, rng):
     """Of each of E environments the third trajectory and the two of exploration; mu, sigma (E, dz) if z has them."""
     if script.__name__ == "borel":
         return *script.adapt_belief(env_list, agent, rng)[:2], None
-    final, exploration, *posterior = script.adapt(env_list, agent, args, rng)
+    z_train = ()
+    if script.__name__ == "focal":  # it explores with the z of training tasks
+        dataset = buffers.load_dataset(args.env_id, args.dataset)
+        buffer = buffers.from_dataset(dataset, args.env_id)
+        with torch.no_grad():
+            z_of_tasks = script.training_z(agent, buffer, args, rng)
+        z_train = (z_of_tasks.expand(len(env_list), -1, -1),)
+    final, exploration, *posterior = script.adapt(env_list, agent, args, rng, *z_train)
     return final, exploration, posterior
 
 
