@@ -170,6 +170,17 @@ class Policy(nn.Module):
         return mean, log_std.clamp(-20, 2)
 
 
+def relu(x):
+    """ReLU, in place; with --compile half of x + |x|.
+
+    Where weights are frozen, compiled code would keep the sign of every ReLU for the backward pass,
+    as booleans that it writes one by one, and be slower than plain code.
+    """
+    if torch.compiler.is_compiling():
+        return 0.5 * (x + x.abs())
+    return x.relu_()
+
+
 class QFunctions(nn.Module):
     """`count` Q-functions Q_w(s, a, z). Stacked weights: one batched product a layer for all."""
 
@@ -199,7 +210,7 @@ class QFunctions(nn.Module):
                 bias = bias.detach()
             x = torch.baddbmm(bias, x, weight)
             if i < last:
-                x = x.relu_()
+                x = relu(x)
         return x.squeeze(-1)
 
 

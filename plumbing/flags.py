@@ -34,7 +34,14 @@ MAY_BE_ZERO = {
     "alpha",
 }
 AT_LEAST = {"rl_batch": 2, "context_batch": 2}  # a mean and a deviation are taken over them
-AT_MOST = {"gamma": 1, "tau": 1, "tasks_per_iteration": 32, "seed": 2**32, "task_seed": 2**32 - 1}
+AT_MOST = {
+    "gamma": 1,
+    "tau": 1,
+    "tasks_per_iteration": 32,
+    "explore_episodes": 100,
+    "seed": 2**32,
+    "task_seed": 2**32 - 1,
+}
 PRODUCTS = {  # for memory: a gradient step of the largest takes about 1 GB
     "meta_batch rl_batch": 2**15,
     "meta_batch context_batch": 2**15,
