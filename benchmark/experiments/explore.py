@@ -56,17 +56,8 @@ def play(script, agent, args, tasks, z_train, way, episodes, rounds):
     rng = torch.Generator().manual_seed(args.seed)
     evaluation = envs.make_evaluation(args.env_id, tasks, tasks, 1, len(tasks), rounds)
     _, env_list = evaluation["test"]
-    # The ways to explore are focal.py's, whatever the script: these flags are what they read.
-    flags = focal.Args(
-        explore=way,
-        explore_episodes=episodes,
-        latent_dim=args.latent_dim,
-        next_obs_in_context=args.next_obs_in_context,
-    )
-    z_each = z_train.expand(len(env_list), -1, -1)  # (E, N, dz)
-    exploration, mu, sigma = focal.explore(env_list, agent, flags, rng, z_each)
-    if way != "idaq":  # z as the script itself has it: focal.py's has no noise
-        mu, sigma = script.encode(agent, exploration, args)
+    setting = (script, agent, args, env_list, rng, z_train, way, episodes)
+    exploration, mu, sigma = watch.explore(*setting)
     final = script.rollout(env_list, agent, mu, sigma, rng, deterministic=True)
     explored = [path["rewards"].sum() for paths in exploration for path in paths]
     returns = [path["rewards"].sum() for path in final]
