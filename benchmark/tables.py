@@ -730,6 +730,16 @@ def where(key, word):
 
 
 WORDS = {"holds": HOLDS, "does-not": DOES_NOT, "unknown": UNKNOWN, "not-run": NOT_RUN}
+
+
+def context_where_table(kind):
+    """Where the claims of a kind, "after" or "encoder", hold of FOCAL, CSRO and UNICORN."""
+    rows = []
+    for name, (label, *_) in LATER.items():
+        rows.append([name, *(where(f"{kind}_{label}", word) for word in WORDS.values())])
+    return markdown(["", *WORDS.values()], rows)
+
+
 TABLES = {
     "glance": lambda: glance_table({name: FOLDERS[name] for name in COMPARED}),
     "larger": lambda: glance_table(LARGER),
@@ -748,6 +758,7 @@ TABLES_OF = {
     "runs": runs_table,
     "success": success_table,
     "claims": claims_of,
+    "context_where": context_where_table,
 }  # claims/AntDirection
 NUMBERS = {
     "ant_after_1000_steps": ant_after_1000_steps,

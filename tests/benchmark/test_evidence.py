@@ -258,7 +258,9 @@ def test_claims_on_contexts_by_hand(results):
     assert cells(table, title.format("FOCAL"))[ant].endswith("<br>+0 ± 6 (2)")
     assert cells(table, title.format("CSRO"))[ant] == ""
     assert cells(table, "SMAC, after > FOCAL")[ant] == ""  # there is no second phase
-    assert tables.where("encoder_focal", "holds") == "Ant"
+    assert cells(tables.table("context_where/encoder"), "FOCAL")[0] == "Ant"
+    assert cells(tables.table("context_where/encoder"), "UNICORN")[1] == "Ant"
+    assert "Ant" in cells(tables.table("context_where/after"), "FOCAL")[3]  # not run
     assert (
         tables.rival_words(evidence.load(tables.FOLDERS["AntDirection"]), 0) == "FOCAL 100 ± 6 (2)"
     )
