@@ -152,6 +152,16 @@ def adaptation(name):
     return found
 
 
+def explored():
+    """The rows of the tables that benchmark/experiments/explore.py wrote: [{column: cell}]."""
+    rows = []
+    for file in sorted((RESULTS / "context").glob("explore_*.md")):
+        lines = [line for line in file.read_text().splitlines() if line.startswith("|")]
+        head, _, *table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+        rows += [dict(zip(head, cells)) for cells in table]
+    return rows
+
+
 # ===== Data
 
 

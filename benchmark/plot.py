@@ -2,7 +2,8 @@
 
 python benchmark/plot.py all       all pictures, and the tables and numbers in all texts
 python benchmark/plot.py texts     the texts alone
-python benchmark/plot.py figure5   one picture: figure5, figure7, figure9, methods, ant, point
+python benchmark/plot.py figure5   one picture: figure5, figure7, figure9, methods, context, ant,
+                                   point
 python benchmark/plot.py NAME      of a benchmark of run.py: results/NAME/curve.png, and its table
 
 In README.md and in the texts of benchmark/results a table stands between `<!-- table: NAME -->` and
@@ -56,6 +57,13 @@ STYLES = {
     "smac_goal_data": ("saddlebrown", "-"),
     "smac_goal_data_slow": ("saddlebrown", "--"),
     "smac_goal_data_oracle_rewards": ("black", ":"),
+    "focal": ("tab:purple", "-"),
+    "focal_more_offline": ("tab:purple", "--"),
+    "focal_critic": ("tab:purple", ":"),
+    "csro": ("tab:pink", "-"),
+    "csro_more_offline": ("tab:pink", "--"),
+    "unicorn": ("deepskyblue", "-"),
+    "unicorn_more_offline": ("deepskyblue", "--"),
 }
 METHODS = (
     "smac smac_more_offline smac_actor_ablation meta_bc macaw macaw_matched borel borel_matched "
@@ -84,6 +92,16 @@ CURVES = ["point_direction", "hopper_param", "hopper_small", "cheetah_small", "s
 PANELS = {  # of the picture of one benchmark
     "methods": METHODS,
     "what trains the encoder": ENCODERS,
+    "another loss for the encoder": [
+        "smac",
+        "focal",
+        "focal_more_offline",
+        "focal_critic",
+        "csro",
+        "csro_more_offline",
+        "unicorn",
+        "unicorn_more_offline",
+    ],
     "where it explores": EXPLORED[:3],
     "true rewards in the second phase": ["smac", "smac_oracle_rewards"],
     "what enters the encoder's buffer": ["smac", "smac_encoder_prior"],
@@ -263,6 +281,41 @@ def draw_methods():
     save(figure, evidence.RESULTS / "methods.png")
 
 
+def draw_context():
+    """The gap between contexts: a panel for each environment, a row for each method."""
+    methods = dict(reversed(tables.CONTEXT_METHODS.items()))
+    figure, grid = plt.subplots(2, 4, figsize=(15, 6), layout="constrained")
+    for axes in grid.flat[len(tables.COMPARED) :]:
+        axes.set_visible(False)
+    for axes, environment in zip(grid.flat, tables.COMPARED):
+        axes.set_title(tables.SHORT_NAMES[environment])
+        axes.set_yticks(range(len(methods)), methods)
+        axes.set_ylim(-0.6, len(methods) - 0.4)
+        for place, (labels, phase) in enumerate(methods.values()):
+            found = tables.context_scores(environment, labels, phase)
+            own, offline = (list(found[group].values()) for group in (TEST, ("train", "offline")))
+            if own and offline:
+                draw_gap(axes, place, STYLES[labels[0]][0], own, offline)
+    figure.supxlabel(
+        "return; filled: own context on test tasks, with its 95 % interval over seeds; "
+        "hollow: offline context on training tasks",
+        fontsize=10,
+    )
+    save(figure, evidence.RESULTS / "context" / "gap.png")
+
+
+def draw_gap(axes, place, colour, own, offline):
+    """A dot for returns with own context (seeds,), another for those with offline context."""
+    mean, half = evidence.interval(own)
+    other = np.mean(offline)
+    axes.plot([mean, other], [place] * 2, color=colour, linewidth=1)
+    if not math.isnan(half):
+        axes.plot([mean - half, mean + half], [place] * 2, color=colour, linewidth=6, alpha=0.3)
+    style = {"marker": "o", "markersize": 7, "markeredgecolor": colour}
+    axes.plot(other, place, color="white", **style)
+    axes.plot(mean, place, color=colour, **style)
+
+
 def draw_ground(name):
     """Figures 2, 6 and 8 of seed 1 of SMAC."""
     folder = evidence.RESULTS / GROUND[name]
@@ -310,7 +363,7 @@ def fill_texts():
 
 def pictures():
     """{name: (function, argument)} of every picture."""
-    found = {"methods": (draw_methods,)}
+    found = {"methods": (draw_methods,), "context": (draw_context,)}
     found |= {name: (draw_figure, name) for name in FIGURES}
     found |= {name: (draw_ground, name) for name in GROUND}
     found |= {name: (draw_benchmark, name) for name in CURVES}

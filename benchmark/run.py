@@ -81,6 +81,22 @@ def baselines(env_id, flags=""):
     return {name: (f"{name}.py --env-id {env_id} {flags}".strip(), ONE) for name in names}
 
 
+def context_methods(flags, steps, seeds):
+    """FOCAL, CSRO and UNICORN, with SMAC's offline steps and with those of both its phases.
+
+    Args:
+        flags: environment, preset and data.
+        steps: gradient steps of both phases of SMAC.
+    """
+    rows = {}
+    for name in ("focal", "csro", "unicorn"):
+        command = f"focal.py {flags} --context-loss {name}"
+        rows[name] = (command, seeds)
+        rows[f"{name}_more_offline"] = (f"{command} --offline-steps {steps}", seeds)
+    rows["focal_critic"] = (f"focal.py {flags} --critic-to-encoder", seeds)
+    return rows
+
+
 def encoder_ablations(smac):
     """The two of Figure 7, of a command of SMAC."""
     return {
@@ -95,6 +111,7 @@ def short(env_id):
     smac = f"smac_offline_online.py {flags}"
     rows = {"smac": (smac, FOUR), "smac_more_offline": (control(smac, short_steps(env_id)), FOUR)}
     rows |= others(smac, flags)
+    rows |= context_methods(flags, short_steps(env_id), FOUR)
     rows["pearl"] = (f"pearl_online_oracle.py {flags}", FOUR)
     if env_id in ("HopperParam", "WalkerParam", "HumanoidDirection"):
         rows |= encoder_ablations(smac)
@@ -119,7 +136,8 @@ def explored(env_id):
 
     The preset has one task an iteration; the rows without a word on it have five, as elsewhere.
     """
-    one_task = f"smac_offline_online.py --env-id {env_id} --preset short"
+    flags = f"--env-id {env_id} --preset short"
+    one_task = f"smac_offline_online.py {flags}"
     smac = f"{one_task} {FIVE_TASKS}"
     test, oracle = "--explore-tasks test", "--explore-tasks test --oracle-rewards"
     rows = {
@@ -128,6 +146,7 @@ def explored(env_id):
         "smac_test_tasks": (f"{smac} {test}", TWO),
         "smac_test_tasks_oracle_rewards": (f"{smac} {oracle}", TWO),
         "smac_one_task": (one_task, ONE),
+        **context_methods(flags, 35_000, FOUR),
     }
     if env_id == "SawyerManipulation8":  # Figure 9's eight behaviours
         rows["smac_one_task"] = (one_task, FOUR)
@@ -148,6 +167,7 @@ def scenes():
         "smac_more_offline": (control(smac, 35_000), FOUR),
         "smac_oracle_rewards": (f"{smac} --oracle-rewards", FOUR),
         **others(smac, flags),
+        **context_methods(flags, 35_000, FOUR),
         "smac_five_tasks": (f"{smac} {FIVE_TASKS}", (3,)),
         "smac_lambda_pearl": (f"{smac} --lambda-pearl 1", ONE),
     }
@@ -206,6 +226,7 @@ BENCHMARKS = {
         "macaw_matched": ("macaw.py --env-id PointDirection --preset matched", TEN),
         "borel": ("borel.py --env-id PointDirection", TEN),
         "borel_matched": ("borel.py --env-id PointDirection --preset matched", THREE),
+        **context_methods("--env-id PointDirection", 12_600, TEN),
     },
     "hopper_param": {
         "smac": (f"smac_offline_online.py {HOPPER}", THREE),

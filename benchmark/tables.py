@@ -38,6 +38,13 @@ NAMES = {  # label of a run: its name in pictures and texts, in this order
     "smac_goal_data": "goal-directed data",
     "smac_goal_data_slow": "goal-directed data, lr 3e-4",
     "smac_goal_data_oracle_rewards": "goal-directed data, true rewards",
+    "focal": "FOCAL",
+    "focal_more_offline": "FOCAL, as many steps as SMAC",
+    "focal_critic": "FOCAL, the critic trains the encoder",
+    "csro": "CSRO",
+    "csro_more_offline": "CSRO, as many steps as SMAC",
+    "unicorn": "UNICORN",
+    "unicorn_more_offline": "UNICORN, as many steps as SMAC",
 }
 SCENES = "SawyerManipulation, 200 scenes"  # the default data have fifty
 FOLDERS = {  # of an environment's runs with --preset short; PointDirection's own sizes are small
@@ -78,6 +85,12 @@ RIVALS = {  # the better of the labels counts
     "MACAW": ["macaw", "macaw_matched"],
     "BOReL": ["borel", "borel_matched"],
 }
+LATER = {  # of later papers, see context/README.md; the better of the labels counts
+    "FOCAL": ["focal", "focal_more_offline", "focal_critic"],
+    "CSRO": ["csro", "csro_more_offline"],
+    "UNICORN": ["unicorn", "unicorn_more_offline"],
+}
+ALL_RIVALS = RIVALS | LATER
 CONTROL = ["smac_more_offline"]
 NEVER = -50.0  # the return on Sawyer of a policy that never achieves the behaviour
 NEAR = 0.1  # of the distance from the data to the best method
@@ -92,12 +105,12 @@ def oracle(environment):
     return ["smac_oracle_rewards" if environment.startswith("Sawyer") else "pearl"]
 
 
-def best(found, labels, phase="last"):
+def best(found, labels, phase="last", group=TEST):
     """The best of some labels of {label: {seed: Run}}.
 
     Returns the label and its {seed: score}; None and {} if none of them was run.
     """
-    candidates = {label: scores(found[label], phase) for label in labels if label in found}
+    candidates = {label: scores(found[label], phase, group) for label in labels if label in found}
     candidates = {label: values for label, values in candidates.items() if values}
     if not candidates:
         return None, {}
@@ -114,7 +127,7 @@ def scale(folder):
     """
     found = evidence.load(folder)
     environment = "Sawyer" if "Sawyer" in folder else ""
-    labels = ["smac", *CONTROL, *sum(RIVALS.values(), []), *oracle(environment)]
+    labels = ["smac", *CONTROL, *sum(ALL_RIVALS.values(), []), *oracle(environment)]
     _, values = best(found, labels)
     if environment == "Sawyer":
         zero = NEVER
@@ -174,10 +187,10 @@ def data_words(found, digits):
 
 def rival_words(found, digits):
     """The best rival and its score, as a cell."""
-    label, values = best(found, sum(RIVALS.values(), []))
+    label, values = best(found, sum(ALL_RIVALS.values(), []))
     if label is None:
         return ""
-    name = next(name for name, labels in RIVALS.items() if label in labels)
+    name = next(name for name, labels in ALL_RIVALS.items() if label in labels)
     return f"{name} {mean_words(values.values(), digits)}"
 
 
@@ -323,6 +336,7 @@ class Claim:
     second: tuple  # (labels, phase); labels None: the oracle
     near: bool = False
     environments: tuple = tuple(COMPARED)
+    group: tuple = TEST  # tasks and context of the scores
 
 
 SMAC_AFTER = ["smac"], SECOND
@@ -374,6 +388,23 @@ CLAIMS = [
         environments=EXPLORED[:1],
     ),
 ]
+SMAC_BEFORE = ["smac"], OFFLINE
+CONTEXT_CLAIMS = []  # of the page on the shift of context
+for _name, _labels in LATER.items():
+    _key = _labels[0]
+    CONTEXT_CLAIMS += [
+        Claim(f"after_{_key}", f"SMAC, after > {_name}", SMAC_AFTER, (_labels, OFFLINE)),
+        Claim(f"encoder_{_key}", f"{_name} > SMAC, offline", ([_key], OFFLINE), SMAC_BEFORE),
+        Claim(
+            f"offline_{_key}",
+            f"{_name} is near SMAC, offline, both with offline context",
+            ([_key], OFFLINE),
+            SMAC_BEFORE,
+            near=True,
+            group=("train", "offline"),
+        ),
+    ]
+CONTEXT_CLAIMS.sort(key=lambda claim: claim.key.partition("_")[0])
 HOLDS, DOES_NOT, UNKNOWN, NOT_RUN = "holds", "does not", "cannot be told", "not run"
 
 
@@ -395,7 +426,8 @@ def judge(claim, environment):
     found = evidence.load(folder)
     sides = []
     for labels, phase in (claim.first, claim.second):
-        sides.append(best(found, labels or oracle(environment), phase)[1])
+        labels = labels or oracle(environment)
+        sides.append(best(found, labels, phase, claim.group)[1])
     differences = paired(*sides)
     margin = 0.0
     if claim.near and len(differences):
@@ -418,18 +450,7 @@ def judge_adaptation(environment):
 def claims_table():
     """A row for each claim, a column for each environment."""
     head = ["SMAC", *SHORT_NAMES.values()]
-    rows = []
-    for claim in CLAIMS:
-        row = [claim.title]
-        for environment in FOLDERS:
-            cell = ""
-            if environment in claim.environments:
-                word, differences = judge(claim, environment)
-                if len(differences):
-                    numbers = mean_words(differences, places(environment), "+")
-                    cell = f"{word}<br>{numbers}"
-            row.append(cell)
-        rows.append(row)
+    rows = claims_rows(CLAIMS, FOLDERS)
     row = ["adapts: own context > another task's; > prior"]
     for environment in FOLDERS:
         word, differences = judge_adaptation(environment)
@@ -439,6 +460,23 @@ def claims_table():
             cell = f"{word}<br>{'; '.join(parts)}"
         row.append(cell)
     return markdown(head, [*rows, row])
+
+
+def claims_rows(claims, environments):
+    """For each claim its title, and on each environment the verdict and the difference."""
+    rows = []
+    for claim in claims:
+        row = [claim.title]
+        for environment in environments:
+            cell = ""
+            if environment in claim.environments:
+                word, differences = judge(claim, environment)
+                if len(differences):
+                    numbers = mean_words(differences, places(environment), "+")
+                    cell = f"{word}<br>{numbers}"
+            row.append(cell)
+        rows.append(row)
+    return rows
 
 
 def claims_of(environment):
@@ -543,6 +581,97 @@ def success_table(name):
     return markdown(["success", *titles], rows)
 
 
+# ===== The shift of context
+
+CONTEXT_METHODS = {  # name: (label, phase), which all environments have
+    "SMAC, offline": SMAC_BEFORE,
+    "SMAC, after": SMAC_AFTER,
+    "control": (CONTROL, OFFLINE),
+    "FOCAL": (["focal"], OFFLINE),
+    "CSRO": (["csro"], OFFLINE),
+    "UNICORN": (["unicorn"], OFFLINE),
+}
+CONTEXT_VARIANTS = {}  # which stand in a table once they have been run
+for _label in ("focal_more_offline", "focal_critic", "csro_more_offline", "unicorn_more_offline"):
+    CONTEXT_VARIANTS[NAMES[_label]] = ([_label], OFFLINE)
+OWN_CONTEXT = "prior, 2"  # how SMAC explores, in the tables of experiments/explore.py
+
+
+def context_scores(environment, labels, phase):
+    """{(tasks, context): {seed: score}} of a method of the tables on the shift of context."""
+    found = evidence.load(FOLDERS[environment])
+    runs = found.get(labels[0], {})
+    return {group: scores(runs, phase, group) for group in GROUPS}
+
+
+def context_rows(methods):
+    """For each environment and method its returns with both contexts, and the gap between them."""
+    rows = []
+    for environment in COMPARED:
+        digits = places(environment)
+        for name, (labels, phase) in methods.items():
+            found = context_scores(environment, labels, phase)
+            row = [SHORT_NAMES[environment], name]
+            row += [mean_words(values.values(), digits) for values in found.values()]
+            test_own, train_own, train_offline = found.values()
+            for own in (test_own, train_own):
+                row.append(mean_words(paired(train_offline, own), digits, "+"))
+            rows.append(row)
+    return rows
+
+
+CONTEXT_HEAD = ["environment", "method", "own context, test tasks", "own context, training tasks"]
+CONTEXT_HEAD += ["offline context, training tasks", "gap", "gap, training tasks"]
+
+
+def context_table():
+    return markdown(CONTEXT_HEAD, context_rows(CONTEXT_METHODS))
+
+
+def context_variants_table():
+    rows = [row for row in context_rows(CONTEXT_VARIANTS) if any(row[2:])]
+    return markdown(CONTEXT_HEAD, rows) if rows else "None of them has been run yet."
+
+
+def context_claims_table():
+    head = ["", *(SHORT_NAMES[environment] for environment in COMPARED)]
+    return markdown(head, claims_rows(CONTEXT_CLAIMS, COMPARED))
+
+
+def explored_table():
+    """Every row of the tables of experiments/explore.py."""
+    rows = evidence.explored()
+    head = list(dict.fromkeys(column for row in rows for column in row))
+    return markdown(head, [[row.get(column, "") for column in head] for row in rows])
+
+
+def after_exploring(cell):
+    """The return in a cell of explore.py, "exploration → return ± error", and its words."""
+    words = cell.rpartition("→")[2].strip()
+    return float(words.split()[0]), words
+
+
+def choosing_table():
+    """Before SMAC's second phase: the best way to explore, beside the second phase itself."""
+    head = "agent", "before, as SMAC explores", "before, the best other way", "after"
+    agents = {}
+    for row in evidence.explored():
+        agents.setdefault(row["agent"], []).append(row)
+    rows = []
+    for agent, phases in agents.items():
+        if len(phases) != 2:  # it has no second phase
+            continue
+        before, after = phases
+        others = {}
+        for column, cell in before.items():
+            if "→" in cell and column != OWN_CONTEXT:
+                others[column] = after_exploring(cell)
+        way = max(others, key=lambda column: others[column][0])
+        own_words = [after_exploring(row[OWN_CONTEXT])[1] for row in (before, after)]
+        rows.append([agent, own_words[0], f"{others[way][1]} ({way})", own_words[1]])
+    return markdown(head, rows)
+
+
 # ===== Single numbers
 
 
@@ -590,7 +719,7 @@ def where(key, word):
             verdict_here, differences = judge_adaptation(environment)
             verdicts[environment] = verdict_here if len(differences[0]) else NOT_RUN
     else:
-        claim = next(claim for claim in CLAIMS if claim.key == key)
+        claim = next(claim for claim in CLAIMS + CONTEXT_CLAIMS if claim.key == key)
         for environment in claim.environments:
             verdict_here, differences = judge(claim, environment)
             verdicts[environment] = verdict_here if len(differences) else NOT_RUN
@@ -601,6 +730,16 @@ def where(key, word):
 
 
 WORDS = {"holds": HOLDS, "does-not": DOES_NOT, "unknown": UNKNOWN, "not-run": NOT_RUN}
+
+
+def context_where_table(kind):
+    """Where the claims of a kind, "after" or "encoder", hold of FOCAL, CSRO and UNICORN."""
+    rows = []
+    for name, (label, *_) in LATER.items():
+        rows.append([name, *(where(f"{kind}_{label}", word) for word in WORDS.values())])
+    return markdown(["", *WORDS.values()], rows)
+
+
 TABLES = {
     "glance": lambda: glance_table({name: FOLDERS[name] for name in COMPARED}),
     "larger": lambda: glance_table(LARGER),
@@ -609,11 +748,17 @@ TABLES = {
     "claims": claims_table,
     "adaptation": adaptation_table,
     "labels": labels_table,
+    "context": context_table,
+    "context_variants": context_variants_table,
+    "context_claims": context_claims_table,
+    "explored": explored_table,
+    "choosing": choosing_table,
 }
 TABLES_OF = {
     "runs": runs_table,
     "success": success_table,
     "claims": claims_of,
+    "context_where": context_where_table,
 }  # claims/AntDirection
 NUMBERS = {
     "ant_after_1000_steps": ant_after_1000_steps,

@@ -1,10 +1,11 @@
 """Look at an agent: python benchmark/watch.py RUN_OR_FILE [--video film.gif]
 
-RUN_OR_FILE is the folder of a run of any of the five scripts, ended or stopped (its checkpoint is read), or an agent
+RUN_OR_FILE is the folder of a run of any of the six scripts, ended or stopped (its checkpoint is read), or an agent
 file as benchmark/agents.py writes it. Plays meta-episodes on test tasks and prints the returns: of the two exploration
 episodes (a mean), of the third, after adaptation, and of the third with z from elsewhere, which is the exploration of
 the task above in the table, or the prior, where the agent has a posterior over z (SMAC, PEARL, meta-BC). What the
-second is above the last two is adaptation. --video films one meta-episode on each of the first three test tasks.
+second is above the last two is adaptation. --explore adds two other ways to explore: random
+actions, and IDAQ's choice of what to read. --video films one meta-episode on each of the first three test tasks.
 """
 
 import dataclasses
@@ -24,6 +25,7 @@ sys.path.insert(0, str(ROOT))
 from benchmark import film  # isort: skip, it comes before whatever imports MuJoCo
 import buffers
 import envs
+import focal
 import sawyer
 from buffers import InputError
 from plumbing.files import (
@@ -48,6 +50,9 @@ COLUMNS = {  # of --out, and the returns that stand there
     "own context, sampled actions": "sampled actions",
 }  # fmt: skip
 
+WAYS = {"random": "random exploration", "idaq": "IDAQ"}  # of `explore` in focal.py, with --explore
+CAN_EXPLORE = "smac_offline_online", "meta_bc", "focal"
+
 
 @dataclasses.dataclass
 class Args:
@@ -55,6 +60,7 @@ class Args:
     tasks: int = 6  # test tasks, evenly spaced; all of them if there are fewer
     episodes: int = 1  # meta-episodes a test task
     video: Optional[Path] = None  # film to write, .gif or .mp4
+    explore: bool = False  # also print the returns after two other ways to explore; not in --out
     every: int = 4  # environment steps a picture of the film
     out: Optional[Path] = (
         None  # table in Markdown that gets a line for the agent: all test tasks, standard errors
@@ -167,19 +173,43 @@ def meta_episode(script, agent, args, env_list, rng):
         return *script.adapt_belief(env_list, agent, rng)[:2], None
     z_train = ()
     if script.__name__ == "focal":  # it explores with the z of training tasks
-        dataset = buffers.load_dataset(args.env_id, args.dataset)
-        buffer = buffers.from_dataset(dataset, args.env_id)
-        with torch.no_grad():
-            z_of_tasks = script.training_z(agent, buffer, args, rng)
-        z_train = (z_of_tasks.expand(len(env_list), -1, -1),)
+        z_train = (training_z(agent, args, rng).expand(len(env_list), -1, -1),)
     final, exploration, *posterior = script.adapt(env_list, agent, args, rng, *z_train)
     return final, exploration, posterior
 
 
-def measure(script, agent, args, tasks, num_tasks, episodes, sampled=False):
+@torch.no_grad()
+def training_z(agent, args, rng):
+    """The z of N training tasks, from their offline data: (N, dz)."""
+    dataset = buffers.load_dataset(args.env_id, args.dataset)
+    buffer = buffers.from_dataset(dataset, args.env_id)
+    return focal.training_z(agent, buffer, args, rng)
+
+
+def explore(script, agent, args, env_list, rng, z_train, way, episodes=2):
+    """Explore in one of the ways of focal.py, whatever the script, with z_train (N, dz).
+
+    Returns for each of E environments its trajectories; then mu, sigma (E, dz) of the z from them.
+    """
+    flags = focal.Args(
+        explore=way,
+        explore_episodes=episodes,
+        latent_dim=args.latent_dim,
+        next_obs_in_context=args.next_obs_in_context,
+    )
+    z_each = z_train.expand(len(env_list), -1, -1)  # (E, N, dz)
+    exploration, mu, sigma = focal.explore(env_list, agent, flags, rng, z_each)
+    if way != "idaq":  # z as the script itself has it: focal.py's has no noise
+        with torch.no_grad():
+            mu, sigma = script.encode(agent, exploration, args)
+    return exploration, mu, sigma
+
+
+def measure(script, agent, args, tasks, num_tasks, episodes, sampled=False, ways=()):
     """Play. Returns the numbers of the test tasks (T,), and {what: returns (T, episodes)}.
 
     sampled: also play the third episode with sampled actions in place of deterministic ones.
+    ways: also play it after these ways to explore, of WAYS.
     """
     rng = torch.Generator().manual_seed(args.seed)
     numbers, env_list = envs.make_evaluation(args.env_id, tasks, tasks, 1, num_tasks, episodes)[
@@ -201,6 +231,10 @@ def measure(script, agent, args, tasks, num_tasks, episodes, sampled=False):
             paths[name] = script.rollout(env_list, agent, *z, rng, deterministic=True)
         if sampled:
             paths["sampled actions"] = script.rollout(env_list, agent, *posterior, rng)
+        z_train = training_z(agent, args, rng) if ways else None
+        for way in ways:
+            _, *z = explore(script, agent, args, env_list, rng, z_train, way)
+            paths[WAYS[way]] = script.rollout(env_list, agent, *z, rng, deterministic=True)
     returns = {
         name: np.array([path["rewards"].sum() for path in some]) for name, some in paths.items()
     }
@@ -268,6 +302,9 @@ def main(args):
     if args.video:
         film.check_file(args.video)
     script, flags, tasks, agents = load(args.agent, args.env_id, args.dataset)
+    if args.explore and script.__name__ not in CAN_EXPLORE:
+        raise InputError(f"--explore is for agents of {', '.join(CAN_EXPLORE)}")
+    ways = WAYS if args.explore else ()
     num_tasks, columns = len(tasks) if args.out else min(args.tasks, len(tasks)), []
     if num_tasks * args.episodes > MAX_PLAYED:
         raise InputError(
@@ -278,7 +315,7 @@ def main(args):
             f"{flags.env_id}, {script.__name__}.py, seed {flags.seed}, after {step} gradient steps"
         )
         numbers, returns = measure(
-            script, agent, flags, tasks, num_tasks, args.episodes, bool(args.out)
+            script, agent, flags, tasks, num_tasks, args.episodes, bool(args.out), ways
         )
         show([describe(flags.env_id, number, tasks[number]) for number in numbers], returns)
         if args.out:

@@ -4,11 +4,14 @@ python benchmark/experiments/explore.py agents/PointDirection.npz runs/PointDire
 
 Each agent, of SMAC, meta-BC or focal.py, plays meta-episodes on all test tasks, once for each way to
 explore (`explore` in focal.py says what they are) and number of exploration episodes, and once with
-offline context in as many training tasks. This writes a table in Markdown. Training is not changed
-by any of it.
+offline context in as many training tasks. This writes a table in Markdown, by default into
+benchmark/results/context/, which plot.py puts together with the others there. Training is not
+changed by any of it.
 """
 
 import dataclasses
+import math
+import shlex
 import sys
 from pathlib import Path
 
@@ -22,45 +25,48 @@ import buffers
 import envs
 import focal
 from benchmark import watch
+from plumbing.flags import launch_tool
 
 WAYS = ("prior", "random", "task", "idaq")
+RESULTS = ROOT / "benchmark" / "results" / "context"
 
 
 @dataclasses.dataclass
 class Args:
     agents: tyro.conf.Positional[tuple[Path, ...]]  # agent files, or folders of runs
     episodes: tuple[int, ...] = (2, 10)  # numbers of exploration episodes
-    rounds: int = 4  # meta-episodes on each test task
+    rounds: int = 4  # meta-episodes on each test task, at least two
     dataset: Path | None = None  # the dataset of the agents; by default datasets/{env_id}.npz
-    out: Path = ROOT / "benchmark" / "results" / "explore.md"
+    out: Path | None = None  # the table; by default explore_{env_id}.md of the first agent
+
+
+def mean_and_error(returns, rounds):
+    """The mean of returns (T * rounds,), and its standard error for these T tasks, as words.
+
+    The error is that over meta-episodes: tasks differ, and are not drawn anew.
+    """
+    of_tasks = np.array(returns).reshape(-1, rounds)
+    error = math.sqrt(of_tasks.var(1, ddof=1).mean() / of_tasks.size)
+    return f"{of_tasks.mean():.1f} ± {error:.1f}"
 
 
 @torch.no_grad()
 def play(script, agent, args, tasks, z_train, way, episodes, rounds):
-    """Returns the mean returns on test tasks: of exploration, and of the episode after it."""
+    """Returns of exploration on test tasks, their mean, and of the episode after it, as words."""
     rng = torch.Generator().manual_seed(args.seed)
     evaluation = envs.make_evaluation(args.env_id, tasks, tasks, 1, len(tasks), rounds)
     _, env_list = evaluation["test"]
-    # The ways to explore are focal.py's, whatever the script: these flags are what they read.
-    flags = focal.Args(
-        explore=way,
-        explore_episodes=episodes,
-        latent_dim=args.latent_dim,
-        next_obs_in_context=args.next_obs_in_context,
-    )
-    z_each = z_train.expand(len(env_list), -1, -1)  # (E, N, dz)
-    exploration, mu, sigma = focal.explore(env_list, agent, flags, rng, z_each)
-    if way != "idaq":  # z as the script itself has it: focal.py's has no noise
-        mu, sigma = script.encode(agent, exploration, args)
+    setting = (script, agent, args, env_list, rng, z_train, way, episodes)
+    exploration, mu, sigma = watch.explore(*setting)
     final = script.rollout(env_list, agent, mu, sigma, rng, deterministic=True)
     explored = [path["rewards"].sum() for paths in exploration for path in paths]
     returns = [path["rewards"].sum() for path in final]
-    return np.mean(explored), np.mean(returns)
+    return f"{np.mean(explored):.1f} → {mean_and_error(returns, rounds)}"
 
 
 @torch.no_grad()
 def play_offline(script, agent, args, dataset, buffer, rounds):
-    """Returns the mean return on training tasks with z from the dataset."""
+    """Returns on training tasks with z from the dataset, as words."""
     rng = torch.Generator().manual_seed(args.seed)
     train_tasks = dataset["train_tasks"]
     evaluation = envs.make_evaluation(
@@ -73,18 +79,27 @@ def play_offline(script, agent, args, dataset, buffer, rounds):
     if script is focal:
         sigma = torch.zeros_like(mu)
     final = script.rollout(env_list, agent, mu, sigma, rng, deterministic=True)
-    return np.mean([path["rewards"].sum() for path in final])
+    return mean_and_error([path["rewards"].sum() for path in final], rounds)
 
 
 def main(cli):
+    """Play and write the table. Raises InputError."""
+    if cli.rounds < 2:
+        raise buffers.InputError("--rounds must be at least 2: the table has standard errors")
+    command = ["python", *sys.argv]
     lines = [
-        f"Mean returns on test tasks, {cli.rounds} meta-episodes each: of the exploration episodes,",
-        "and of the one after them. The last column: training tasks with offline context.",
+        f"    {shlex.join(command)}",
+        "",
+        f"Mean returns on all test tasks, {cli.rounds} meta-episodes each: of the exploration",
+        "episodes, and of the one after them ± its standard error over meta-episodes, for these",
+        "tasks. The last column: training tasks with offline context. A row is one agent, of one",
+        "seed of training.",
         "",
     ]
     names = [f"{way}, {number}" for way in WAYS for number in cli.episodes]
     lines.append(f"| agent | gradient steps | {' | '.join(names)} | offline context |")
     lines.append("| --- " * (len(names) + 3) + "|")
+    out = cli.out
     for file in cli.agents:
         script, args, tasks, agents = watch.load(file, dataset=cli.dataset)
         dataset = buffers.load_dataset(args.env_id, cli.dataset)
@@ -97,13 +112,14 @@ def main(cli):
             for way in WAYS:
                 for number in cli.episodes:
                     setting = (script, agent, args, tasks, z_train, way, number, cli.rounds)
-                    explored, returned = play(*setting)
-                    cells.append(f"{explored:.1f} → {returned:.1f}")
+                    cells.append(play(*setting))
             offline = play_offline(script, agent, args, dataset, buffer, cli.rounds)
-            lines.append(f"| {' | '.join(cells)} | {offline:.1f} |")
+            lines.append(f"| {' | '.join(cells)} | {offline} |")
             print(lines[-1], flush=True)
-    cli.out.write_text("\n".join(lines) + "\n")
+        out = out or RESULTS / f"explore_{args.env_id}.md"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    launch_tool(main, Args)

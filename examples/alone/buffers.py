@@ -32,8 +32,7 @@ class ReplayBuffer:
     def add(self, task, path, encoder=True):
         self.trajectories.append(path)
         self.fields = join(self.trajectories)
-        end = len(self.fields["obs"])
-        new_rows = range(end - len(path["actions"]), end)
+        new_rows = range(len(self.fields["obs"]))[-len(path["actions"]) :]
         self.rows["rl"][task] += new_rows
         if encoder:
             self.rows["encoder"][task] += new_rows
@@ -75,10 +74,8 @@ def load_dataset(env_id, file=None):
     data = []
     for task in list(range(len(train_tasks))) * 5:
         env.unwrapped.set_task(train_tasks[task])
-        episodes = envs.Episodes([env], rng)
-        while episodes.live:
-            episodes.step(2 * torch.rand(1, 1, generator=rng) - 1)
-        data.append((task, episodes.paths()[0]))
+        (path,) = envs.random_episodes([env], rng)
+        data.append((task, path))
     return dict(train_tasks=train_tasks, test_tasks=test_tasks, rl=data, encoder=[], sha256="")
 
 

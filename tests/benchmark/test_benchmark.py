@@ -129,6 +129,36 @@ def test_every_command_can_be_parsed_and_is_the_one_that_made_the_results():
     assert compared > 1_000
 
 
+def test_rivals_of_the_context_have_the_steps_of_smac():
+    """FOCAL, CSRO and UNICORN: those of its offline phase, or of both, on the same data."""
+
+    def flags_of(command):
+        script, *flags = shlex.split(command)
+        script = importlib.import_module(script.removesuffix(".py"))
+        return parse_args(script.Args, script.PRESETS, flags)
+
+    names = ["point_direction", *run.SHORT_BENCHMARKS]
+    names.remove("short/PointDirection")
+    for name in names:
+        rows = run.BENCHMARKS[name]
+        smac = flags_of(rows["smac"][0])
+        assert smac.offline_steps + smac.online_iterations * smac.updates_per_iteration == (
+            flags_of(rows["smac_more_offline"][0]).offline_steps
+        )
+        for label in ("focal", "csro", "unicorn"):
+            command, seeds = rows[label]
+            more_command, more_seeds = rows[f"{label}_more_offline"]
+            rival, more = flags_of(command), flags_of(more_command)
+            assert rival.offline_steps == smac.offline_steps
+            assert more.offline_steps == flags_of(rows["smac_more_offline"][0]).offline_steps
+            assert rival.context_loss == more.context_loss == label
+            shared = {"env_id", "dataset", "rl_batch", "policy_hidden", "lr", "reward_scale"}
+            assert all(getattr(rival, flag) == getattr(smac, flag) for flag in shared)
+            assert not rival.critic_to_encoder and seeds == more_seeds
+            assert len(seeds) == (10 if name == "point_direction" else 4)
+        assert flags_of(rows["focal_critic"][0]).critic_to_encoder
+
+
 def test_a_lost_run_is_waited_for(tmp_path):
     """The lock of a run is held until the process that holds it has ended."""
     file = tmp_path / "args.json"

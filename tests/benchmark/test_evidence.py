@@ -21,9 +21,14 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def write_run(folder, label, seed, rows, **flags):
-    """Files of a run; rows of (gradient step, new transitions, return on test tasks)."""
+    """Files of a run; rows of (gradient step, new transitions, return).
+
+    The return is that on test tasks, or of what the row says after it: "train,own".
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    lines = [f"{step},{env_steps},test,own,0,{value},0" for step, env_steps, value in rows]
+    lines = []
+    for step, env_steps, value, *group in rows:
+        lines.append(f"{step},{env_steps},{''.join(group) or 'test,own'},0,{value},0")
     (folder / f"{label}__{seed}.csv").write_text("\n".join([",".join(CSV_COLUMNS), *lines, ""]))
     flags = {"env_id": "PointDirection", "dataset": None, "meta_batch": 4, "rl_batch": 8} | flags
     (folder / f"{label}__{seed}.json").write_text(json.dumps(flags))
@@ -212,6 +217,73 @@ def test_the_glance_table_has_the_control_and_the_best_rival(results):
     assert len(table.splitlines()) == 3  # of the other environments there is no run
 
 
+def write_contexts(results, label, seed, *returns):
+    """A run on the Ant: returns on test tasks, on training tasks, and with offline context."""
+    groups = "test,own", "train,own", "train,offline"
+    rows = [(1, 0, value, group) for group, value in zip(groups, returns)]
+    folder = results / tables.FOLDERS["AntDirection"]
+    write_run(folder, label, seed, rows, env_id="AntDirection")
+
+
+def test_the_gap_between_contexts_by_hand(results):
+    write_contexts(results, "focal", 1, 100.0, 120.0, 150.0)
+    write_contexts(results, "focal", 2, 102.0, 120.0, 152.0)
+    write_contexts(results, "csro_more_offline", 1, 90.0, 80.0, 70.0)
+    rows = [line.strip("| ").split(" | ") for line in tables.table("context").splitlines()[2:]]
+    assert len(rows) == len(tables.COMPARED) * 6
+    (focal,) = [row for row in rows if row[:2] == ["Ant", "FOCAL"]]
+    # Differences by seed: 50 and 50, 30 and 32
+    words = ["101 ± 13 (2)", "120 ± 0 (2)", "151 ± 13 (2)", "+50 ± 0 (2)", "+31 ± 13 (2)"]
+    assert focal[2:] == words
+    assert [row[1] for row in rows if row[0] == "Ant"] == list(tables.CONTEXT_METHODS)
+    (variant,) = tables.table("context_variants").splitlines()[2:]
+    assert variant.endswith(
+        "| CSRO, as many steps as SMAC | 90 (1) | 80 (1) | 70 (1) | -20 (1) | -10 (1) |"
+    )
+
+
+def test_claims_on_contexts_by_hand(results):
+    write_contexts(results, "smac", 1, 50.0, 0.0, 150.0)
+    write_contexts(results, "smac", 2, 50.0, 0.0, 152.0)
+    write_contexts(results, "focal", 1, 100.0, 0.0, 151.0)
+    write_contexts(results, "focal", 2, 101.0, 0.0, 152.0)
+    write_contexts(results, "unicorn", 1, 40.0, 0.0, 10.0)
+    write_contexts(results, "unicorn", 2, 41.0, 0.0, 12.0)
+    table = tables.table("context_claims")
+    ant = tables.COMPARED.index("AntDirection")
+    assert cells(table, "FOCAL > SMAC, offline")[ant] == "holds<br>+50 ± 6 (2)"
+    assert cells(table, "UNICORN > SMAC, offline")[ant] == "does not<br>-10 ± 6 (2)"
+    title = "{} is near SMAC, offline, both with offline context"
+    assert cells(table, title.format("UNICORN"))[ant] == "does not<br>-140 ± 0 (2)"
+    assert cells(table, title.format("FOCAL"))[ant].endswith("<br>+0 ± 6 (2)")
+    assert cells(table, title.format("CSRO"))[ant] == ""
+    assert cells(table, "SMAC, after > FOCAL")[ant] == ""  # there is no second phase
+    assert cells(tables.table("context_where/encoder"), "FOCAL")[0] == "Ant"
+    assert cells(tables.table("context_where/encoder"), "UNICORN")[1] == "Ant"
+    assert "Ant" in cells(tables.table("context_where/after"), "FOCAL")[3]  # not run
+    assert (
+        tables.rival_words(evidence.load(tables.FOLDERS["AntDirection"]), 0) == "FOCAL 100 ± 6 (2)"
+    )
+
+
+def test_ways_to_explore_are_read_from_their_files(results):
+    """Two tables with different columns; the best other way is that of before the second phase."""
+    (results / "context").mkdir()
+    head = "| agent | gradient steps | prior, 2 | {} | offline context |\n| --- |\n"
+    text = "    a command\n\n" + head.format("random, 2 | idaq, 10")
+    text += "| A | 5 | 1.0 → 2.0 ± 0.5 | 1.0 → 4.0 ± 0.5 | 9.0 → -3.0 ± 0.5 | 9.0 ± 0.5 |\n"
+    text += "| A | 9 | 1.0 → 6.0 ± 0.5 | 1.0 → 7.0 ± 0.5 | 9.0 → 8.0 ± 0.5 | 9.0 ± 0.5 |\n"
+    (results / "context" / "explore_A.md").write_text(text)
+    text = head.format("task, 2") + "| B | 5 | 1.0 → 2.0 ± 0.5 | 1.0 → 1.0 ± 0.5 | 0.0 ± 0.5 |\n"
+    (results / "context" / "explore_B.md").write_text(text)
+    rows = tables.table("explored").splitlines()
+    assert rows[0].endswith("| prior, 2 | random, 2 | idaq, 10 | offline context | task, 2 |")
+    assert len(rows) == 5
+    assert rows[4] == "| B | 5 | 1.0 → 2.0 ± 0.5 |  |  | 0.0 ± 0.5 | 1.0 → 1.0 ± 0.5 |"
+    choosing = tables.table("choosing").splitlines()
+    assert choosing[2:] == ["| A | 2.0 ± 0.5 | 4.0 ± 0.5 (random, 2) | 6.0 ± 0.5 |"]
+
+
 def test_normalised_returns_are_between_the_data_and_the_best_method(results):
     for environment in tables.SIX:
         write_method(results, environment, "smac", [10.0, 20.0], phases=2)
@@ -309,7 +381,7 @@ def test_plot_all_run_again_changes_nothing(tmp_path, monkeypatch):
     before = {file: file.read_text() for file in plot.texts()}
     plot.main("all")
     assert {file: file.read_text() for file in plot.texts()} == before
-    pictures = [*plot.FIGURES, "methods", *(f"{name}/curve" for name in plot.CURVES)]
+    pictures = [*plot.FIGURES, "methods", "context/gap", *(f"{name}/curve" for name in plot.CURVES)]
     for name in [*pictures, *(f"{folder}/figures" for folder in plot.GROUND.values())]:
         committed, made = (
             imageio.imread(results / f"{name}.png").astype(int)
