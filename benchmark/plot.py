@@ -43,6 +43,7 @@ STYLES = {
     "borel_matched": ("magenta", "--"),
     "pearl": ("black", "-"),
     "smac_oracle_rewards": ("black", "--"),
+    "smac_oracle_rewards_frozen": ("black", (0, (1, 3))),
     "smac_encoder_q": ("navy", "-"),
     "smac_encoder_reward_then_q": ("tab:cyan", "-"),
     "smac_encoder_prior": ("goldenrod", "-"),

@@ -173,6 +173,23 @@ def scenes():
     }
 
 
+def own_share(dataset=""):
+    """When does the second phase help? The Ant, by the share of the data that know their task.
+
+    With labels; with true rewards, encoder and decoder trained on; and with true rewards, encoder
+    and decoder frozen, which tells bad labels from a bad encoder. In the repository's data 60 % of
+    the trajectories head for their own task. The others are made first, for X of 0 and 1:
+
+        python datasets/make_ant.py --own-share X --out runs/AntDirectionX.npz
+    """
+    smac = f"smac_offline_online.py --env-id AntDirection --preset short {dataset}".strip()
+    return {
+        "smac": (smac, THREE),
+        "smac_oracle_rewards": (f"{smac} --oracle-rewards", THREE),
+        "smac_oracle_rewards_frozen": (f"{smac} --oracle-rewards --oracle-frozen", THREE),
+    }
+
+
 SHORT_BENCHMARKS = {
     "short/PointDirection": {  # its own sizes, see point_direction, are short anyway
         "smac": (f"{POINT} --preset short", THREE),
@@ -269,6 +286,9 @@ BENCHMARKS = {
         **encoder_ablations(HUMANOID_SMALL["smac"][0]),
     },
     **SHORT_BENCHMARKS,
+    "own_share/0": own_share("--dataset runs/AntDirection0.npz"),
+    "own_share/60": own_share(),
+    "own_share/100": own_share("--dataset runs/AntDirection1.npz"),
     "sawyer": {
         "smac": (f"smac_offline_online.py {SAWYER} --online-iterations 20", ONE),
         "meta_bc": (f"meta_bc.py {SAWYER}", ONE),

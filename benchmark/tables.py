@@ -24,6 +24,7 @@ NAMES = {  # label of a run: its name in pictures and texts, in this order
     "borel_matched": "BOReL, SMAC's sizes",
     "pearl": "Online Oracle (PEARL)",
     "smac_oracle_rewards": "true rewards in the second phase",
+    "smac_oracle_rewards_frozen": "true rewards, encoder and decoder frozen",
     "smac_encoder_q": "only Q-loss (both phases)",
     "smac_encoder_reward_then_q": "only Q-loss (second phase)",
     "smac_encoder_prior": "the encoder's buffer grows",
