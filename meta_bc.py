@@ -317,13 +317,15 @@ def encode(agent, histories, args):
 
 @torch.no_grad()
 def adapt(env_list, agent, args, rng):
-    """The meta-episode, T = 3: two exploration episodes with z ~ p(z), then one with z ~ q(z | h),
-    where h is both of them.
+    """The meta-episode, T = 3: two exploration episodes with z ~ p(z), then one with z ~ q(z | h).
+
+    h: the transitions of both. The actions of the third episode are deterministic; z is drawn at
+    each of its steps, too.
 
     Returns for each of E environments its third trajectory, and its two of exploration; then mu
     and sigma (E, dz) of q.
     """
-    # PAPER: adapts between all episodes. CODE: once, before the third, as the authors' code does.
+    # PAPER: adapts after each episode. CODE: after the second alone, as the authors' code does.
     mu, sigma = prior(len(env_list), args, next(agent.parameters()).device)
     first = rollout(env_list, agent, mu, sigma, rng)
     second = rollout(env_list, agent, mu, sigma, rng)
@@ -343,7 +345,7 @@ def evaluate(agent, buffer, eval_envs, args):
     The generators are its own: evaluating changes nothing in training.
 
     Returns what `Run.write` takes: a list of `Evaluation`, scalars to log, and the trajectories of
-    the dataset in the training tasks, to be drawn.
+    the dataset in the training tasks, to be plotted.
     """
     rng = torch.Generator().manual_seed(args.seed)
     buffer_rng = torch.Generator(buffer.device).manual_seed(args.seed)
@@ -357,9 +359,10 @@ def evaluate(agent, buffer, eval_envs, args):
         evaluations.append(buffers.Evaluation(split, "own", tasks, final, exploration, kl))
 
     # --- Offline context: the same training tasks with z ~ q(z | h_offline) (Figure 2). Every
-    # further transition narrows the posterior: h_offline is as long as the own histories are.
+    # further transition narrows the posterior: h_offline has as many as the own histories have on
+    # average.
     tasks, env_list = eval_envs["train"]
-    exploration = evaluations[-1].exploration
+    exploration = evaluations[-1].exploration  # the loop ends with "train"
     lengths = []  # how many transitions each environment has explored
     explored_paths = []
     for pair in exploration:
@@ -374,16 +377,17 @@ def evaluate(agent, buffer, eval_envs, args):
     evaluations.append(buffers.Evaluation("train", "offline", tasks, final, exploration, kl))
 
     # --- Decoder against true rewards, with the mean of z given h_offline, on offline data and on
-    # what was explored: for people to read, never for training
+    # what was explored: for people to read; training never uses them
     offline = buffer.sample(tasks, args.rl_batch, buffer_rng, "offline")
     offline = {name: values.flatten(0, 1) for name, values in offline.items()}  # (E * B, .)
     explored = buffers.join(explored_paths, buffer.device)
+    z_offline = mu.repeat_interleave(args.rl_batch, dim=0)  # (E * B, dz)
+    z_explored = mu.repeat_interleave(lengths, dim=0)  # a row for each explored transition
     scalars = {}
-    for name, data, repeats in (
-        ("decoder_loss", offline, args.rl_batch),
-        ("generated_reward_mse", explored, lengths),
+    for name, data, z in (
+        ("decoder_loss", offline, z_offline),
+        ("generated_reward_mse", explored, z_explored),
     ):
-        z = mu.repeat_interleave(repeats, dim=0)
         rewards = data["rewards"][:, 0]
         error = agent.decoder(data["obs"], data["actions"], z) - rewards
         scalars[f"eval/{name}"] = error.square().mean()

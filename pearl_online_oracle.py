@@ -455,13 +455,15 @@ def encode(agent, histories, args):
 
 @torch.no_grad()
 def adapt(env_list, agent, args, rng):
-    """The meta-episode, T = 3: two exploration episodes with z ~ p(z), then one with z ~ q(z | h),
-    where h is both of them.
+    """The meta-episode, T = 3: two exploration episodes with z ~ p(z), then one with z ~ q(z | h).
+
+    h: the transitions of both. The actions of the third episode are deterministic; z is drawn at
+    each of its steps, too.
 
     Returns for each of E environments its third trajectory, and its two of exploration; then mu
     and sigma (E, dz) of q.
     """
-    # PAPER: adapts between all episodes. CODE: once, before the third, as the authors' code does.
+    # PAPER: adapts after each episode. CODE: after the second alone, as the authors' code does.
     mu, sigma = prior(len(env_list), args, next(agent.parameters()).device)
     first = rollout(env_list, agent, mu, sigma, rng)
     second = rollout(env_list, agent, mu, sigma, rng)

@@ -72,7 +72,7 @@ class Args:
     # --- Ablations and oracle of the paper
     explore_tasks: Literal["train", "test"] = "train"  # where the second phase collects [Figure 9]
     oracle_rewards: bool = False  # second phase with true rewards, all networks train [Figure 9]
-    oracle_frozen: bool = False  # with --oracle-rewards: encoder and decoder stay frozen
+    oracle_frozen: bool = False  # with --oracle-rewards: Eq. 3 stays frozen [a control of ours]
     actor_ablation: bool = False  # PEARL's actor loss in place of Eq. 2, both phases [Figure 5]
     encoder_loss: Literal["reward", "reward_then_q", "q"] = "reward"  # trains it [Figure 7]
 
@@ -393,12 +393,13 @@ def update(agent, optimizer, batch, args, self_supervised):
         batch: the history h that the encoder reads, context (T, C, in_dim); the second history h':
             obs, next_obs (T, B, o), actions (T, B, a), rewards, terminals (T, B, 1); standard
             normal noise_z (T, dz), noise_a and noise_next_a (N, a).
-        self_supervised: the PEARL actor loss joins, encoder and decoder are frozen (Section 5.2).
+        self_supervised: PEARL's actor loss joins (C.3), encoder and decoder are frozen (Section
+            5.2), but for the ablations and the oracle.
 
     Returns scalars to log, as tensors.
     """
-    # --- Who trains: Section 5.2, and the ablations of Figures 5 and 7
-    # Where Appendix B lets encoder and decoder train on, Section 5.2 and Algorithm 1 freeze them.
+    # --- Who trains: the ablations of Figures 5 and 7, the oracle of Figure 9. In the second phase
+    # encoder and decoder are frozen, as in Section 5.2; Appendix B lets them train on.
     train_decoder = not self_supervised or (args.oracle_rewards and not args.oracle_frozen)
     if args.encoder_loss == "reward":  # SMAC
         reward_loss_to_encoder = train_decoder
@@ -410,9 +411,12 @@ def update(agent, optimizer, batch, args, self_supervised):
         reward_loss_to_encoder = False
         q_loss_to_encoder = True
     train_encoder = reward_loss_to_encoder or q_loss_to_encoder
-    lambda_pearl = args.lambda_pearl if self_supervised else 0.0
     if args.actor_ablation:
         lambda_pearl = 1.0
+    elif self_supervised:
+        lambda_pearl = args.lambda_pearl
+    else:
+        lambda_pearl = 0.0
 
     # --- h' as flat rows: N = T * B
     transitions = batch["obs"].shape[1]
@@ -422,15 +426,14 @@ def update(agent, optimizer, batch, args, self_supervised):
     for name in ("rewards", "terminals"):
         flat[name] = batch[name].flatten()  # (N,)
 
-    # --- z ~ q(z | h), one for each task; l. 11 has z = q(h), here it is drawn in both phases.
-    # A detached z keeps a loss out of the encoder.
+    # --- l. 4 and 11: z ~ q(z | h), one for each task. (l. 11 has z = q(h); here it is drawn.)
     with torch.set_grad_enabled(train_encoder):
         mu, sigma = agent.encoder(batch["context"])  # (T, dz)
         kl = kl_to_prior(mu, sigma).mean()
         z = mu + sigma * batch["noise_z"]
         z = z.repeat_interleave(transitions, dim=0)  # (N, dz)
 
-    # --- Losses: Eq. 3, Eq. 1, Eq. 2
+    # --- l. 5 and 12: the losses, Eq. 3, Eq. 1, Eq. 2. A detached z keeps a loss out of the encoder.
     with torch.set_grad_enabled(train_decoder):
         z_decoder = z if reward_loss_to_encoder else z.detach()
         l_reward = reward_loss(agent, flat, z_decoder)
@@ -438,8 +441,8 @@ def update(agent, optimizer, batch, args, self_supervised):
     l_critic, q = critic_loss(agent, flat, z_critic, args)
     l_actor, weights = actor_loss(agent, flat, z.detach(), q, args, lambda_pearl)
 
-    # --- One backward pass for all. The loss of a frozen network is a constant here, its gradient
-    # stays None, and the optimizer skips it.
+    # --- l. 5 and 12: one backward pass for all. A loss that was computed without gradients is a
+    # constant; a frozen network then has the gradient None, and Adam skips it.
     loss = l_critic + l_actor + l_reward + args.kl_coef * kl
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
@@ -497,33 +500,33 @@ def rollout(env_list, agent, mu, sigma, rng, deterministic=False, read_rewards=T
 
 @torch.no_grad()
 def collect(env_list, tasks, num_steps, from_prior, agent, buffer, args, act_rng, train_rng):
-    """Explore without rewards, label, and store [Alg. 1, l. 7 to 9].
+    """Explore without rewards (unless --oracle-rewards), label, and store [Alg. 1, l. 7 to 9].
 
-    Whole episodes in E tasks side by side, until each has `num_steps` new transitions.
+    Whole episodes in E tasks side by side, until each has at least `num_steps` new transitions.
 
     Args:
         env_list: E environments, already set to their tasks.
-        tasks: the rows of these E tasks in the list of training (or test) tasks.
-        from_prior: explore with z ~ p(z), and else with z ~ q(z | h), h from the encoder buffer.
+        tasks: the numbers of these E tasks among the training (or test) tasks.
+        from_prior: True: z ~ p(z). False: z ~ q(z | h), with h from the encoder buffer.
 
     Returns the number of new transitions.
     """
-    num_train = int((buffer.sizes["offline"] > 0).sum())
+    num_train = int((buffer.sizes["offline"] > 0).sum())  # training tasks alone have offline data
     new_steps = [0] * len(tasks)
     while live := [e for e in range(len(tasks)) if new_steps[e] < num_steps]:
-        # --- The buffer D_i that each new trajectory enters
-        # PAPER: D_i drawn anew (l. 8). CODE: the one of the training task that is explored.
+        # --- l. 8: the buffer D_i that each new trajectory enters
+        # PAPER: D_i drawn anew. CODE: the one of the training task that is explored.
         explored = [tasks[e] for e in live]
-        owners = explored
-        if args.explore_tasks == "test":
-            # A test task has no offline data. As in the text any D_i labels, and stands in for h
-            # below; with true rewards the task gets a buffer of its own.
-            drawn = torch.randint(num_train, (len(live),), generator=act_rng).tolist()
-            own = [num_train + task for task in explored]
-            owners = own if args.oracle_rewards else drawn
+        if args.explore_tasks == "train":
+            owners = explored
+        else:
+            # A test task has no D_i: as in the text, any. h below is of that D_i, too.
+            owners = torch.randint(num_train, (len(live),), generator=act_rng).tolist()
+            if args.oracle_rewards:  # with true rewards it gets a buffer of its own
+                owners = [num_train + task for task in explored]
 
-        # --- l. 7: one trajectory in each task. Its rewards are not read.
-        # PAPER: z ~ p(z) only. CODE: z ~ q(z | h) in 600 of 1000 transitions.
+        # --- l. 7: one trajectory in each task. Its rewards are not read, unless --oracle-rewards.
+        # PAPER: z ~ p(z) only. CODE: by default z ~ q(z | h) in 600 of 1000 transitions.
         if from_prior:
             mu, sigma = prior(len(live), args, train_rng.device)  # (live, dz)
         else:
@@ -538,10 +541,14 @@ def collect(env_list, tasks, num_steps, from_prior, agent, buffer, args, act_rng
                 h_offline = buffer.sample([i], args.context_batch, train_rng, "offline")
                 # l. 9: r_generated
                 path["rewards"] = generate_rewards(agent, path, h_offline, args, train_rng)
-            # --- l. 9: D_i grows. What its encoder buffer takes: exploration from the prior [C.2],
-            # or all, or, frozen, nothing (a buffer without offline data is never frozen).
-            frozen = args.encoder_buffer == "frozen" and i < num_train
-            to_encoder = args.encoder_buffer == "all" or (from_prior and not frozen)
+            # l. 9: D_i grows. Its encoder buffer takes what was explored from the prior [C.2], or
+            # everything, or nothing; in a buffer without offline data it is never frozen.
+            if args.encoder_buffer == "all":
+                to_encoder = True
+            elif args.encoder_buffer == "frozen" and i < num_train:
+                to_encoder = False
+            else:
+                to_encoder = from_prior
             buffer.add(i, path, encoder=to_encoder)
             new_steps[e] += len(path["actions"])
     return sum(new_steps)
@@ -561,13 +568,15 @@ def encode(agent, histories, args):
 
 @torch.no_grad()
 def adapt(env_list, agent, args, rng):
-    """The meta-episode, T = 3: two exploration episodes with z ~ p(z), then one with z ~ q(z | h),
-    where h is both of them.
+    """The meta-episode, T = 3: two exploration episodes with z ~ p(z), then one with z ~ q(z | h).
+
+    h: the transitions of both. The actions of the third episode are deterministic; z is drawn at
+    each of its steps, too.
 
     Returns for each of E environments its third trajectory, and its two of exploration; then mu
     and sigma (E, dz) of q.
     """
-    # PAPER: adapts between all episodes. CODE: once, before the third, as the authors' code does.
+    # PAPER: adapts after each episode. CODE: after the second alone, as the authors' code does.
     mu, sigma = prior(len(env_list), args, next(agent.parameters()).device)
     first = rollout(env_list, agent, mu, sigma, rng)
     second = rollout(env_list, agent, mu, sigma, rng)
@@ -587,7 +596,7 @@ def evaluate(agent, buffer, eval_envs, args):
     The generators are its own: evaluating changes nothing in training.
 
     Returns what `Run.write` takes: a list of `Evaluation`, scalars to log, and the trajectories of
-    the dataset in the training tasks, to be drawn.
+    the dataset in the training tasks, to be plotted.
     """
     rng = torch.Generator().manual_seed(args.seed)
     buffer_rng = torch.Generator(buffer.device).manual_seed(args.seed)
@@ -601,9 +610,10 @@ def evaluate(agent, buffer, eval_envs, args):
         evaluations.append(buffers.Evaluation(split, "own", tasks, final, exploration, kl))
 
     # --- Offline context: the same training tasks with z ~ q(z | h_offline) (Figure 2). Every
-    # further transition narrows the posterior: h_offline is as long as the own histories are.
+    # further transition narrows the posterior: h_offline has as many as the own histories have on
+    # average.
     tasks, env_list = eval_envs["train"]
-    exploration = evaluations[-1].exploration
+    exploration = evaluations[-1].exploration  # the loop ends with "train"
     lengths = []  # how many transitions each environment has explored
     explored_paths = []
     for pair in exploration:
@@ -618,16 +628,17 @@ def evaluate(agent, buffer, eval_envs, args):
     evaluations.append(buffers.Evaluation("train", "offline", tasks, final, exploration, kl))
 
     # --- Decoder against true rewards, with the mean of z given h_offline, on offline data and on
-    # what was explored: for people to read, never for training
+    # what was explored: for people to read; training never uses them
     offline = buffer.sample(tasks, args.rl_batch, buffer_rng, "offline")
     offline = {name: values.flatten(0, 1) for name, values in offline.items()}  # (E * B, .)
     explored = buffers.join(explored_paths, buffer.device)
+    z_offline = mu.repeat_interleave(args.rl_batch, dim=0)  # (E * B, dz)
+    z_explored = mu.repeat_interleave(lengths, dim=0)  # a row for each explored transition
     scalars = {}
-    for name, data, repeats in (
-        ("decoder_loss", offline, args.rl_batch),
-        ("generated_reward_mse", explored, lengths),
+    for name, data, z in (
+        ("decoder_loss", offline, z_offline),
+        ("generated_reward_mse", explored, z_explored),
     ):
-        z = mu.repeat_interleave(repeats, dim=0)
         rewards = data["rewards"][:, 0]
         error = agent.decoder(data["obs"], data["actions"], z) - rewards
         scalars[f"eval/{name}"] = error.square().mean()
@@ -655,7 +666,7 @@ def main(args):
     explored_tasks = dataset[f"{args.explore_tasks}_tasks"]
     own_buffers = args.explore_tasks == "test" and args.oracle_rewards
     extra_tasks = len(explored_tasks) if own_buffers else 0
-    # What a task gets in an iteration has two parts, of which each ends with a whole episode.
+    # In an iteration a task gets two portions of data. Each may exceed its size by an episode.
     longest_visit = args.prior_steps + args.posterior_steps + 2 * spec.horizon
     extra_steps = args.online_iterations * args.tasks_per_iteration * longest_visit
     buffer = buffers.from_dataset(dataset, args.env_id, device, extra_tasks, extra_steps)
@@ -682,12 +693,12 @@ def main(args):
             if run.evaluation_due:
                 run.write(*evaluate(agent, buffer, eval_envs, args))
 
-        # ----- Self-supervised phase: training reads no true reward, unless --oracle-rewards
+        # ----- Self-supervised phase: new data have no true rewards, unless --oracle-rewards
         online_steps = args.online_iterations * args.updates_per_iteration
         for step in run.steps(args.offline_steps + online_steps, "self-supervised"):  # l. 6
             if (step - args.offline_steps) % args.updates_per_iteration == 0:
-                # PAPER: 4 gradient steps for each new transition. CODE: 0.8, since five tasks
-                # collect and not one; 4 on Sawyer, 0.2 with --preset short.
+                # PAPER: 4 gradient steps for each new transition (Table 1). CODE: 0.8, since five
+                # tasks collect and not one; 4 on Sawyer. With --preset short 0.2 and 1.
                 size = (args.tasks_per_iteration,)
                 tasks = torch.randint(len(explored_tasks), size, generator=act_rng).tolist()
                 for env, task in zip(env_list, tasks):
