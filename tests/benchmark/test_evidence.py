@@ -130,6 +130,8 @@ def test_data_are_a_mean_over_tasks_by_hand(results):
 def test_drawn_transitions_by_hand(results):
     smac = {"meta_batch": 4, "rl_batch": 128, "context_batch": 64}
     assert evidence.drawn_transitions(smac, 3_000) == pytest.approx((1.536, 0.768))
+    focal = smac | {"context_loss": "focal"}
+    assert evidence.drawn_transitions(focal, 3_000) == pytest.approx((1.536, 1.536))
     borel = {"env_id": "PointDirection", "dataset": None, "meta_batch": 16, "rl_batch": 128}
     borel |= {"vae_steps": 1_000, "vae_tasks": 4, "vae_trajectories": 2}
     # The data have trajectories of 50 steps, 150 in three; 2,000 of the 3,000 steps are SAC's
