@@ -284,6 +284,12 @@ def test_ways_to_explore_are_read_from_their_files(results):
     assert rows[4] == "| B | 5 | 1.0 → 2.0 ± 0.5 |  |  | 0.0 ± 0.5 | 1.0 → 1.0 ± 0.5 |"
     choosing = tables.table("choosing").splitlines()
     assert choosing[2:] == ["| A | 2.0 ± 0.5 | 4.0 ± 0.5 (random, 2) | 6.0 ± 0.5 |"]
+    # 2 is above two errors of the difference, 1.41; 1.4 is not
+    assert tables.number("second_phase/more") == "A"
+    file = results / "context" / "explore_A.md"
+    file.write_text(file.read_text().replace("6.0 ± 0.5", "5.4 ± 0.5"))
+    assert tables.number("second_phase/more") == "none"
+    assert tables.number("second_phase/not-more") == "A"
 
 
 def test_normalised_returns_are_between_the_data_and_the_best_method(results):
