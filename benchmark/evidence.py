@@ -200,6 +200,8 @@ def drawn_transitions(flags, step):
     vae_steps = min(step, flags.get("vae_steps", 0))
     tasks = (step - vae_steps) * flags["meta_batch"]
     context = tasks * flags.get("context_batch", 0)
+    if "context_loss" in flags:  # focal.py draws two histories of each task
+        context *= 2
     if vae_steps:  # BOReL's first stage draws meta-trajectories, three episodes in a row
         trajectories = vae_steps * flags["vae_tasks"] * flags["vae_trajectories"]
         context += trajectories * data_of(flags)[1]

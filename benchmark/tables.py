@@ -646,31 +646,60 @@ def explored_table():
     return markdown(head, [[row.get(column, "") for column in head] for row in rows])
 
 
-def after_exploring(cell):
-    """The return in a cell of explore.py, "exploration → return ± error", and its words."""
-    words = cell.rpartition("→")[2].strip()
-    return float(words.split()[0]), words
+def after_exploring(row, column):
+    """(return, standard error) of a cell of explore.py, "exploration → return ± error"."""
+    words = row[column].rpartition("→")[2].split()
+    return float(words[0]), float(words[2])
+
+
+def choosing():
+    """What SMAC returns before and after its second phase.
+
+    Returns {agent: {what: (return, standard error)}}, what being "before", as SMAC explores; of the
+    other ways to explore before the second phase the name of the best; and "after".
+    """
+    phases = {}
+    for row in evidence.explored():
+        phases.setdefault(row["agent"], []).append(row)
+    found = {}
+    for agent, rows in phases.items():
+        if len(rows) != 2:  # it has no second phase
+            continue
+        before, after = rows
+        ways = [column for column, cell in before.items() if "→" in cell and column != OWN_CONTEXT]
+        best_way = max(ways, key=lambda way: after_exploring(before, way)[0])
+        found[agent] = {
+            "before": after_exploring(before, OWN_CONTEXT),
+            best_way: after_exploring(before, best_way),
+            "after": after_exploring(after, OWN_CONTEXT),
+        }
+    return found
 
 
 def choosing_table():
-    """Before SMAC's second phase: the best way to explore, beside the second phase itself."""
     head = "agent", "before, as SMAC explores", "before, the best other way", "after"
-    agents = {}
-    for row in evidence.explored():
-        agents.setdefault(row["agent"], []).append(row)
     rows = []
-    for agent, phases in agents.items():
-        if len(phases) != 2:  # it has no second phase
-            continue
-        before, after = phases
-        others = {}
-        for column, cell in before.items():
-            if "→" in cell and column != OWN_CONTEXT:
-                others[column] = after_exploring(cell)
-        way = max(others, key=lambda column: others[column][0])
-        own_words = [after_exploring(row[OWN_CONTEXT])[1] for row in (before, after)]
-        rows.append([agent, own_words[0], f"{others[way][1]} ({way})", own_words[1]])
+    for agent, returns in choosing().items():
+        row = [agent]
+        for what, (mean, error) in returns.items():
+            way = "" if what in ("before", "after") else f" ({what})"
+            row.append(f"{mean:.1f} ± {error:.1f}{way}")
+        rows.append(row)
     return markdown(head, rows)
+
+
+def second_phase_is_more(is_more):
+    """Agents whose return after the second phase is above any choice before it, or all others.
+
+    Above means by two standard errors of the difference.
+    """
+    names = []
+    for agent, returns in choosing().items():
+        _, (chosen, chosen_error), (after, after_error) = returns.values()
+        margin = 2 * math.hypot(chosen_error, after_error)
+        if (after - chosen > margin) == is_more:
+            names.append(Path(agent).stem)
+    return ", ".join(names) or "none"
 
 
 # ===== Single numbers
@@ -765,6 +794,8 @@ NUMBERS = {
     "ant_after_1000_steps": ant_after_1000_steps,
     "labels_share": labels_share,
     "frozen_belief": frozen_belief,
+    "second_phase/more": lambda: second_phase_is_more(True),
+    "second_phase/not-more": lambda: second_phase_is_more(False),
     "hopper_at_100k": lambda: at_step("hopper_small", "smac", 100_000),
     "hopper_oracle_at_100k": lambda: at_step("hopper_small", "pearl", 100_000),
 }

@@ -130,6 +130,8 @@ def test_data_are_a_mean_over_tasks_by_hand(results):
 def test_drawn_transitions_by_hand(results):
     smac = {"meta_batch": 4, "rl_batch": 128, "context_batch": 64}
     assert evidence.drawn_transitions(smac, 3_000) == pytest.approx((1.536, 0.768))
+    focal = smac | {"context_loss": "focal"}
+    assert evidence.drawn_transitions(focal, 3_000) == pytest.approx((1.536, 1.536))
     borel = {"env_id": "PointDirection", "dataset": None, "meta_batch": 16, "rl_batch": 128}
     borel |= {"vae_steps": 1_000, "vae_tasks": 4, "vae_trajectories": 2}
     # The data have trajectories of 50 steps, 150 in three; 2,000 of the 3,000 steps are SAC's
@@ -282,6 +284,12 @@ def test_ways_to_explore_are_read_from_their_files(results):
     assert rows[4] == "| B | 5 | 1.0 → 2.0 ± 0.5 |  |  | 0.0 ± 0.5 | 1.0 → 1.0 ± 0.5 |"
     choosing = tables.table("choosing").splitlines()
     assert choosing[2:] == ["| A | 2.0 ± 0.5 | 4.0 ± 0.5 (random, 2) | 6.0 ± 0.5 |"]
+    # 2 is above two errors of the difference, 1.41; 1.4 is not
+    assert tables.number("second_phase/more") == "A"
+    file = results / "context" / "explore_A.md"
+    file.write_text(file.read_text().replace("6.0 ± 0.5", "5.4 ± 0.5"))
+    assert tables.number("second_phase/more") == "none"
+    assert tables.number("second_phase/not-more") == "A"
 
 
 def test_normalised_returns_are_between_the_data_and_the_best_method(results):
