@@ -433,7 +433,7 @@ def update(agent, optimizer, batch, args, self_supervised):
         z = mu + sigma * batch["noise_z"]
         z = z.repeat_interleave(transitions, dim=0)  # (N, dz)
 
-    # --- l. 5 and 12: the losses, Eq. 3, Eq. 1, Eq. 2. A detached z keeps a loss out of the encoder.
+    # --- l. 5 and 12: losses, Eq. 3, Eq. 1, Eq. 2. A detached z keeps a loss out of the encoder.
     with torch.set_grad_enabled(train_decoder):
         z_decoder = z if reward_loss_to_encoder else z.detach()
         l_reward = reward_loss(agent, flat, z_decoder)

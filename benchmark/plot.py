@@ -35,6 +35,7 @@ from buffers import InputError
 STYLES = {
     "smac": ("tab:red", "-"),
     "smac_more_offline": ("tab:orange", "-"),
+    "smac_no_new_data": ("tab:orange", "--"),
     "smac_actor_ablation": ("tab:blue", "-"),
     "meta_bc": ("tab:brown", "-"),
     "macaw": ("olive", "-"),

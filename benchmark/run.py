@@ -56,6 +56,11 @@ def control(smac, steps):
     return f"{smac} --offline-steps {steps} --online-iterations 0"
 
 
+def control_losses(smac):
+    """The second phase, PEARL's actor loss included, on the old data alone: nothing is collected."""
+    return f"{smac} --prior-steps 0 --posterior-steps 0"
+
+
 def small(env_id, every, pearl, smac_seeds=THREE, pearl_seeds=ONE):
     """Methods with a quarter of the paper's batch, an hour or two a run: {label: (command, seeds)}.
 
@@ -109,7 +114,11 @@ def short(env_id):
     """All methods with --preset short."""
     flags = f"--env-id {env_id} --preset short"
     smac = f"smac_offline_online.py {flags}"
-    rows = {"smac": (smac, FOUR), "smac_more_offline": (control(smac, short_steps(env_id)), FOUR)}
+    rows = {
+        "smac": (smac, FOUR),
+        "smac_more_offline": (control(smac, short_steps(env_id)), FOUR),
+        "smac_no_new_data": (control_losses(smac), FOUR),
+    }
     rows |= others(smac, flags)
     rows |= context_methods(flags, short_steps(env_id), FOUR)
     rows["pearl"] = (f"pearl_online_oracle.py {flags}", FOUR)
@@ -165,6 +174,7 @@ def scenes():
     return {
         "smac": (smac, FOUR),
         "smac_more_offline": (control(smac, 35_000), FOUR),
+        "smac_no_new_data": (control_losses(smac), FOUR),
         "smac_oracle_rewards": (f"{smac} --oracle-rewards", FOUR),
         **others(smac, flags),
         **context_methods(flags, 35_000, FOUR),
@@ -228,6 +238,7 @@ BENCHMARKS = {
     "point_direction": {
         "smac": (POINT, TEN),
         "smac_more_offline": (control(POINT, 12_600), TEN),
+        "smac_no_new_data": (control_losses(POINT), TEN),
         "smac_oracle_rewards": (f"{POINT} --oracle-rewards", TEN),
         "meta_bc": ("meta_bc.py --env-id PointDirection", TEN),
         "pearl": ("pearl_online_oracle.py --env-id PointDirection", TEN),

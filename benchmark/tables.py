@@ -16,6 +16,7 @@ from buffers import InputError
 NAMES = {  # label of a run: its name in pictures and texts, in this order
     "smac": "SMAC",
     "smac_more_offline": "control: as many steps, all offline",
+    "smac_no_new_data": "control: the second phase on the old data",
     "smac_actor_ablation": "actor ablation",
     "meta_bc": "meta behaviour cloning",
     "macaw": "MACAW",

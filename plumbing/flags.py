@@ -29,6 +29,7 @@ MAY_BE_ZERO = {
     "online_iterations",
     "lambda_pearl",
     "kl_coef",
+    "prior_steps",  # with posterior_steps 0 as well no data are collected
     "posterior_steps",
     "policy_reg",
     "alpha",
