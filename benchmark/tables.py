@@ -347,6 +347,13 @@ EXPLORED = "SawyerManipulation8", "PointDirection"
 CLAIMS = [
     Claim("after", "after > before", SMAC_AFTER, (["smac"], OFFLINE), environments=tuple(FOLDERS)),
     Claim("control", "> control", SMAC_AFTER, (CONTROL, OFFLINE), environments=tuple(FOLDERS)),
+    Claim(
+        "no_data",
+        "> second phase without new data",
+        SMAC_AFTER,
+        (["smac_no_new_data"], OFFLINE),
+        environments=tuple(FOLDERS),
+    ),
     Claim("actor", "> actor ablation", SMAC_AFTER, (RIVALS["actor ablation"], SECOND)),
     Claim("meta_bc", "> meta-BC", SMAC_AFTER, (RIVALS["meta-BC"], OFFLINE)),
     Claim("macaw", "> MACAW", SMAC_AFTER, (RIVALS["MACAW"], OFFLINE)),
