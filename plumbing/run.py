@@ -94,7 +94,10 @@ class Run:
         self.parts = parts
         self.device = choose_device(args)
         name = f"{envs.short_name(args.env_id)}__{self.script.stem}__{args.seed}"
-        self.folder = Path(os.path.expanduser(args.resume or Path(args.run_dir, name)))
+        # An environment may change the working directory, so that paths are made absolute.
+        self.home = os.getcwd()
+        folder = os.path.expanduser(args.resume or Path(args.run_dir, name))
+        self.folder = Path(self.home, folder)
         self.checkpoint = self.folder / "checkpoint.npz"
 
         self.step = 0  # gradient steps made so far
@@ -537,10 +540,11 @@ class Run:
         for name in ("dataset", "save_dataset"):
             file = getattr(self.args, name, None)
             if file:
-                words += ["--" + name.replace("_", "-"), os.path.realpath(os.path.expanduser(file))]
+                path = Path(self.home, os.path.expanduser(file))
+                words += ["--" + name.replace("_", "-"), os.path.realpath(path)]
         command = shlex.join(words)
         if own_module:  # which is found in this folder only
-            command = f"cd {shlex.quote(os.getcwd())} && {command}"
+            command = f"cd {shlex.quote(self.home)} && {command}"
         return command
 
 

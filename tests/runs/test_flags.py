@@ -15,6 +15,7 @@ import pytest
 import borel
 import buffers
 import envs
+import focal
 import macaw
 import meta_bc
 import pearl_online_oracle as pearl
@@ -24,7 +25,7 @@ from plumbing import flags
 from plumbing.flags import check_flags, command_line, parse_args, preset
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = (smac, pearl, meta_bc, macaw, borel)
+SCRIPTS = (smac, pearl, meta_bc, macaw, borel, focal)
 TINY = "--env-id PointDirection --device cpu --policy-hidden 8 --rl-batch 4 --eval-every 2"
 TINY_PEARL = f"{TINY} --initial-steps 9 --prior-steps 9 --posterior-steps 9 --context-batch 4"
 TINY_PEARL += " --encoder-hidden 8 --q-hidden 8 --updates-per-iteration 2 --tasks-per-iteration 1"
