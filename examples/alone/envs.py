@@ -90,3 +90,12 @@ class Episodes:
         for record in self.records:
             paths.append({name: np.array(values, np.float32) for name, values in record.items()})
         return paths
+
+
+def random_episodes(env_list, rng):
+    """An episode of uniform actions in each of E environments: E trajectories."""
+    episodes = Episodes(env_list, rng)
+    while episodes.live:
+        actions = 2 * torch.rand(len(episodes.live), SIZES.action_dim, generator=rng) - 1
+        episodes.step(actions)
+    return episodes.paths()

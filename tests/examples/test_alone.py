@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 ALONE = ROOT / "examples" / "alone"
-SCRIPTS = ("smac_offline_online", "pearl_online_oracle", "meta_bc", "macaw", "borel")
+SCRIPTS = ("smac_offline_online", "pearl_online_oracle", "meta_bc", "macaw", "borel", "focal")
 
 TINY = "--rl-batch 4 --meta-batch 2 --eval-every 2 --policy-hidden 8"
 OFFLINE = f"{TINY} --offline-steps 3"
@@ -34,6 +34,9 @@ RUNS = (
     f"meta_bc {OFFLINE} {ENCODER}",
     f"macaw {OFFLINE} --context-batch 4 --value-hidden 8 --no-weight-transform",
     f"borel {OFFLINE} --q-hidden 8 --vae-steps 2 --vae-tasks 2 --vae-trajectories 2",
+    f"focal {OFFLINE} {ENCODER}",
+    f"focal {OFFLINE} {ENCODER} --context-loss csro --explore random",
+    f"focal {OFFLINE} {ENCODER} --context-loss unicorn --explore idaq",
 )
 # Runs scripts one after the other as `python SCRIPT FLAGS` does, in one process to save time.
 RUN_ALL = """
