@@ -425,6 +425,39 @@ def test_z_is_the_mean_of_the_posterior_without_noise():
     torch.testing.assert_close(mu[0], agent.encoder(context[None])[0][0])
 
 
+def test_the_offline_context_of_an_evaluation_is_as_long_as_the_own_one(short, monkeypatch):
+    _, _, args = setting(explore_episodes=3, context_batch=8, rl_batch=5)
+    data = buffers.load_dataset("PointDirection")
+    buffer = buffers.from_dataset(data, "PointDirection")
+    agent = focal.Agent(4, 2, args)
+    eval_envs = envs.make_evaluation("PointDirection", data["train_tasks"], data["test_tasks"])
+    drawn, played = [], []
+    sample, rollout = buffer.sample, focal.rollout
+
+    def note_sample(tasks, n, generator, source="rl"):
+        batch = sample(tasks, n, generator, source)
+        drawn.append((list(tasks), n, source, batch))
+        return batch
+
+    def note_rollout(env_list, agent, mu, sigma, rng, **flags):
+        played.append((env_list, mu, sigma))
+        return rollout(env_list, agent, mu, sigma, rng, **flags)
+
+    monkeypatch.setattr(buffer, "sample", note_sample)
+    monkeypatch.setattr(focal, "rollout", note_rollout)
+    evaluations, _, _ = focal.evaluate(agent, buffer, eval_envs, args)
+
+    tasks, env_list = eval_envs["train"]
+    offline = evaluations[-1]
+    assert (offline.split, offline.context, offline.tasks) == ("train", "offline", tasks)
+    # Three episodes of ten steps were explored.
+    *what, batch = drawn[-1]
+    assert what == [tasks, 30, "offline"]
+    mu, _ = agent.encoder(focal.make_context(batch, args))
+    assert played[-1][0] is env_list and torch.equal(played[-1][1], mu)
+    assert (played[-1][2] == 0).all()
+
+
 # ----- Runs
 
 FLAGS = [
