@@ -145,8 +145,11 @@ def perform(attack):
         faults.append(f"another exit code than {attack.codes[0]}")
     if ("Traceback" in output + errors) != attack.traceback:
         faults.append("no traceback" if attack.traceback else "a traceback")
-    last_words = errors.rpartition("\nerror: ")[2] if attack.traceback else errors
-    one_line = last_words.count("\n") == 1 and "error: " in errors or 2 not in attack.codes
+    lines = errors.splitlines()
+    is_sentence = (
+        lines and lines[-1].startswith("error: ") and (attack.traceback or len(lines) == 1)
+    )
+    one_line = is_sentence or 2 not in attack.codes
     if not one_line or not re.search(attack.sentence, output + errors):
         faults.append("other words")
     if 2 in attack.codes and "RUN" in attack.command and hashes() != before:

@@ -142,9 +142,14 @@ class Fails(envs.PointDirection):
                 raise {"error": ValueError, "connection": ConnectionError}[how]("the gripper is lost")
         return super().step(action)
 class Rich(envs.PointDirection):
+    resets = 0
+    def reset(self, **options):
+        self.resets += 1
+        return super().reset(**options)
     def step(self, action):
         obs, reward, *rest = super().step(action)
-        return (obs, float(os.environ["PAYS"]), *rest)
+        is_scored = self.resets > 2  # what the encoder reads stays as it is
+        return (obs, float(os.environ["PAYS"]) if is_scored else reward, *rest)
 for one in (Ends, EndsAtOnce, Starts, Waits, Fails, Rich):
     envs.register(one.__name__, dataclasses.replace(
         envs.SPECS["PointDirection"], env_class=one, num_train_tasks=3, num_test_tasks=2))
@@ -574,10 +579,10 @@ def tables():
     yield ends("it has more than 100,000 rows", RESUME, rows, equal=False)
     for pays in ("1e33", "3e34"):
         flags = "--env-id mine:Rich --dataset x.npz"
-        command = f"PAYS={pays} {META_BC} {flags}; "
+        command = f"PAYS={pays} {META_BC} {flags} --eval-every 6; "
         command += f"PAYS={pays} python meta_bc.py --resume runs/Rich__meta_bc__1 {flags}"
         yield ends(f"returns of 50 times {pays}", command, of_family("Rich"), equal=False)
-    command = f"PAYS=1e37 {META_BC} --env-id mine:Rich --dataset x.npz"
+    command = f"PAYS=1e37 {META_BC} --env-id mine:Rich --dataset x.npz --eval-every 6"
     yield Attack("returns of 50 times 1e37", command, NAN, of_family("Rich"))
 
 
