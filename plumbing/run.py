@@ -382,6 +382,7 @@ class Run:
             self.summed = 0
             self.since = time.time()
 
+    @np.errstate(over="ignore", invalid="ignore")  # what overflows is refused, in one sentence
     def write(self, evaluations, scalars, data=()):
         """Write an evaluation to eval.csv and TensorBoard.
 

@@ -596,10 +596,12 @@ def failing():
     ):
         for threads, at, place in (
             (1, 200, "there is no checkpoint yet"),
-            (1, 7000, "continue with: python"),
+            (1, 7000, "continue with: cd .* && python"),
             (2, 200, "there is no checkpoint yet"),
         ):
             command = f"HOW={how} AT={at} OMP_NUM_THREADS={threads} {META_BC} {flags}"
+            if threads == 2:
+                words = words.replace(":", " in a process that played episodes:")
             sentence = f"{words}, at step \\d of .*/Fails__meta_bc__1; {place}"
             what = f"it raises, {threads} thread" + "s" * (threads - 1)
             yield Attack(what, command, sentence, make, traceback=True)
@@ -635,7 +637,7 @@ def rows():
         def write_module(run, text=text):
             Path("rows.py").write_text(ROWS.replace("ROW", text))
 
-        yield Attack("it cannot be used", f"{PEARL} --env-id rows:Row", words, write_module)
+        yield Attack(text, f"{PEARL} --env-id rows:Row", words, write_module)
 
 
 KINDS = (

@@ -203,7 +203,8 @@ def main(args):
                 counts, equal = kill(name, kills, rng, Path(folder), threads)
             for (where, moment), number in sorted(counts.items()):
                 lines.append(f"| {name}.py | {threads} | {where} | {moment} | {number} |")
-            result = f"{kills} kills with {threads} threads, {len(equal)} runs to their end, "
+            with_threads = "one thread" if threads == 1 else f"{threads} threads"
+            result = f"{kills} kills with {with_threads}, {len(equal)} runs to their end, "
             result += f"{sum(equal)} of them equal, bit for bit, to one that was never killed"
             ended.append(f"- {name}.py: {result}; `{flags}`")
             print(ended[-1], flush=True)

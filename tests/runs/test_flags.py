@@ -232,6 +232,20 @@ def test_the_command_goes_on_after_the_iteration_of_the_dataset(short, tmp_path,
     assert contents(tmp_path) == before
 
 
+def test_a_run_that_ends_with_the_iteration_of_the_dataset_has_written_it(short, tmp_path):
+    """Its step is the iteration's last: a resumed run does not come there again."""
+    saved = tmp_path / "d.npz"
+    more = f"--run-dir {tmp_path} --online-iterations 1 --dataset-iteration 1"
+    words = [*TINY_PEARL.split(), *more.split(), "--save-dataset", str(saved)]
+    pearl.main(parse_args(pearl.Args, pearl.PRESETS, words))
+    run = tmp_path / "PointDirection__pearl_online_oracle__1"
+    again = ["--resume", str(run), "--save-dataset", str(saved), "--online-iterations", "2"]
+    assert parse_args(pearl.Args, pearl.PRESETS, again).save_dataset is None
+    saved.unlink()
+    with pytest.raises(buffers.InputError, match="is over, and there is no file"):
+        parse_args(pearl.Args, pearl.PRESETS, again)
+
+
 def test_ctrl_c_in_a_tool_is_no_traceback(tmp_path):
     code = "import time; from plumbing.flags import launch_tool; import dataclasses, sys\n"
     code += "@dataclasses.dataclass\nclass Args:\n    x: int = 1\n"

@@ -91,12 +91,21 @@ def test_large_returns_stay_readable(reward, tmp_path):
         assert again.table.tolist() == rows_of([make_evaluation(reward)], 1, 0).tolist()
 
 
-def test_returns_that_overflow_are_refused_before_anything_is_written(tmp_path):
+@pytest.mark.filterwarnings("error")  # one sentence, without warnings above it
+@pytest.mark.parametrize("reward, words", [
+    (2e38, "test return.* became NaN or infinite at the evaluation"),
+    (np.float64(1e38), "its table of evaluations is none"),  # finite, and no float32
+])  # fmt: skip
+def test_returns_that_overflow_are_refused_before_anything_is_written(reward, words, tmp_path):
     run = make_run(tmp_path, eval_every=1)
-    with pytest.raises(InputError, match="test return.* became NaN or infinite at the evaluation"):
+    evaluation = make_evaluation(reward, reward)
+    if isinstance(reward, np.float64):
+        for path in evaluation.final:
+            path["rewards"] = path["rewards"].astype(np.float64) * 4
+    with pytest.raises(InputError, match=words):
         with run:
             for _ in run.steps(1, "offline"):
-                run.write([make_evaluation(2e38, 2e38)], {})
+                run.write([evaluation], {})
     assert (run.folder / "eval.csv").read_text() == ",".join(CSV_COLUMNS) + "\n"
 
 
