@@ -608,8 +608,8 @@ def failing():
     command = f"HOW=cwd AT=200 {META_BC} {flags}"
     yield ends("it changes the working directory", command, make, equal=False)
     command = f"HOW=loop AT=200 {META_BC} {flags} & "
-    command += "until [ -e loops ]; do sleep 0.05; done; sleep 0.5; kill -INT $!; sleep 1; "
-    command += "kill -INT $!; wait $!"
+    command += "until [ -e loops ]; do sleep 0.05; done; sleep 0.5; kill -TERM $!; sleep 1; "
+    command += "kill -TERM $!; wait $!"
     yield Attack("it never returns", command, "once more stops at once", make, codes=(130,))
 
 
