@@ -361,6 +361,23 @@ def test_idaqs_first_history_is_the_reference_episode_of_highest_return(monkeypa
     assert torch.equal(mu, references[1])  # the last episode has the z of the highest return
 
 
+def test_each_reference_of_idaq_is_far_from_all_before_it(monkeypatch):
+    known = []
+    farthest_z = focal.farthest_z
+
+    def note(z_train, played, rng):
+        known.append(list(played))
+        return farthest_z(z_train, played, rng)
+
+    monkeypatch.setattr(focal, "farthest_z", note)
+    returns = [[0.0]] * 6  # three of them are references
+    played, *_ = explore(monkeypatch, returns, torch.randn(9, LATENT), explore="idaq")
+    assert [len(before) for before in known] == [0, 1, 2]
+    for before in known:
+        for z, (mu, _) in zip(before, played):
+            assert torch.equal(z, mu)
+
+
 def test_in_its_second_half_idaq_plays_what_it_infers_and_keeps_what_is_better(monkeypatch):
     returns = [[1.0], [3.0], [9.0], [2.0], [4.0]]  # 2 of 5 are reference episodes
     z_train = torch.randn(6, LATENT)
