@@ -262,6 +262,8 @@ def import_for(env_id: str, module: str):
     failed = f"{env_id}: importing {module} failed"
     try:
         return importlib.import_module(module)
+    except InputError as error:  # as of its row, which says all
+        raise InputError(f"{failed}: {error}") from None
     except SystemExit as error:
         raise InputError(f"{failed}: {called_exit(error)}") from None
     except ModuleNotFoundError as error:  # a module's name may be misspelt: no need of a traceback

@@ -628,7 +628,7 @@ def rows():
         ("task_range=np.array([-1, 1])", "task_range of a task family is"),
         ("presets=None", "presets of a task family are None"),
         ("horizon=2**70", "horizon of a task family is 1180591620717411303424"),
-        ("action_dim=3", "action_dim is 3 in its row, but its environment has"),
+        ("action_dim=3", r"action_dim is \(3,\) in its row, but its environment has \(2,\)"),
         ("env_class=Discrete", "its actions are Discrete"),
         ("env_class=Words", "its observations are Dict"),
         ("env_class=Image", "its observations are Box.* expected a Box of one dimension"),

@@ -923,6 +923,18 @@ def test_a_module_that_can_not_be_imported_is_one_sentence(module, tmp_path):
         sys.path_importer_cache.clear()
 
 
+def test_a_row_that_cannot_be_used_is_one_line(module, tmp_path, monkeypatch, capsys):
+    """It is found while its module is imported; what is wrong needs no traceback."""
+    text = "import envs\nenvs.Spec(envs.PointDirection, 4, 2, 1, 2**70, 3, 2)\n"
+    (tmp_path / "own_long.py").write_text(text)
+    monkeypatch.setattr(sys, "argv", ["smac_offline_online.py", "--env-id", "own_long:Mine"])
+    with pytest.raises(SystemExit) as end:
+        buffers.launch(smac.main, smac.Args, smac.PRESETS)
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and err.count("\n") == 1
+    assert err.startswith("error: own_long:Mine: importing own_long failed: horizon of a task")
+
+
 def test_a_row_may_name_its_class(module, tmp_path):
     """It is imported by `lookup`, and what it is is checked then."""
     module("own_four", "Here")
