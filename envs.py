@@ -78,7 +78,7 @@ from gymnasium.envs.mujoco.humanoid_v5 import HumanoidEnv
 from gymnasium.envs.mujoco.walker2d_v5 import Walker2dEnv
 from gymnasium.utils import EzPickle
 
-from plumbing.errors import InputError
+from plumbing.errors import InputError, called_exit
 
 # ===== Families by name
 
@@ -259,11 +259,17 @@ def lookup(env_id: str) -> Spec:
 
 def import_for(env_id: str, module: str):
     """The module, imported because a family needs it. Raises InputError: the import failed."""
+    failed = f"{env_id}: importing {module} failed"
     try:
         return importlib.import_module(module)
-    except (Exception, SystemExit) as error:  # whatever a module of somebody else raises
-        reason = f"{type(error).__name__}: {error}"
-        raise InputError(f"{env_id}: importing {module} failed, {reason}") from error
+    except InputError as error:  # as of its row, which says all
+        raise InputError(f"{failed}: {error}") from None
+    except SystemExit as error:
+        raise InputError(f"{failed}: {called_exit(error)}") from None
+    except ModuleNotFoundError as error:  # a module's name may be misspelt: no need of a traceback
+        raise InputError(f"{failed}, ModuleNotFoundError: {error}") from None
+    except Exception as error:  # whatever a module of somebody else raises
+        raise InputError(f"{failed}, {type(error).__name__}: {error}") from error
 
 
 def make(env_id: str, render_mode: str | None = None) -> gym.Env:
@@ -289,7 +295,9 @@ def check_family(spec: Spec) -> None:
         check_environment(name, spec)
     except InputError:
         raise
-    except (Exception, SystemExit) as error:  # whatever an environment of somebody else raises
+    except SystemExit as error:
+        raise InputError(f"{name} cannot be used: {called_exit(error)}") from None
+    except Exception as error:  # whatever an environment of somebody else raises
         raise InputError(f"{name} cannot be used: {type(error).__name__}: {error}") from error
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from plumbing.errors import InputError
+from plumbing.errors import InputError, called_exit
 
 PATIENCE = 30  # seconds without an answer and without work, after which a line says so
 MOMENT = 3  # seconds that processes have to close their environments before they are killed
@@ -212,10 +212,10 @@ def play_part(k, pipes, parent, over, seed, part, function, env_list, arguments,
         except InputError as error:
             answer = pickle.dumps(error)
         except SystemExit as error:
-            answer = pickle.dumps(InputError(f"{who_called_exit(error)}: the run did not end"))
-        except Exception:
-            words = f"in a process that played episodes\n{traceback.format_exc()}"
-            answer = pickle.dumps(RuntimeError(words))
+            answer = pickle.dumps(InputError(called_exit(error)))
+        except Exception as error:
+            words = f"{type(error).__name__} in a process that played episodes: {error}"
+            answer = pickle.dumps(RuntimeError(f"{words}\n{traceback.format_exc()}"))
         ignore_signals()  # from here on it ends by itself
         writer.send_bytes(answer)
     except (OSError, SystemExit):  # nobody waits for it any more
@@ -235,12 +235,6 @@ def ignore_signals():
     """Do nothing at a signal."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: None)
-
-
-def who_called_exit(error):
-    """Where a SystemExit comes from, in words."""
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{place.filename}, line {place.lineno}, called sys.exit({error.code!r})"
 
 
 def map_nested(function, x):

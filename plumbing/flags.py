@@ -10,14 +10,14 @@ import shlex
 import shutil
 import sys
 import tempfile
+import traceback
 import typing
 from pathlib import Path
 
 import tyro
 
 import envs
-from plumbing.cores import who_called_exit
-from plumbing.errors import InputError
+from plumbing.errors import InputError, called_exit
 from plumbing.files import MAX_TEXT, check_array, check_replaceable, read_npz
 
 # ----- What flags may be
@@ -361,14 +361,15 @@ def train(script, **flags):
 
 @contextlib.contextmanager
 def one_sentence():
-    """End the program with one sentence and exit code 2 for an input that cannot be used.
+    """End the program with one sentence and exit code 2 for whatever cannot be used or fails.
 
+    Above the sentence stands the traceback of an error that is not ours, as of an environment.
     Ctrl-C gives a sentence and exit code 130.
     """
     try:
         yield
-    except (InputError, OSError) as error:
-        print_safely(f"error: {InputError(error)}", "stderr")
+    except Exception as error:
+        tell_error(error)
         sys.exit(2)
     except KeyboardInterrupt:
         words = "stopped at once; a run goes on from its last checkpoint, if it has one"
@@ -379,6 +380,28 @@ def one_sentence():
             print(end="", flush=True)
         except (OSError, ValueError):  # whoever read it has gone
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def tell_error(error):
+    """Print one sentence of an error, with what `Run.explain` added to it.
+
+    Above it stands the traceback of what was raised by code that is not ours.
+    """
+    text = str(error)
+    notes = getattr(error, "__notes__", [])
+    raised = error
+    if isinstance(error, InputError):
+        raised = error.__cause__
+    elif isinstance(error, OSError) and not notes:  # outside of a run: of a file that a flag names
+        raised = None
+    else:
+        text = text.partition("\nTraceback ")[0]  # of a process, which is printed as it is
+        text = f"{type(error).__name__}: {text}"
+    if raised is not None:
+        print_safely("".join(traceback.format_exception(raised)), "stderr")
+    if notes:
+        text = ", ".join([text[:200], *notes])
+    print_safely(f"error: {InputError(text)}", "stderr")
 
 
 @contextlib.contextmanager
@@ -392,7 +415,7 @@ def exit_is_an_error():
     except SystemExit as error:
         if isinstance(error.code, str):
             raise
-        raise InputError(f"{who_called_exit(error)}, so that the run did not end") from None
+        raise InputError(called_exit(error)) from None
 
 
 @contextlib.contextmanager

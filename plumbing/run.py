@@ -18,7 +18,6 @@ import stat
 import sys
 import threading
 import time
-import traceback
 from pathlib import Path
 from typing import Optional
 
@@ -28,7 +27,7 @@ from tqdm import tqdm
 
 import envs
 from plumbing import pictures
-from plumbing.errors import InputError
+from plumbing.errors import InputError, called_exit
 from plumbing.files import (
     CONTEXTS,
     CSV_COLUMNS,
@@ -95,7 +94,10 @@ class Run:
         self.parts = parts
         self.device = choose_device(args)
         name = f"{envs.short_name(args.env_id)}__{self.script.stem}__{args.seed}"
-        self.folder = Path(os.path.expanduser(args.resume or Path(args.run_dir, name)))
+        # An environment may change the working directory, so that paths are made absolute.
+        self.home = os.getcwd()
+        folder = os.path.expanduser(args.resume or Path(args.run_dir, name))
+        self.folder = Path(self.home, folder)
         self.checkpoint = self.folder / "checkpoint.npz"
 
         self.step = 0  # gradient steps made so far
@@ -227,7 +229,7 @@ class Run:
             self.file.close()
         if kind is None:
             self.finish()
-        elif issubclass(kind, Exception):
+        else:
             self.explain(error)
 
     def finish(self):
@@ -242,22 +244,18 @@ class Run:
     def explain(self, error):
         """Add to an error where it came up, and how to continue.
 
-        Raises InputError in place of an InputError without these words, and of an OSError.
+        Raises InputError in place of one without these words, and of an environment's sys.exit.
+        Any other error gets them as a note, and keeps its type and its traceback.
         """
         saved = self.saved()
         where = f"at step {self.step + 1} of {self.folder}; {saved}"
-        if isinstance(error, InputError) and saved in str(error):
-            return
-        if isinstance(error, (InputError, OSError)):
-            # A script prints the sentence of these alone. What an environment raised has more.
-            cause = error.__cause__ if isinstance(error, InputError) else error
-            if cause is not None:
-                print_safely("".join(traceback.format_exception(cause)), "stderr")
-            what = str(error)
-            if not isinstance(error, InputError):
-                what = f"{type(error).__name__}: {error}"
-            raise InputError(f"{what[:200]}, {where}") from error
-        error.add_note(where)  # which Python prints below the error
+        if isinstance(error, InputError) and saved not in str(error):
+            raise InputError(f"{str(error)[:200]}, {where}") from error.__cause__
+        # A run that is stopped ends with SystemExit as well, which has a sentence as its code.
+        if isinstance(error, SystemExit) and not isinstance(error.code, str):
+            raise InputError(f"{called_exit(error)}, {where}") from None
+        if isinstance(error, Exception) and not isinstance(error, InputError):
+            error.add_note(where)
 
     # ----- Signals and steps
 
@@ -384,6 +382,7 @@ class Run:
             self.summed = 0
             self.since = time.time()
 
+    @np.errstate(over="ignore", invalid="ignore")  # what overflows is refused, in one sentence
     def write(self, evaluations, scalars, data=()):
         """Write an evaluation to eval.csv and TensorBoard.
 
@@ -542,10 +541,11 @@ class Run:
         for name in ("dataset", "save_dataset"):
             file = getattr(self.args, name, None)
             if file:
-                words += ["--" + name.replace("_", "-"), os.path.realpath(os.path.expanduser(file))]
+                path = Path(self.home, os.path.expanduser(file))
+                words += ["--" + name.replace("_", "-"), os.path.realpath(path)]
         command = shlex.join(words)
         if own_module:  # which is found in this folder only
-            command = f"cd {shlex.quote(os.getcwd())} && {command}"
+            command = f"cd {shlex.quote(self.home)} && {command}"
         return command
 
 

@@ -143,9 +143,13 @@ def perform(attack):
     )
     if code not in attack.codes:
         faults.append(f"another exit code than {attack.codes[0]}")
-    if "Traceback" in output + errors:
-        faults.append("a traceback")
-    one_line = re.fullmatch("error: .+\n", errors) or 2 not in attack.codes
+    if ("Traceback" in output + errors) != attack.traceback:
+        faults.append("no traceback" if attack.traceback else "a traceback")
+    lines = errors.splitlines()
+    is_sentence = (
+        lines and lines[-1].startswith("error: ") and (attack.traceback or len(lines) == 1)
+    )
+    one_line = is_sentence or 2 not in attack.codes
     if not one_line or not re.search(attack.sentence, output + errors):
         faults.append("other words")
     if 2 in attack.codes and "RUN" in attack.command and hashes() != before:
@@ -216,8 +220,8 @@ def behaved(cells):
 
 
 def main(args):
-    file, rows = Path(args.out).absolute(), []
-    before = read_table(file) if args.only and file.exists() else {}
+    file = Path(args.out).absolute()
+    done = read_table(file) if args.only and file.exists() else {}
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         for name in [*(f"{name}.py" for name in FLAGS), "benchmark", "agents"]:
@@ -229,17 +233,19 @@ def main(args):
         Path("save.py").write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{SAVE}")
         write("d.npz", dataset())
         prepare("meta_bc")  # some attacks on others take its files
-        for attack in (
-            dataclasses.replace(attack, kind=kind.__doc__) for kind in KINDS for attack in kind()
-        ):
-            key = tuple(cells_of(attack))
+        attacks = {}
+        for kind in KINDS:
+            for attack in kind():
+                attack = dataclasses.replace(attack, kind=kind.__doc__)
+                attacks[tuple(cells_of(attack))] = attack
+        for key, attack in attacks.items():
             if re.search(args.only, f"{attack.kind} {attack.what} {attack.command}"):
-                rows.append(perform(attack))
-                print(" | ".join(rows[-1]), flush=True)
-            elif key in before:
-                rows.append(before[key])
+                done[key] = perform(attack)
+                print(" | ".join(done[key]), flush=True)
+                # after each of them, so that what was tried is kept if this is stopped
+                write_table(file, [done[key] for key in attacks if key in done])
         os.chdir(ROOT)
-    write_table(file, rows)
+    rows = [done[key] for key in attacks if key in done]
     if not all(map(behaved, rows)):
         sys.exit("some attacks did not end as they should")
 

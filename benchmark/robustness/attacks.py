@@ -54,6 +54,22 @@ rl = [(0, path)] * int(sys.argv[2])
 with one_sentence():
     buffers.save_dataset("s.npz", "PointDirection", tasks[:1], tasks[1:], rl, [], "save.py")
 """
+ROWS = """
+import dataclasses, envs, gymnasium as gym, numpy as np
+class Discrete(envs.PointDirection):
+    def __init__(self):
+        super().__init__()
+        self.action_space = gym.spaces.Discrete(3)
+class Words(envs.PointDirection):
+    def __init__(self):
+        super().__init__()
+        self.observation_space = gym.spaces.Dict({"a": self.observation_space})
+class Image(envs.PointDirection):
+    def __init__(self):
+        super().__init__()
+        self.observation_space = gym.spaces.Box(0, 255, (8, 8, 3), np.uint8)
+envs.register("Row", dataclasses.replace(envs.SPECS["PointDirection"], ROW))
+"""
 SITES = {  # what Python runs before anything else, with PYTHONPATH=NAME
     **{
         f"lock{n}": f"import fcntl\ndef flock(*_): raise OSError({n}, 'no')\nfcntl.flock = flock"
@@ -108,7 +124,33 @@ class Waits(envs.PointDirection):
             LOCK.acquire(timeout=0.1 if os.path.exists("waited") else 40)
             open("waited", "w").close()
         return super().reset(**options)
-for one in (Ends, EndsAtOnce, Starts, Waits):
+STEPS = 0
+class Fails(envs.PointDirection):
+    def step(self, action):
+        global STEPS
+        STEPS += 1
+        if STEPS == int(os.environ.get("AT", "0")):
+            how = os.environ["HOW"]
+            if how == "cwd":
+                os.makedirs("away", exist_ok=True)
+                os.chdir("away")
+            elif how == "loop":
+                open("loops", "w").close()
+                while True:
+                    pass
+            else:
+                raise {"error": ValueError, "connection": ConnectionError}[how]("the gripper is lost")
+        return super().step(action)
+class Rich(envs.PointDirection):
+    resets = 0
+    def reset(self, **options):
+        self.resets += 1
+        return super().reset(**options)
+    def step(self, action):
+        obs, reward, *rest = super().step(action)
+        is_scored = self.resets > 2  # what the encoder reads stays as it is
+        return (obs, float(os.environ["PAYS"]) if is_scored else reward, *rest)
+for one in (Ends, EndsAtOnce, Starts, Waits, Fails, Rich):
     envs.register(one.__name__, dataclasses.replace(
         envs.SPECS["PointDirection"], env_class=one, num_train_tasks=3, num_test_tasks=2))
 family("PaysNaN", float("nan"), False)
@@ -130,6 +172,7 @@ class Attack:
     signals: tuple = ()  # sent 0.3 s after the first checkpoint, a tenth of a second apart
     terminal: bool = False  # it has one, which goes away 0.3 s after the first checkpoint
     then: str = ""  # a second command, which must end with 0; PASTED is the one in the sentence, from another folder
+    traceback: bool = False  # of an environment, above the sentence
     kind: str = ""
 
 
@@ -241,11 +284,8 @@ def harmful():
         yield ends(
             f"dataset: {what}, the most", f"{META_BC} --dataset x.npz", data(*sizes), equal=False
         )
-    weight, spare, bomb = (
-        "agent/policy.net.0.weight",
-        "2,0,test,online,3,4.0,5.0\r\n" * 400_000,
-        tricks["a zip bomb"],
-    )
+    weight = "agent/policy.net.0.weight"
+    bomb = tricks["a zip bomb"]
     pickled, opcodes = b"\x80\4N" + b"2\x86" * 250 + b".", b"\x80\4" + b"N0" * 1_500_000
     for what, make in (
         ("a zip bomb", functools.partial(replace, bomb, "checkpoint.npz")),
@@ -260,17 +300,19 @@ def harmful():
         ),
         ("step 2^62", checkpoint(lambda c: {"step": np.array(2**62)})),
         (
-            "a surrogate in its table",
-            lambda run: member("eval_csv", npy("<U1", "()", b"\0\xd8\0\0"), run),
+            "a surrogate in its flags",
+            lambda run: member("flags", npy("<U1", "()", b"\0\xd8\0\0"), run),
+        ),
+        ("words for its table", checkpoint(lambda c: {"evaluations": np.array("2,0,test")})),
+        (
+            "NaN in its table",
+            checkpoint(lambda c: {"evaluations": c["evaluations"] * np.nan}),
         ),
         (
-            "escape sequences in its table",
-            checkpoint(lambda c: {"eval_csv": np.array(f"{c['eval_csv']}\x1b[31m")}),
+            "400,000 rows of steps to come in its table",
+            checkpoint(lambda c: {"evaluations": np.full((400_000, 7), 10.0**6)}),
         ),
-        (
-            "400,000 lines in its table",
-            checkpoint(lambda c: {"eval_csv": np.array(f"{c['eval_csv']}{spare}")}),
-        ),
+        ("a table of an earlier version", checkpoint(lambda c: {"eval_csv": np.array("2,0")})),
     ):
         yield Attack(f"checkpoint: {what}", RESUME, "checkpoint.npz", make)
     for what, new in (
@@ -517,7 +559,88 @@ def settings():
     yield Attack("weights of 1e10", WATCH, "is NaN or infinite", large)
 
 
+def tables():
+    """20 the table of evaluations"""
+    run = "runs/PointDirection__meta_bc__1"
+    again = f"python meta_bc.py --resume {run} --dataset d.npz"
+    for what, change in (
+        ("LF in place of CRLF", "sed -i 's/\\r//' FILE"),
+        ("quotes", "sed -i 's/^/\"/' FILE"),
+        ("a BOM", "sed -i '1s/^/\\xef\\xbb\\xbf/' FILE"),
+        ("a comment", "echo '# good' >> FILE"),
+        ("deleted", "rm FILE"),
+        ("a pipe", "rm FILE; mkfifo FILE; sleep 3; rm FILE"),
+    ):
+        change = change.replace("FILE", f"{run}/eval.csv")
+        wait = f"until [ -e {run}/checkpoint.npz ]; do sleep 0.05; done"
+        command = f"({wait}; {change}) & {META_BC} --eval-every 2; e=$?; wait; "
+        yield ends(f"eval.csv: {what}", f"{command} [ $e = 0 ] && {again}")
+    rows = checkpoint(lambda c: {"evaluations": np.repeat(c["evaluations"], 20_000, axis=0)})
+    yield ends("it has more than 100,000 rows", RESUME, rows, equal=False)
+    for pays in ("1e33", "3e34"):
+        flags = "--env-id mine:Rich --dataset x.npz"
+        command = f"PAYS={pays} {META_BC} {flags} --eval-every 6; "
+        command += f"PAYS={pays} python meta_bc.py --resume runs/Rich__meta_bc__1 {flags}"
+        yield ends(f"returns of 50 times {pays}", command, of_family("Rich"), equal=False)
+    command = f"PAYS=1e37 {META_BC} --env-id mine:Rich --dataset x.npz --eval-every 6"
+    yield Attack("returns of 50 times 1e37", command, NAN, of_family("Rich"))
+
+
+def failing():
+    """21 environments that fail"""
+    flags = "--env-id mine:Fails --dataset x.npz"
+    make = of_family("Fails")
+    for how, words in (
+        ("error", "ValueError: the gripper is lost"),
+        ("connection", "ConnectionError: the gripper is lost"),
+    ):
+        for threads, at, place in (
+            (1, 200, "there is no checkpoint yet"),
+            (1, 7000, "continue with: cd .* && python"),
+            (2, 200, "there is no checkpoint yet"),
+        ):
+            command = f"HOW={how} AT={at} OMP_NUM_THREADS={threads} {META_BC} {flags}"
+            if threads == 2:
+                words = words.replace(":", " in a process that played episodes:")
+            sentence = f"{words}, at step \\d of .*/Fails__meta_bc__1; {place}"
+            what = f"it raises, {threads} thread" + "s" * (threads - 1)
+            yield Attack(what, command, sentence, make, traceback=True)
+    command = f"HOW=cwd AT=200 {META_BC} {flags}"
+    yield ends("it changes the working directory", command, make, equal=False)
+    command = f"HOW=loop AT=200 {META_BC} {flags} & "
+    command += "until [ -e loops ]; do sleep 0.05; done; sleep 0.5; kill -TERM $!; sleep 1; "
+    command += "kill -TERM $!; wait $!"
+    yield Attack("it never returns", command, "once more stops at once", make, codes=(130,))
+
+
+def drawing():
+    """22 libraries that draw"""
+    for library in ("osmesa", "egl", "glfw", "nothing"):
+        yield ends(f"MUJOCO_GL={library}", f"MUJOCO_GL={library} {META_BC}")
+
+
+def rows():
+    """23 rows of one's own"""
+    for text, words in (
+        ("task_range=[-1, 1]", "task_range of a task family is .*expected a tuple"),
+        ("task_range=None", "task_range of a task family is None"),
+        ("task_range=3", "task_range of a task family is 3"),
+        ("task_range=np.array([-1, 1])", "task_range of a task family is"),
+        ("presets=None", "presets of a task family are None"),
+        ("horizon=2**70", "horizon of a task family is 1180591620717411303424"),
+        ("action_dim=3", r"action_dim is \(3,\) in its row, but its environment has \(2,\)"),
+        ("env_class=Discrete", "its actions are Discrete"),
+        ("env_class=Words", "its observations are Dict"),
+        ("env_class=Image", "its observations are Box.* expected a Box of one dimension"),
+    ):
+
+        def write_module(run, text=text):
+            Path("rows.py").write_text(ROWS.replace("ROW", text))
+
+        yield Attack(text, f"{PEARL} --env-id rows:Row", words, write_module)
+
+
 KINDS = (
     other_data, writes, harmful, nan, closed, unchanged, locks, no_bullet, flags, sentences, curves, redirected, twice,
-    exits, no_files, left_behind, silence, dataset_of_a_run, settings,
+    exits, no_files, left_behind, silence, dataset_of_a_run, settings, tables, failing, drawing, rows,
 )  # fmt: skip

@@ -44,27 +44,25 @@ FLAGS = {
     "meta_bc": f"{SIZES} {ENCODER} --offline-steps 120",
     "macaw": f"{SIZES} --context-batch 16 --value-hidden 32 32 --offline-steps 120",
     "borel": f"{SIZES} --q-hidden 32 32 --vae-steps 20 --vae-tasks 2 --elbo-terms 8 --offline-steps 80",
+    "focal": f"{SIZES} {ENCODER} --q-hidden 32 32 --offline-steps 120",
 }
 PHASES = {  # the number of the first gradient step of each
     "smac_offline_online": {"offline": 0, "self-supervised": 60}, "pearl_online_oracle": {"PEARL": 0},
     "meta_bc": {"offline": 0}, "macaw": {"offline": 0}, "borel": {"VAE": 0, "SAC": 20},
+    "focal": {"offline": 0},
 }  # fmt: skip
 
 
 @dataclasses.dataclass
 class Args:
-    kills: tuple[int, int, int, int, int] = (
-        18,
-        8,
-        8,
-        8,
-        8,
-    )  # kills of SMAC, PEARL, meta-BC, MACAW and BOReL
+    # kills of SMAC, PEARL, meta-BC, MACAW, BOReL and FOCAL, with each number of threads
+    kills: tuple[int, int, int, int, int, int] = (8, 5, 5, 5, 5, 2)
+    threads: tuple[int, ...] = (1, 2)  # with two, evaluations are played in two processes
     seed: int = 0  # seed of the moments
     out: str = "benchmark/results/robustness/kill.md"  # where the result goes
 
 
-def start(script, flags, log):
+def start(script, flags, log, threads=1):
     """Fork a run; its process id. Both output streams go to the file `log`."""
     pid = os.fork()
     if pid:
@@ -72,13 +70,14 @@ def start(script, flags, log):
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
+    repeats = 1 if threads == 1 else 4  # eight environments are enough for two processes
     try:
-        torch.set_num_threads(1)
+        torch.set_num_threads(threads)
         plumbing.run.LOG_EVERY, plumbing.run.matmul_precision = (
             5,
             lambda *_: "highest",
         )  # not what is faster at the moment
-        envs.make_evaluation = functools.partial(envs.make_evaluation, num_train=2, repeats=1)
+        envs.make_evaluation = functools.partial(envs.make_evaluation, num_train=2, repeats=repeats)
         envs.SPECS["PointDirection"] = dataclasses.replace(
             SPEC, num_train_tasks=TASKS, num_test_tasks=TEST_TASKS
         )
@@ -138,7 +137,7 @@ def phase(run, name):
     return [label for label, first in PHASES[name].items() if first <= step][-1]
 
 
-def kill(name, kills, rng, folder):
+def kill(name, kills, rng, folder, threads=1):
     """Kill and resume runs of one script.
 
     Returns:
@@ -155,7 +154,7 @@ def kill(name, kills, rng, folder):
         )
         more = ["--dataset", str(folder / "small.npz")]
     began = time.time()
-    wait(start(script, [*flags, *more, "--run-dir", str(folder / "whole")], log))
+    wait(start(script, [*flags, *more, "--run-dir", str(folder / "whole")], log, threads))
     duration, whole = time.time() - began, folder / "whole" / f"PointDirection__{name}__1"
     expected, counts, equal = content(whole), Counter(), []
     while True:
@@ -172,6 +171,7 @@ def kill(name, kills, rng, folder):
                 *more,
             ],
             log,
+            threads,
         )
         moment, in_write = time.time() + rng.uniform(0, 0.7 * duration), rng.random() < 0.5
         if counts.total() == kills:
@@ -191,29 +191,31 @@ def kill(name, kills, rng, folder):
 
 def main(args):
     importlib.import_module("torch._dynamo")  # Adam imports it: once here, and not in each fork
-    rng, lines = (
-        np.random.default_rng(args.seed),
-        ["| script | phase | moment | kills |", "|---|---|---|---|"],
-    )
+    torch.set_num_threads(1)  # a process with threads of its own could not be forked
+    rng = np.random.default_rng(args.seed)
+    lines = ["| script | threads | phase | moment | kills |", "|---|---|---|---|---|"]
     ended = []
-    for (name, flags), kills in zip(FLAGS.items(), args.kills):
-        if kills:
+    for threads in args.threads:
+        for (name, flags), kills in zip(FLAGS.items(), args.kills):
+            if not kills:
+                continue
             with tempfile.TemporaryDirectory() as folder:
-                counts, equal = kill(name, kills, rng, Path(folder))
-            lines += [
-                f"| {name}.py | {where} | {moment} | {n} |"
-                for (where, moment), n in sorted(counts.items())
-            ]
-            result = f"{kills} kills, {len(equal)} runs to their end, {sum(equal)} of them equal, bit for bit, to one"
-            ended.append(f"- {name}.py: {result} that was never killed; `{flags}`")
+                counts, equal = kill(name, kills, rng, Path(folder), threads)
+            for (where, moment), number in sorted(counts.items()):
+                lines.append(f"| {name}.py | {threads} | {where} | {moment} | {number} |")
+            with_threads = "one thread" if threads == 1 else f"{threads} threads"
+            result = f"{kills} kills with {with_threads}, {len(equal)} runs to their end, "
+            result += f"{sum(equal)} of them equal, bit for bit, to one that was never killed"
+            ended.append(f"- {name}.py: {result}; `{flags}`")
             print(ended[-1], flush=True)
             if not all(equal):
                 sys.exit(f"{name}.py: {equal.count(False)} of {len(equal)} runs differ")
     found = versions()
-    text = f"`python benchmark/robustness/kill.py --kills {' '.join(map(str, args.kills))} --seed {args.seed}`, one thread of "
-    text += f"{found['cpu']}; Python {found['python']}, PyTorch {found['torch']}\n\n"
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    flags = f"--kills {' '.join(map(str, args.kills))} --threads {' '.join(map(str, args.threads))}"
+    text = f"`python benchmark/robustness/kill.py {flags} --seed {args.seed}`, {found['cpu']}; "
+    text += f"Python {found['python']}, PyTorch {found['torch']}\n\n"
     text += "\n".join([*ended, "", *lines]) + "\n"
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     write_file(args.out, lambda file: file.write(text.encode()))
 
 

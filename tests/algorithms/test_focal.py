@@ -361,6 +361,23 @@ def test_idaqs_first_history_is_the_reference_episode_of_highest_return(monkeypa
     assert torch.equal(mu, references[1])  # the last episode has the z of the highest return
 
 
+def test_each_reference_of_idaq_is_far_from_all_before_it(monkeypatch):
+    known = []
+    farthest_z = focal.farthest_z
+
+    def note(z_train, played, rng):
+        known.append(list(played))
+        return farthest_z(z_train, played, rng)
+
+    monkeypatch.setattr(focal, "farthest_z", note)
+    returns = [[0.0]] * 6  # three of them are references
+    played, *_ = explore(monkeypatch, returns, torch.randn(9, LATENT), explore="idaq")
+    assert [len(before) for before in known] == [0, 1, 2]
+    for before in known:
+        for z, (mu, _) in zip(before, played):
+            assert torch.equal(z, mu)
+
+
 def test_in_its_second_half_idaq_plays_what_it_infers_and_keeps_what_is_better(monkeypatch):
     returns = [[1.0], [3.0], [9.0], [2.0], [4.0]]  # 2 of 5 are reference episodes
     z_train = torch.randn(6, LATENT)
@@ -423,6 +440,39 @@ def test_z_is_the_mean_of_the_posterior_without_noise():
     assert mu.shape == (2, LATENT) and (sigma == 0).all()
     context = focal.make_context(buffers.join(paths), args)
     torch.testing.assert_close(mu[0], agent.encoder(context[None])[0][0])
+
+
+def test_the_offline_context_of_an_evaluation_is_as_long_as_the_own_one(short, monkeypatch):
+    _, _, args = setting(explore_episodes=3, context_batch=8, rl_batch=5)
+    data = buffers.load_dataset("PointDirection")
+    buffer = buffers.from_dataset(data, "PointDirection")
+    agent = focal.Agent(4, 2, args)
+    eval_envs = envs.make_evaluation("PointDirection", data["train_tasks"], data["test_tasks"])
+    drawn, played = [], []
+    sample, rollout = buffer.sample, focal.rollout
+
+    def note_sample(tasks, n, generator, source="rl"):
+        batch = sample(tasks, n, generator, source)
+        drawn.append((list(tasks), n, source, batch))
+        return batch
+
+    def note_rollout(env_list, agent, mu, sigma, rng, **flags):
+        played.append((env_list, mu, sigma))
+        return rollout(env_list, agent, mu, sigma, rng, **flags)
+
+    monkeypatch.setattr(buffer, "sample", note_sample)
+    monkeypatch.setattr(focal, "rollout", note_rollout)
+    evaluations, _, _ = focal.evaluate(agent, buffer, eval_envs, args)
+
+    tasks, env_list = eval_envs["train"]
+    offline = evaluations[-1]
+    assert (offline.split, offline.context, offline.tasks) == ("train", "offline", tasks)
+    # Three episodes of ten steps were explored.
+    *what, batch = drawn[-1]
+    assert what == [tasks, 30, "offline"]
+    mu, _ = agent.encoder(focal.make_context(batch, args))
+    assert played[-1][0] is env_list and torch.equal(played[-1][1], mu)
+    assert (played[-1][2] == 0).all()
 
 
 # ----- Runs

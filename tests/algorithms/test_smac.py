@@ -601,6 +601,19 @@ def test_success_is_the_behaviour_achieved_in_the_last_step(drawers, tmp_path):
     ]
 
 
+def test_a_frozen_encoder_buffer_is_one_of_offline_data(dataset, tmp_path, short):
+    """A test task that has a buffer of its own has no such data: what was explored fills it."""
+    flags = ["--encoder-buffer", "frozen", "--oracle-rewards"]
+    run, _ = start(dataset, tmp_path / "train", *flags)
+    offline = TRAIN_TASKS * [EPISODES * HORIZON]
+    assert load(run)["buffer/sizes/encoder"].tolist() == offline
+    run, _ = start(dataset, tmp_path / "test", *flags, "--explore-tasks", "test")
+    sizes = load(run)["buffer/sizes/encoder"]
+    assert sizes[:TRAIN_TASKS].tolist() == offline
+    # In two iterations two visits each: an episode from the prior enters, two others do not.
+    assert sizes[TRAIN_TASKS:].sum() == ITERATIONS * 2 * HORIZON
+
+
 @pytest.mark.parametrize(
     "flags",
     [

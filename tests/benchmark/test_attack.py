@@ -18,7 +18,8 @@ DONE = "mkdir -p RUN; touch RUN/summary.png"
     (f"rm RUN/kept; {ERROR}", {}, "the folder changed"), (f"echo words >&2; {ERROR}", {}, "other words"),
     ("exit 2", {}, "other words"), (ERROR, dict(sentence="yes"), "other words"),
     ("echo error: no >&2; exit 1", {}, "another exit code than 2"), (DONE, dict(codes=(0,)), "yes"),
-    ("echo Traceback; exit 2", {}, "a traceback, other words"), ("true", dict(codes=(0,)), "no run has ended"),
+    ("echo Traceback; exit 2", {}, "a traceback, other words"), (ERROR, dict(traceback=True), "no traceback"),
+    (f"echo Traceback >&2; {ERROR}", dict(traceback=True), "yes"), (f"echo more >&2; {ERROR}", {}, "other words"), ("true", dict(codes=(0,)), "no run has ended"),
     (DONE, dict(codes=(0,), equal=True), "another run"),
     ("echo 'continue with: exit 3' >&2; exit 1", dict(codes=(1,), then="PASTED"), "exit code 3 of the second command"),
     (f"{DONE}; echo 'continue with: [ $PWD = / ]' >&2; exit 1", dict(codes=(1,), then="PASTED"), "yes"),
@@ -68,7 +69,7 @@ def test_every_kind_has_attacks_on_a_script_or_on_watch(tmp_path, monkeypatch):
     monkeypatch.setattr(attacks, "archive", lambda members: b"")  # of 300,000: both take seconds
     write("d.npz", dataset())
     found = [(kind.__doc__, attack) for kind in KINDS for attack in kind()]
-    assert [int(re.match(r"\d+", kind.__doc__)[0]) for kind in KINDS] == list(range(1, 20)) and len(
+    assert [int(re.match(r"\d+", kind.__doc__)[0]) for kind in KINDS] == list(range(1, 24)) and len(
         found
     ) >= 60
     assert len({(attack.what, attack.command) for _, attack in found}) == len(found)

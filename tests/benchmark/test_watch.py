@@ -396,6 +396,8 @@ def test_masks_of_an_encoder_are_kept_and_watched(data, tmp_path, monkeypatch):
 )
 def test_an_agent_in_the_repository_plays(file):
     """On two test tasks; where the return grew by half in its own run, it does here."""
+    if file.stem.startswith("Sawyer"):
+        pytest.importorskip("pybullet", reason="PyBullet is ready for Python 3.11 only")
     script, args, tasks, loaded = watch.load(file)
     assert script is smac and args.env_id == file.stem and file.stat().st_size < 4e6
     with np.load(file, allow_pickle=False) as arrays:

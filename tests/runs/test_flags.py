@@ -15,6 +15,7 @@ import pytest
 import borel
 import buffers
 import envs
+import focal
 import macaw
 import meta_bc
 import pearl_online_oracle as pearl
@@ -24,7 +25,7 @@ from plumbing import flags
 from plumbing.flags import check_flags, command_line, parse_args, preset
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = (smac, pearl, meta_bc, macaw, borel)
+SCRIPTS = (smac, pearl, meta_bc, macaw, borel, focal)
 TINY = "--env-id PointDirection --device cpu --policy-hidden 8 --rl-batch 4 --eval-every 2"
 TINY_PEARL = f"{TINY} --initial-steps 9 --prior-steps 9 --posterior-steps 9 --context-batch 4"
 TINY_PEARL += " --encoder-hidden 8 --q-hidden 8 --updates-per-iteration 2 --tasks-per-iteration 1"
@@ -229,6 +230,20 @@ def test_the_command_goes_on_after_the_iteration_of_the_dataset(short, tmp_path,
     with pytest.raises(buffers.InputError, match="is over, and there is no file .*e.npz"):
         buffers.train(pearl, **flags_of)
     assert contents(tmp_path) == before
+
+
+def test_a_run_that_ends_with_the_iteration_of_the_dataset_has_written_it(short, tmp_path):
+    """Its step is the iteration's last: a resumed run does not come there again."""
+    saved = tmp_path / "d.npz"
+    more = f"--run-dir {tmp_path} --online-iterations 1 --dataset-iteration 1"
+    words = [*TINY_PEARL.split(), *more.split(), "--save-dataset", str(saved)]
+    pearl.main(parse_args(pearl.Args, pearl.PRESETS, words))
+    run = tmp_path / "PointDirection__pearl_online_oracle__1"
+    again = ["--resume", str(run), "--save-dataset", str(saved), "--online-iterations", "2"]
+    assert parse_args(pearl.Args, pearl.PRESETS, again).save_dataset is None
+    saved.unlink()
+    with pytest.raises(buffers.InputError, match="is over, and there is no file"):
+        parse_args(pearl.Args, pearl.PRESETS, again)
 
 
 def test_ctrl_c_in_a_tool_is_no_traceback(tmp_path):

@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import re
 import signal
 import sys
 import types
@@ -20,6 +21,7 @@ import plumbing.run
 import smac_offline_online as smac
 from buffers import InputError
 from plumbing.files import CSV_COLUMNS, check_table, table_text
+from plumbing.flags import one_sentence
 from plumbing.pictures import draw_tasks, returns_by_task
 from plumbing.run import Stopwatch, rows_of
 
@@ -89,12 +91,21 @@ def test_large_returns_stay_readable(reward, tmp_path):
         assert again.table.tolist() == rows_of([make_evaluation(reward)], 1, 0).tolist()
 
 
-def test_returns_that_overflow_are_refused_before_anything_is_written(tmp_path):
+@pytest.mark.filterwarnings("error")  # one sentence, without warnings above it
+@pytest.mark.parametrize("reward, words", [
+    (2e38, "test return.* became NaN or infinite at the evaluation"),
+    (np.float64(1e38), "its table of evaluations is none"),  # finite, and no float32
+])  # fmt: skip
+def test_returns_that_overflow_are_refused_before_anything_is_written(reward, words, tmp_path):
     run = make_run(tmp_path, eval_every=1)
-    with pytest.raises(InputError, match="test return.* became NaN or infinite at the evaluation"):
+    evaluation = make_evaluation(reward, reward)
+    if isinstance(reward, np.float64):
+        for path in evaluation.final:
+            path["rewards"] = path["rewards"].astype(np.float64) * 4
+    with pytest.raises(InputError, match=words):
         with run:
             for _ in run.steps(1, "offline"):
-                run.write([make_evaluation(2e38, 2e38)], {})
+                run.write([evaluation], {})
     assert (run.folder / "eval.csv").read_text() == ",".join(CSV_COLUMNS) + "\n"
 
 
@@ -255,14 +266,59 @@ def test_an_error_of_an_environment_says_where_and_how_to_continue(dataset, tmp_
     assert note.startswith(f"at step 10 of {run}; continue with: python {ROOT / 'meta_bc.py'}")
 
 
-def test_a_lost_connection_is_one_sentence_below_its_traceback(
-    dataset, tmp_path, monkeypatch, capsys
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("kind", [RuntimeError, ConnectionError, AssertionError])
+def test_a_script_ends_with_one_sentence_below_the_traceback(
+    kind, threads, dataset, tmp_path, monkeypatch, capfd
 ):
-    raise_at(6, ConnectionError("no simulator"), monkeypatch)
+    """Exit code 2, and the sentence says what happened, where, and how to continue."""
+    raise_at(6, kind("the gripper\nis lost"), monkeypatch)
+    enough = functools.partial(envs.make_evaluation, repeats=4)  # for two processes
+    monkeypatch.setattr(envs, "make_evaluation", enough)
+    torch.set_num_threads(threads)
+    try:
+        with pytest.raises(SystemExit) as end, one_sentence():
+            start(meta_bc, dataset, tmp_path)
+    finally:
+        torch.set_num_threads(1)
+    traceback, _, sentence = capfd.readouterr().err.rpartition("error: ")
+    place = (
+        f"the gripper is lost, at step 10 of {directory(meta_bc, tmp_path)}; continue with: python"
+    )
+    assert end.value.code == 2 and kind.__name__ in sentence and place in sentence
+    assert sentence.count("\n") == 1
+    assert "in step_or_raise" in traceback and kind.__name__ in traceback
+
+
+@pytest.mark.parametrize("code", [0, None, 3])
+def test_sys_exit_in_an_environment_says_where_and_how_to_continue(
+    code, dataset, tmp_path, monkeypatch
+):
+    raise_at(6, SystemExit(code), monkeypatch)
     message = refusal(functools.partial(start, meta_bc, dataset, tmp_path))
-    run = directory(meta_bc, tmp_path)
-    assert message.startswith(f"ConnectionError: no simulator, at step 10 of {run}; continue with")
-    assert "in step_or_raise" in capsys.readouterr().err
+    place = f"at step 10 of {directory(meta_bc, tmp_path)}; continue with: python"
+    words = (
+        rf"test_run.py, line \d+, called sys.exit\({code}\), so that the run did not end, at step"
+    )
+    assert re.search(words, message) and place in message
+
+
+def test_an_environment_that_fails_before_the_run_is_shown(tmp_path, monkeypatch, capsys):
+    """One sentence, and above it the traceback of what is not ours."""
+
+    def fail(*_):
+        raise KeyError("gripper")
+
+    monkeypatch.setattr(envs.PointDirection, "set_task", fail)
+    envs.check_family.cache_clear()
+    with pytest.raises(SystemExit) as end, one_sentence():
+        envs.make("PointDirection")
+    envs.check_family.cache_clear()
+    traceback, _, sentence = capsys.readouterr().err.rpartition("error: ")
+    assert end.value.code == 2 and sentence == (
+        "PointDirection cannot be used: KeyError: 'gripper'\n"
+    )
+    assert ", in fail" in traceback
 
 
 def test_a_full_disk_at_the_start_names_the_place(dataset, tmp_path, monkeypatch):

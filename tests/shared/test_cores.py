@@ -204,7 +204,7 @@ def test_an_environment_that_fails_is_shown_once(two, capfd):
         raise buffers.InputError("it wants other actions")
 
     with pytest.raises(
-        RuntimeError, match=r"played episodes\n(.|\n)*in fail\n(.|\n)*: the environment broke"
+        RuntimeError, match=r"episodes: the environment broke\n(.|\n)*in fail\n(.|\n)*broke"
     ):
         buffers.on_cores(fail, blanks(8), torch.Generator())
     with pytest.raises(buffers.InputError, match="^it wants other actions$"):
@@ -328,7 +328,7 @@ def test_an_environment_that_does_not_close_is_not_waited_for(two, monkeypatch):
 
 
 @pytest.mark.parametrize("end, words", [
-    (lambda: sys.exit(0), r"test_cores.py, line \d+, called sys.exit\(0\): the run did not end"),
+    (lambda: sys.exit(0), r"test_cores.py, line \d+, called sys.exit\(0\), so that the run did not end"),
     (lambda: os._exit(0), "before they did, with exit code 0, as after a call of os._exit"),
     (lambda: os._exit(3), "with exit code 3, as after a call of os._exit"),
 ])  # fmt: skip

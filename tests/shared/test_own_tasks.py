@@ -452,7 +452,7 @@ REFUSED = {
     ),
     "it ends the program": (
         dict(set_task=lambda self, task: sys.exit(0)),
-        "cannot be used: SystemExit: 0",
+        "called sys.exit(0), so that the run did not end",
     ),
     "an error of its own": (
         dict(set_task=lambda self, task: {}[str(task.shape)]),
@@ -909,7 +909,8 @@ def test_a_module_does_not_get_the_family_of_the_same_name_here(module):
 def test_a_module_that_can_not_be_imported_is_one_sentence(module, tmp_path):
     for text, words in {
         "1 / 0": "ZeroDivisionError: division by zero",
-        "import sys; sys.exit(0)": "SystemExit: 0",
+        "import sys; sys.exit(0)": "own_three.py, line 1, called sys.exit(0), so that the run did",
+        "exit(3)": "own_three.py, line 1, called sys.exit(3)",
         "def f(:": "SyntaxError",
         "import no_such_thing": "No module named 'no_such_thing'",
         "import envs\nenvs.register('a b', None)": "'a b' cannot be the name of a task family",
@@ -920,6 +921,18 @@ def test_a_module_that_can_not_be_imported_is_one_sentence(module, tmp_path):
         )
         assert words in sentence
         sys.path_importer_cache.clear()
+
+
+def test_a_row_that_cannot_be_used_is_one_line(module, tmp_path, monkeypatch, capsys):
+    """It is found while its module is imported; what is wrong needs no traceback."""
+    text = "import envs\nenvs.Spec(envs.PointDirection, 4, 2, 1, 2**70, 3, 2)\n"
+    (tmp_path / "own_long.py").write_text(text)
+    monkeypatch.setattr(sys, "argv", ["smac_offline_online.py", "--env-id", "own_long:Mine"])
+    with pytest.raises(SystemExit) as end:
+        buffers.launch(smac.main, smac.Args, smac.PRESETS)
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and err.count("\n") == 1
+    assert err.startswith("error: own_long:Mine: importing own_long failed: horizon of a task")
 
 
 def test_a_row_may_name_its_class(module, tmp_path):
