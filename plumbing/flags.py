@@ -392,7 +392,7 @@ def tell_error(error):
     raised = error
     if isinstance(error, InputError):
         raised = error.__cause__
-    elif isinstance(error, OSError) and not notes:  # outside of a run: of a file that a flag names
+    elif isinstance(error, OSError):  # outside of a run: of a file that a flag names
         raised = None
     else:
         text = text.partition("\nTraceback ")[0]  # of a process, which is printed as it is

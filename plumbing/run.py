@@ -244,17 +244,21 @@ class Run:
     def explain(self, error):
         """Add to an error where it came up, and how to continue.
 
-        Raises InputError in place of one without these words, and of an environment's sys.exit.
-        Any other error gets them as a note, and keeps its type and its traceback.
+        Raises InputError in place of one without these words, of an OSError, and of an
+        environment's sys.exit. Any other error gets them as a note, and keeps its type.
         """
         saved = self.saved()
         where = f"at step {self.step + 1} of {self.folder}; {saved}"
-        if isinstance(error, InputError) and saved not in str(error):
-            raise InputError(f"{str(error)[:200]}, {where}") from error.__cause__
-        # A run that is stopped ends with SystemExit as well, which has a sentence as its code.
-        if isinstance(error, SystemExit) and not isinstance(error.code, str):
+        if isinstance(error, InputError):
+            if saved not in str(error):
+                raise InputError(f"{str(error)[:200]}, {where}") from error.__cause__
+        elif isinstance(error, OSError):  # a full disk, or what an environment is connected to
+            what = f"{type(error).__name__}: {error}"
+            raise InputError(f"{what[:200]}, {where}") from error
+        elif isinstance(error, SystemExit) and not isinstance(error.code, str):
+            # (a run that is stopped ends with SystemExit as well, and a sentence as its code)
             raise InputError(f"{called_exit(error)}, {where}") from None
-        if isinstance(error, Exception) and not isinstance(error, InputError):
+        elif isinstance(error, Exception):
             error.add_note(where)
 
     # ----- Signals and steps

@@ -610,7 +610,9 @@ def failing():
     command = f"HOW=loop AT=200 {META_BC} {flags} & "
     command += "until [ -e loops ]; do sleep 0.05; done; sleep 0.5; kill -TERM $!; sleep 1; "
     command += "kill -TERM $!; wait $!"
-    yield Attack("it never returns", command, "once more stops at once", make, codes=(130,))
+    words = "once more stops at once"
+    again = f"{META_BC} {flags}"  # HOW and AT are of the first command
+    yield Attack("it never returns", command, words, make, codes=(130,), then=again)
 
 
 def drawing():

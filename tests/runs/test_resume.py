@@ -372,8 +372,8 @@ def test_the_command_of_a_family_of_ones_own_goes_where_its_module_is(tmp_path, 
         smac.Args(env_id="mine:Mine", dataset="d's.npz"),
         Path("/a folder/smac.py"),
     )
-    run.folder = Path("runs")
-    monkeypatch.chdir(tmp_path)
+    run.home, run.folder = str(tmp_path), tmp_path / "runs"
+    monkeypatch.chdir("/")  # as an environment may
     command = f"cd {tmp_path} && python '/a folder/smac.py' --resume {tmp_path}/runs --env-id mine:Mine --dataset "
     assert run.command() == command + shlex.quote(f"{tmp_path}/d's.npz")
 
