@@ -125,7 +125,11 @@ class ReplayBuffer:
 
     def extend(self, entries: list, rl: bool = True, encoder: bool = True) -> None:
         """`add` for a list of (task, path)."""
-        paths = [path for _, path in entries]
+        paths = []
+        owners = []  # the task of each transition
+        for task, path in entries:
+            paths.append(path)
+            owners += [task] * len(path["actions"])
         columns = join(paths, self.device)
         start = self.used
         end = start + len(columns["obs"])
@@ -136,8 +140,7 @@ class ReplayBuffer:
         self.used = end
 
         # --- Which of these transitions belong to which task, in time order
-        lengths = [len(path["actions"]) for path in paths]
-        owners = np.repeat([task for task, _ in entries], lengths)
+        owners = np.array(owners)
         order = np.argsort(owners, kind="stable")
         tasks, firsts = np.unique(owners[order], return_index=True)
         groups = np.split(start + order, firsts[1:])
