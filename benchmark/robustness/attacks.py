@@ -402,7 +402,7 @@ def flags():
         (f"{BOREL} --elbo-terms 30000", "must be at most"), (f"{BOREL} --vae-tasks 1000000000000", "must be at most"),
         (f"{SMAC} --meta-batch 10000 --rl-batch 10000", "must be at most"), (f"{MACAW} --rl-batch 1", "at least 2"),
         (f"{SMAC} --online-iterations 1000000000000", "does not fit into memory"),
-        (f"{PEARL} --save-dataset .", "is no file in a folder"), (f"{META_BC} --resume ''", "--resume is empty"),
+        (f"{PEARL} --save-dataset .", "is a folder, and only a regular file"), (f"{META_BC} --resume ''", "--resume is empty"),
         (f"{SMAC} --env-id $'\\e[31m'", "there is no environment"), (f"{SMAC} --run-dir $'a\\xff'", "printable text"),
         (f"{SMAC} --run-dir $(printf 'a%.0s' {{1..5000}})", "File name too long"),
         (f"{SMAC} --dataset $(printf 'a/%.0s' {{1..2500}})", "there is no dataset"),
