@@ -75,6 +75,14 @@ class Run:
             return None
         return float(np.mean([self.curves[group][step] for step in steps]))
 
+    def until(self, last):
+        """The same run up to a gradient step of its offline phase."""
+        curves = {}
+        for group, curve in self.curves.items():
+            curves[group] = {step: level for step, level in curve.items() if step <= last}
+        transitions = {step: new for step, new in self.transitions.items() if step <= last}
+        return Run(self.flags | {"offline_steps": last}, curves, transitions)
+
 
 def read(file):
     """Read a run by its CSV file."""
@@ -111,7 +119,25 @@ def _load(results, name):
     for label, runs in found.items():
         last = max(run.end for run in runs.values())
         found[label] = {seed: runs[seed] for seed in sorted(runs) if runs[seed].end == last}
+    for label in [*found]:
+        add_first_part(found, label)
     return dict(found)
+
+
+def add_first_part(found, label):
+    """Add what a run of focal.py was after as many steps as SMAC's offline phase has.
+
+    With another budget nothing else changes, so that a run with the steps of both phases,
+    {label}_more_offline, has the shorter one in it.
+    """
+    name = label.removesuffix("_more_offline")
+    if name == label or name == "smac" or "smac" not in found:
+        return
+    steps = next(iter(found["smac"].values())).flags["offline_steps"]
+    for seed, run in found[label].items():
+        if seed not in found[name] and steps in run.transitions:
+            found[name][seed] = run.until(steps)
+    found[name] = dict(sorted(found[name].items()))
 
 
 def scores(runs, phase, group=TEST):

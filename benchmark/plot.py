@@ -62,10 +62,14 @@ STYLES = {
     "focal": ("tab:purple", "-"),
     "focal_more_offline": ("tab:purple", "--"),
     "focal_critic": ("tab:purple", ":"),
+    "focal_critic_more_offline": ("tab:purple", "-."),
     "csro": ("tab:pink", "-"),
     "csro_more_offline": ("tab:pink", "--"),
     "unicorn": ("deepskyblue", "-"),
     "unicorn_more_offline": ("deepskyblue", "--"),
+    "focal_goal_data": ("tab:purple", (0, (1, 1))),
+    "csro_goal_data": ("tab:pink", (0, (1, 1))),
+    "unicorn_goal_data": ("deepskyblue", (0, (1, 1))),
 }
 METHODS = (
     "smac smac_more_offline smac_actor_ablation meta_bc macaw macaw_matched borel borel_matched "
@@ -96,12 +100,9 @@ PANELS = {  # of the picture of one benchmark
     "what trains the encoder": ENCODERS,
     "another loss for the encoder": [
         "smac",
-        "focal",
         "focal_more_offline",
-        "focal_critic",
-        "csro",
+        "focal_critic_more_offline",
         "csro_more_offline",
-        "unicorn",
         "unicorn_more_offline",
     ],
     "where it explores": EXPLORED[:3],
@@ -119,6 +120,9 @@ PANELS = {  # of the picture of one benchmark
         "smac_goal_data",
         "smac_goal_data_slow",
         "smac_goal_data_oracle_rewards",
+        "focal_goal_data",
+        "csro_goal_data",
+        "unicorn_goal_data",
     ],
 }
 SHADE = "SMAC's self-supervised phase"

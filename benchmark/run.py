@@ -38,6 +38,8 @@ from plumbing.flags import launch_tool, print_safely
 
 POINT = "smac_offline_online.py --env-id PointDirection"
 GOAL_DATA = f"{POINT} --dataset datasets/PointDirectionGoal.npz"
+FOCAL_POINT = "focal.py --env-id PointDirection"
+FOCAL_GOAL = f"{FOCAL_POINT} --dataset datasets/PointDirectionGoal.npz --offline-steps 12600"
 HOPPER = "--env-id HopperParam"
 ONE_TASK = "--tasks-per-iteration 1"
 FIVE_TASKS = "--tasks-per-iteration 5"
@@ -86,19 +88,21 @@ def baselines(env_id, flags=""):
     return {name: (f"{name}.py --env-id {env_id} {flags}".strip(), ONE) for name in names}
 
 
-def context_methods(flags, steps, seeds):
-    """FOCAL, CSRO and UNICORN, with SMAC's offline steps and with those of both its phases.
+def context_methods(flags, steps, seeds, every):
+    """FOCAL, CSRO and UNICORN, with the gradient steps of both phases of SMAC.
+
+    What they are after SMAC's offline phase is read from the same runs: an evaluation falls on it.
 
     Args:
         flags: environment, preset and data.
         steps: gradient steps of both phases of SMAC.
+        every: gradient steps between two evaluations.
     """
     rows = {}
     for name in ("focal", "csro", "unicorn"):
         command = f"focal.py {flags} --context-loss {name}"
-        rows[name] = (command, seeds)
-        rows[f"{name}_more_offline"] = (f"{command} --offline-steps {steps}", seeds)
-    rows["focal_critic"] = (f"focal.py {flags} --critic-to-encoder", seeds)
+        longer = f"--offline-steps {steps} --eval-every {every}"
+        rows[f"{name}_more_offline"] = (f"{command} {longer}", seeds)
     return rows
 
 
@@ -120,7 +124,8 @@ def short(env_id):
         "smac_no_new_data": (control_losses(smac), FOUR),
     }
     rows |= others(smac, flags)
-    rows |= context_methods(flags, short_steps(env_id), FOUR)
+    every = 7_500 if env_id == "AntDirection" else 5_000
+    rows |= context_methods(flags, short_steps(env_id), FOUR, every)
     rows["pearl"] = (f"pearl_online_oracle.py {flags}", FOUR)
     if env_id in ("HopperParam", "WalkerParam", "HumanoidDirection"):
         rows |= encoder_ablations(smac)
@@ -155,7 +160,7 @@ def explored(env_id):
         "smac_test_tasks": (f"{smac} {test}", TWO),
         "smac_test_tasks_oracle_rewards": (f"{smac} {oracle}", TWO),
         "smac_one_task": (one_task, ONE),
-        **context_methods(flags, 35_000, FOUR),
+        **context_methods(flags, 35_000, FOUR, 7_500),
     }
     if env_id == "SawyerManipulation8":  # Figure 9's eight behaviours
         rows["smac_one_task"] = (one_task, FOUR)
@@ -177,7 +182,7 @@ def scenes():
         "smac_no_new_data": (control_losses(smac), FOUR),
         "smac_oracle_rewards": (f"{smac} --oracle-rewards", FOUR),
         **others(smac, flags),
-        **context_methods(flags, 35_000, FOUR),
+        **context_methods(flags, 35_000, FOUR, 7_500),
         "smac_five_tasks": (f"{smac} {FIVE_TASKS}", (3,)),
         "smac_lambda_pearl": (f"{smac} --lambda-pearl 1", ONE),
     }
@@ -254,7 +259,14 @@ BENCHMARKS = {
         "macaw_matched": ("macaw.py --env-id PointDirection --preset matched", TEN),
         "borel": ("borel.py --env-id PointDirection", TEN),
         "borel_matched": ("borel.py --env-id PointDirection --preset matched", THREE),
-        **context_methods("--env-id PointDirection", 12_600, TEN),
+        **context_methods("--env-id PointDirection", 12_600, TEN, 600),
+        "focal_critic_more_offline": (
+            f"{FOCAL_POINT} --critic-to-encoder --offline-steps 12600 --eval-every 600",
+            FOUR,
+        ),
+        "focal_goal_data": (f"{FOCAL_GOAL} --context-loss focal", THREE),
+        "csro_goal_data": (f"{FOCAL_GOAL} --context-loss csro", THREE),
+        "unicorn_goal_data": (f"{FOCAL_GOAL} --context-loss unicorn", THREE),
     },
     "hopper_param": {
         "smac": (f"smac_offline_online.py {HOPPER}", THREE),

@@ -43,10 +43,14 @@ NAMES = {  # label of a run: its name in pictures and texts, in this order
     "focal": "FOCAL",
     "focal_more_offline": "FOCAL, as many steps as SMAC",
     "focal_critic": "FOCAL, the critic trains the encoder",
+    "focal_critic_more_offline": "the same, as many steps as SMAC",
     "csro": "CSRO",
     "csro_more_offline": "CSRO, as many steps as SMAC",
     "unicorn": "UNICORN",
     "unicorn_more_offline": "UNICORN, as many steps as SMAC",
+    "focal_goal_data": "FOCAL, goal-directed data",
+    "csro_goal_data": "CSRO, goal-directed data",
+    "unicorn_goal_data": "UNICORN, goal-directed data",
 }
 SCENES = "SawyerManipulation, 200 scenes"  # the default data have fifty
 FOLDERS = {  # of an environment's runs with --preset short; PointDirection's own sizes are small
@@ -88,7 +92,7 @@ RIVALS = {  # the better of the labels counts
     "BOReL": ["borel", "borel_matched"],
 }
 LATER = {  # of later papers, see context/README.md; the better of the labels counts
-    "FOCAL": ["focal", "focal_more_offline", "focal_critic"],
+    "FOCAL": ["focal", "focal_more_offline", "focal_critic", "focal_critic_more_offline"],
     "CSRO": ["csro", "csro_more_offline"],
     "UNICORN": ["unicorn", "unicorn_more_offline"],
 }
@@ -601,7 +605,13 @@ CONTEXT_METHODS = {  # name: (label, phase), which all environments have
     "UNICORN": (["unicorn"], OFFLINE),
 }
 CONTEXT_VARIANTS = {}  # which stand in a table once they have been run
-for _label in ("focal_more_offline", "focal_critic", "csro_more_offline", "unicorn_more_offline"):
+for _label in (
+    "focal_more_offline",
+    "csro_more_offline",
+    "unicorn_more_offline",
+    "focal_critic",
+    "focal_critic_more_offline",
+):
     CONTEXT_VARIANTS[NAMES[_label]] = ([_label], OFFLINE)
 OWN_CONTEXT = "prior, 2"  # how SMAC explores, in the tables of experiments/explore.py
 

@@ -130,7 +130,7 @@ def test_every_command_can_be_parsed_and_is_the_one_that_made_the_results():
 
 
 def test_rivals_of_the_context_have_the_steps_of_smac():
-    """FOCAL, CSRO and UNICORN: those of its offline phase, or of both, on the same data."""
+    """FOCAL, CSRO and UNICORN: as many as both its phases, evaluated at the end of the first."""
 
     def flags_of(command):
         script, *flags = shlex.split(command)
@@ -142,21 +142,25 @@ def test_rivals_of_the_context_have_the_steps_of_smac():
     for name in names:
         rows = run.BENCHMARKS[name]
         smac = flags_of(rows["smac"][0])
-        assert smac.offline_steps + smac.online_iterations * smac.updates_per_iteration == (
+        online_steps = smac.online_iterations * smac.updates_per_iteration
+        assert smac.offline_steps + online_steps == (
             flags_of(rows["smac_more_offline"][0]).offline_steps
         )
         for label in ("focal", "csro", "unicorn"):
-            command, seeds = rows[label]
-            more_command, more_seeds = rows[f"{label}_more_offline"]
-            rival, more = flags_of(command), flags_of(more_command)
-            assert rival.offline_steps == smac.offline_steps
-            assert more.offline_steps == flags_of(rows["smac_more_offline"][0]).offline_steps
-            assert rival.context_loss == more.context_loss == label
+            command, seeds = rows[f"{label}_more_offline"]
+            rival = flags_of(command)
+            assert rival.offline_steps == smac.offline_steps + online_steps
+            assert smac.offline_steps % rival.eval_every == 0
+            assert rival.context_loss == label
             shared = {"env_id", "dataset", "rl_batch", "policy_hidden", "lr", "reward_scale"}
             assert all(getattr(rival, flag) == getattr(smac, flag) for flag in shared)
-            assert not rival.critic_to_encoder and seeds == more_seeds
+            assert not rival.critic_to_encoder
             assert len(seeds) == (10 if name == "point_direction" else 4)
-        assert flags_of(rows["focal_critic"][0]).critic_to_encoder
+    rows = run.BENCHMARKS["point_direction"]
+    assert flags_of(rows["focal_critic_more_offline"][0]).critic_to_encoder
+    assert (
+        flags_of(rows["csro_goal_data"][0]).dataset == flags_of(rows["smac_goal_data"][0]).dataset
+    )
 
 
 def test_a_lost_run_is_waited_for(tmp_path):

@@ -219,6 +219,18 @@ def test_the_glance_table_has_the_control_and_the_best_rival(results):
     assert len(table.splitlines()) == 3  # of the other environments there is no run
 
 
+def test_a_longer_run_has_the_shorter_one_in_it(results):
+    """FOCAL at the steps of SMAC's offline phase is read from a run with the steps of both."""
+    folder = results / tables.FOLDERS["AntDirection"]
+    rows = [(step, 0, float(step), "test,own") for step in (5, 10, 15, 20, 25, 30)]
+    write_run(folder, "focal_more_offline", 2, rows, env_id="AntDirection", offline_steps=30)
+    write_run(folder, "smac", 2, rows[:3], env_id="AntDirection", offline_steps=15)
+    found = evidence.load(tables.FOLDERS["AntDirection"])
+    assert found["focal"][2].score("offline") == 10
+    assert found["focal"][2].flags["offline_steps"] == 15
+    assert found["focal_more_offline"][2].score("offline") == 25
+
+
 def write_contexts(results, label, seed, *returns):
     """A run on the Ant: returns on test tasks, on training tasks, and with offline context."""
     groups = "test,own", "train,own", "train,offline"
