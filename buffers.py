@@ -19,11 +19,12 @@ import envs
 from plumbing import files
 from plumbing.cores import on_cores
 from plumbing.errors import InputError
+from plumbing.evaluation import Evaluation
 from plumbing.files import PATH_FIELDS, check_array, check_dataset, read_npz, write_file
 from plumbing.flags import command_line, launch, train
 from plumbing.machine import choose_device
 from plumbing.provenance import describe_dataset, write_description
-from plumbing.run import Evaluation, Run
+from plumbing.run import Run
 
 __all__ = [
     "Evaluation",

@@ -6,11 +6,8 @@ figures_{step}.npz are read once more, for the picture at the end.
 """
 
 import contextlib
-import dataclasses
 import errno
-import itertools
 import json
-import math
 import os
 import shlex
 import signal
@@ -19,7 +16,6 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Optional
 
 import numpy as np
 import torch
@@ -27,16 +23,22 @@ from tqdm import tqdm
 
 import envs
 from plumbing import pictures
+from plumbing.checkpoint import restore
 from plumbing.errors import InputError, called_exit
+from plumbing.evaluation import (
+    curves_of,
+    kl_of,
+    kls_of,
+    numbers_of,
+    paths_of,
+    returns_of,
+    rows_of,
+)
 from plumbing.files import (
-    CONTEXTS,
     CSV_COLUMNS,
-    MAX_TEXT,
     SPLITS,
-    check_array,
     check_table,
     flatten,
-    read_npz,
     table_text,
     write_file,
 )
@@ -49,21 +51,9 @@ from plumbing.machine import (
     matmul_precision,
     versions,
 )
+from plumbing.stopwatch import Stopwatch, in_words
 
 LOG_EVERY = 200  # gradient steps averaged into one point of the loss curves
-TEXTS = ("flags", "sha256", "precision")  # of a checkpoint; the rest of it are numbers
-
-
-@dataclasses.dataclass
-class Evaluation:
-    """What E environments returned: one split of the tasks, one kind of context."""
-
-    split: str  # "test" or "train"
-    context: str  # "own": the agent's own exploration; "offline": from the dataset
-    tasks: list  # E numbers of tasks
-    final: list  # E trajectories of the third, scored episode
-    exploration: list  # for each environment its exploration trajectories
-    kl: Optional[torch.Tensor] = None  # (E,) KL of the posterior to the prior, if there is one
 
 
 class Run:
@@ -482,7 +472,7 @@ class Run:
             names = ", ".join(names)
             raise InputError(f"{names} became NaN or infinite {where}; {self.saved()}")
 
-    # ----- The checkpoint: what is in it, and `restore` below
+    # ----- The checkpoint: what is in it; checkpoint.py reads it
 
     def state(self):
         """All numbers that a checkpoint holds but the table, as {name: array}."""
@@ -579,299 +569,3 @@ def bars_move():
     """Whether a progress bar can move here: in a terminal or a notebook."""
     is_terminal = sys.stderr is not None and sys.stderr.isatty()
     return is_terminal or in_ipython()
-
-
-# ===== How long a run takes
-
-
-class Stopwatch:
-    """How long gradient steps, collections of new data and evaluations take, on average."""
-
-    WARM_UP = 100  # steps that are not counted: some wait for a compiler
-    ENOUGH = 100  # steps after which an average can be told
-
-    def __init__(self):
-        self.seconds = dict.fromkeys(("step", "collection", "evaluation"), 0.0)
-        self.counts = dict.fromkeys(self.seconds, 0)
-        self.steps = 0  # also those of the warm-up
-        self.told = set()  # of what an average was known when it was told
-
-    def start(self, env_steps):
-        """At the beginning of a step."""
-        self.env_steps = env_steps
-        self.began = time.time()
-
-    def stop(self, env_steps):
-        """At the end of a step, in which there may have been a collection before."""
-        now = time.time()
-        self.steps += 1
-        if env_steps > self.env_steps:
-            self.add("collection", now - self.began)
-        elif self.steps > self.WARM_UP:
-            self.add("step", now - self.began)
-        self.began = now
-
-    def stop_evaluation(self):
-        """At the end of an evaluation, after the step."""
-        self.add("evaluation", time.time() - self.began)
-
-    def add(self, name, seconds):
-        self.seconds[name] += seconds
-        self.counts[name] += 1
-
-    def news(self):
-        """Whether the step's average is known, and since the last call that said yes one more."""
-        known = {name for name, count in self.counts.items() if count}
-        if self.counts["step"] < self.ENOUGH or known <= self.told:
-            return False
-        self.told = known
-        return True
-
-    def parts_left(self, step, flags):
-        """How many steps, collections and evaluations are to come, by the flags of a run."""
-        updates = flags.get("updates_per_iteration", 1)
-        online_steps = flags.get("online_iterations", 0) * updates
-        total = flags.get("vae_steps", 0) + flags.get("offline_steps", 0) + online_steps
-        steps = total - step
-        return {
-            "step": steps,
-            "collection": min(steps, online_steps) / updates,
-            "evaluation": steps / flags["eval_every"],
-        }
-
-    def seconds_left(self, step, flags):
-        """The time to the end of a run; a part of which nothing is known yet counts as nothing."""
-        seconds = 0.0
-        for name, number in self.parts_left(step, flags).items():
-            if self.counts[name]:
-                seconds += number * self.seconds[name] / self.counts[name]
-        return seconds
-
-    def missing(self, flags):
-        """What `seconds_left` does not count, in words."""
-        words = {"collection": "new data", "evaluation": "evaluations"}
-        parts = self.parts_left(0, flags)
-        names = [words[name] for name in words if parts[name] and not self.counts[name]]
-        return " and ".join(names)
-
-
-def in_words(seconds):
-    """A duration: "2 h 10 min"."""
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
-
-
-# ===== An evaluation as rows, curves and pictures
-
-
-def returns_of(paths):
-    """The returns of some trajectories, (E,)."""
-    return np.array([path["rewards"].sum() for path in paths])
-
-
-def exploration_returns_of(evaluation):
-    """For each of E environments the mean return of its exploration episodes, (E,)."""
-    return np.array([returns_of(paths) for paths in evaluation.exploration]).mean(1)
-
-
-def numbers_of(evaluation):
-    """What must be finite, {what: numbers}."""
-    paths = itertools.chain(evaluation.final, *evaluation.exploration)
-    finite = all(
-        np.isfinite(path["obs"]).all() and np.isfinite(path["actions"]).all() for path in paths
-    )
-    numbers = {
-        f"the {evaluation.split} return": returns_of(evaluation.final),
-        "the exploration return": exploration_returns_of(evaluation),
-        "an observation or action": 0 if finite else math.nan,
-    }
-    return numbers
-
-
-def kl_of(evaluation):
-    """Its KL, which must be finite too, {what: numbers}; no histogram takes more than 1e19."""
-    if evaluation.kl is None:
-        return {}
-    kl = evaluation.kl.cpu().numpy()
-    name = f"the KL of the {evaluation.split} {evaluation.context} context"
-    return {name: np.where(kl > 1e19, np.inf, kl)}
-
-
-def rows_of(evaluations, step, env_steps):
-    """Rows of eval.csv, one for each split, context and task: float64 (R, 7), see `CSV_COLUMNS`."""
-    rows = []
-    for evaluation in evaluations:
-        returns = returns_of(evaluation.final)
-        explored = exploration_returns_of(evaluation)
-        split = SPLITS.index(evaluation.split)
-        context = CONTEXTS.index(evaluation.context)
-        for task in dict.fromkeys(evaluation.tasks):
-            own = np.equal(evaluation.tasks, task)
-            means = rounded(returns[own].mean()), rounded(explored[own].mean())
-            rows.append([step, env_steps, split, context, task, *means])
-    return np.array(rows, np.float64).reshape(-1, len(CSV_COLUMNS))
-
-
-def rounded(number):
-    """To four places; one that is so large that rounding overflows is left as it is."""
-    with np.errstate(over="ignore"):
-        result = number.round(4)
-    return result if np.isfinite(result) else number
-
-
-def curves_of(evaluation, sparse):
-    """Scalars for TensorBoard, {name: number}.
-
-    It sorts by the alphabet, and no other group of names comes before "charts".
-    """
-    split = evaluation.split
-    context = evaluation.context
-    curves = {
-        f"charts/{split}/{context}_context_return": returns_of(evaluation.final).mean(),
-        f"charts/{split}/exploration_return": exploration_returns_of(evaluation).mean(),
-    }
-    if sparse:
-        solved = [path["rewards"][-1] == 0 for path in evaluation.final]
-        curves[f"charts/{split}/{context}_context_success"] = np.mean(solved)
-    if evaluation.kl is not None:
-        curves[f"eval/kl_{split}_{context}_context"] = evaluation.kl.cpu().numpy().mean()
-    return curves
-
-
-def kls_of(evaluations):
-    """{name: KL of the posterior to the prior in each environment (E,)}."""
-    kls = {}
-    for evaluation in evaluations:
-        if evaluation.kl is not None:
-            name = f"kl_{evaluation.split}_{evaluation.context}_context"
-            kls[name] = evaluation.kl.cpu().numpy()
-    return kls
-
-
-def paths_of(evaluations, data, env_id):
-    """What Figures 6 and 8 draw, on the training tasks: {label: paths (., L+1, 2) in metres}."""
-    groups = {"offline data": data[:500]}
-    for evaluation in evaluations:
-        if evaluation.split == "train":
-            groups["exploration"] = list(itertools.chain(*evaluation.exploration))
-            groups[f"{evaluation.context} context"] = evaluation.final
-    return {name: envs.ground_paths(env_id, paths) for name, paths in groups.items() if paths}
-
-
-# ===== Reading a checkpoint
-
-
-def restore(run):
-    """Put the checkpoint of a run into its parts, its counters and its table.
-
-    Raises InputError: the checkpoint is damaged, or does not fit this run.
-    """
-    arrays = read_checkpoint(run)
-    for name in ("step", "env_steps", "summed"):
-        if not 0 <= arrays[name] <= 2**53:
-            raise InputError(f"{run.checkpoint} does not fit this run: its {name} is none")
-    if arrays["precision"] not in ("highest", "medium"):
-        raise InputError(f"{run.checkpoint} does not fit this run: its precision is none")
-    try:
-        check_table(arrays["evaluations"], arrays["step"])
-        load_parts(run, arrays)
-    except (RuntimeError, KeyError, InputError) as error:
-        raise InputError(f"{run.checkpoint} does not fit this run: {error}") from None
-    run.step = int(arrays["step"])
-    run.env_steps = int(arrays["env_steps"])
-    run.summed = int(arrays["summed"])
-    run.totals = {}
-    for name, total in arrays.items():
-        if name.startswith("totals/"):
-            run.totals[name.removeprefix("totals/")] = torch.tensor(total).to(run.device)
-    run.precision = arrays["precision"]
-    run.table = arrays["evaluations"]
-
-
-def read_checkpoint(run):
-    """All arrays of a checkpoint, each of the type and shape that it has in this run.
-
-    Raises InputError: it has other arrays, or is of another dataset.
-    """
-    path = run.checkpoint
-    required, optional = array_rules(run)
-    rules = required | optional
-
-    def accept(name, dtype, shape):
-        if name == "eval_csv":
-            raise InputError(f"{path} is of an earlier version, which cannot be resumed")
-        if name not in rules and not name.startswith("totals/"):
-            raise InputError(f"{path} does not fit this run: {name} is unknown")
-        kind, expected = rules.get(name, ("f4", ()))
-        if isinstance(run.parts.get(name), torch.Generator) and shape != expected:
-            raise InputError(
-                f"{path} is of the other kind of device, GPU or CPU; its agent can be watched"
-            )
-        longest = MAX_TEXT if name in TEXTS else math.inf
-        return check_array(f"{path}: {name}", dtype, shape, kind, expected, longest)
-
-    def accept_hash(name, dtype, shape):
-        return name == "sha256" and accept(name, dtype, shape)
-
-    # The dataset first: with another one nothing else may fit, and this is what to do about it.
-    if read_npz(path, accept_hash).get("sha256", run.sha256) != run.sha256:
-        data = f"the data of {run.folder} are others than in this dataset"
-        raise InputError(f"{data}: name theirs with --dataset")
-    arrays = read_npz(path, accept)
-    for name in required:
-        if name not in arrays:
-            raise InputError(f"{path} does not fit this run: {name} is missing")
-    for name in rules:
-        is_number = name in arrays and name not in TEXTS
-        if is_number and not run.is_valid(name, arrays[name]):
-            raise InputError(f"{path}: {name} is NaN or infinite")
-    return arrays
-
-
-def array_rules(run):
-    """{name: (type, shape)} of what a checkpoint must hold, and of what it may hold.
-
-    None in a shape stands for any length.
-    """
-    required = dict.fromkeys(TEXTS, ("U", ()))
-    required["evaluations"] = "f8", (None, len(CSV_COLUMNS))
-    for name, array in run.state().items():
-        shape = array.shape
-        if name.startswith(("buffer/fields", "buffer/index")):
-            shape = (None, *shape[1:])
-        required[name] = array.dtype.str[1:], shape
-    # The moments of a parameter that has had no gradient yet are missing.
-    optional = {}
-    groups = run.parts["optimizer"].param_groups
-    parameters = itertools.chain(*[group["params"] for group in groups])
-    for i, parameter in enumerate(parameters):
-        shape = tuple(parameter.shape)
-        optional[f"optimizer/state/{i}/step"] = "f4", ()
-        optional[f"optimizer/state/{i}/exp_avg"] = "f4", shape
-        optional[f"optimizer/state/{i}/exp_avg_sq"] = "f4", shape
-    return required, optional
-
-
-def load_parts(run, arrays):
-    """Put arrays into the parts of a run. Raises RuntimeError, KeyError, InputError."""
-    tree = {}
-    for name, array in arrays.items():
-        if name in TEXTS or name.startswith("totals/"):
-            continue
-        *nodes, last = name.split("/")
-        node = tree
-        for key in nodes:
-            node = node.setdefault(key, {})
-        node[last] = torch.from_numpy(array)
-    torch.set_rng_state(tree["torch_rng"])  # nothing here draws from it, but dropout would
-    for name, part in run.parts.items():
-        if isinstance(part, torch.Generator):
-            part.set_state(tree[name])
-        elif name == "optimizer":
-            moments = tree.get(name, {}).get("state", {})
-            state = {int(i): moment for i, moment in moments.items()}
-            if any(len(moment) < 3 for moment in state.values()):
-                raise InputError("a state of the optimizer is not complete")
-            part.load_state_dict(part.state_dict() | {"state": state})
-        else:
-            part.load_state_dict(tree[name])

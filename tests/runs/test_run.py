@@ -20,10 +20,11 @@ import meta_bc
 import plumbing.run
 import smac_offline_online as smac
 from buffers import InputError
+from plumbing.evaluation import rows_of
 from plumbing.files import CSV_COLUMNS, check_table, table_text
 from plumbing.flags import one_sentence
 from plumbing.pictures import draw_tasks, returns_by_task
-from plumbing.run import Stopwatch, rows_of
+from plumbing.stopwatch import Stopwatch
 
 pytestmark = pytest.mark.usefixtures("small")
 
@@ -166,7 +167,7 @@ def test_agents_of_all_evaluations_are_kept_if_asked_for(tmp_path):
 class Clock:
     def __init__(self, monkeypatch):
         self.now = 1e9
-        monkeypatch.setattr(plumbing.run.time, "time", lambda: self.now)
+        monkeypatch.setattr(plumbing.stopwatch.time, "time", lambda: self.now)
 
 
 def test_the_end_of_a_run_by_hand(monkeypatch):

@@ -493,8 +493,11 @@ print(type(env.unwrapped).__name__, env.spec.max_episode_steps)
 
 
 @pytest.mark.parametrize("renderer", ["egl", "osmesa", "nonsense"])
-def test_a_renderer_that_is_missing_does_not_matter_where_nothing_is_drawn(tmp_path, renderer):
+def test_a_renderer_that_is_missing_does_not_matter_where_nothing_is_drawn(
+    tmp_path, monkeypatch, renderer
+):
     """The variable stays as it was, for whoever draws afterwards."""
+    monkeypatch.delenv("PYOPENGL_PLATFORM", raising=False)  # a test that drew has left it
     code = """
 import ctypes, os
 load = ctypes.CDLL.__init__
