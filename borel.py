@@ -204,17 +204,6 @@ class Policy(nn.Module):
         return mean, log_std.clamp(-20, 2)
 
 
-def relu(x):
-    """ReLU, in place; with --compile half of x + |x|.
-
-    Where weights are frozen, compiled code would keep the sign of every ReLU for the backward pass,
-    as booleans that it writes one by one, and be slower than plain code.
-    """
-    if torch.compiler.is_compiling():
-        return 0.5 * (x + x.abs())
-    return x.relu_()
-
-
 class QFunctions(nn.Module):
     """`count` Q-functions Q_w(s, a, z). Stacked weights: one batched product a layer for all."""
 
@@ -244,7 +233,7 @@ class QFunctions(nn.Module):
                 bias = bias.detach()
             x = torch.baddbmm(bias, x, weight)
             if i < last:
-                x = relu(x)
+                x = x.relu_()
         return x.squeeze(-1)
 
 
@@ -330,14 +319,17 @@ def update_vae(agent, optimizer, batch, args):
 
     batch: the arguments of `vae_loss`. Returns scalars to log, as tensors.
     """
+    # Here, and not before the backward pass: --compile then makes one graph of losses and gradients
+    optimizer.zero_grad(set_to_none=True)
     reconstruction, kl = vae_loss(agent, **batch)
+    squared_error = (reconstruction / (batch["lengths"] + 1)).mean()
+    info = {"losses/reward": squared_error.detach(), "losses/kl": kl.mean().detach()}
+
     loss = (reconstruction + args.kl_coef * kl).mean()
     # The gradient of policy and Q-functions stays None, and the optimizer skips them.
-    optimizer.zero_grad(set_to_none=True)
     loss.backward()
     optimizer.step()
-    squared_error = (reconstruction / (batch["lengths"] + 1)).mean()
-    return {"losses/reward": squared_error.detach(), "losses/kl": kl.mean().detach()}
+    return info
 
 
 def stack(trajectories, device):
@@ -493,6 +485,9 @@ def update(agent, optimizer, batch, args):
 
     Returns scalars to log, as tensors.
     """
+    # Here, and not before the backward pass: --compile then makes one graph of losses and gradients
+    optimizer.zero_grad(set_to_none=True)
+
     # --- Flat rows, N = T * B, and the two parts of a hyper-state apart
     flat = dict(batch)
     for name in ("rewards", "terminals"):
@@ -503,17 +498,10 @@ def update(agent, optimizer, batch, args):
         parts = hyper_states.tensor_split([-2 * args.latent_dim], dim=1)
         flat[state], flat[belief] = parts  # (N, o), (N, 2 dz)
 
-    # --- Losses, and one backward pass for both. The gradient of encoder and decoder stays None,
-    # and the optimizer skips them.
     l_critic, q = sac_critic_loss(agent, flat, args)
     l_actor, log_prob = sac_actor_loss(agent, flat, args)
-    optimizer.zero_grad(set_to_none=True)
-    (l_critic + l_actor).backward()
-    optimizer.step()
 
-    with torch.no_grad():
-        targets = list(agent.q_target.parameters())
-        torch._foreach_lerp_(targets, list(agent.q.parameters()), args.tau)  # soft update
+    # --- What is logged, detached before the backward pass (for --compile, as above)
     info = {
         "losses/critic": l_critic,
         "losses/actor": l_actor,
@@ -521,7 +509,17 @@ def update(agent, optimizer, batch, args):
         "train/q_max": q.amax(),
         "train/policy_entropy": -log_prob.mean(),
     }
-    return {name: value.detach() for name, value in info.items()}
+    info = {name: value.detach() for name, value in info.items()}
+
+    # --- One backward pass for both. The gradient of encoder and decoder stays None, and the
+    # optimizer skips them.
+    loss = l_critic + l_actor
+    loss.backward()
+    optimizer.step()
+    with torch.no_grad():
+        targets = list(agent.q_target.parameters())
+        torch._foreach_lerp_(targets, list(agent.q.parameters()), args.tau)  # soft update
+    return info
 
 
 def sample_batch(buffer, args, rng):

@@ -161,17 +161,6 @@ class Policy(nn.Module):
         return mean, log_std.clamp(-20, 2)
 
 
-def relu(x):
-    """ReLU, in place; with --compile half of x + |x|.
-
-    Where weights are frozen, compiled code would keep the sign of every ReLU for the backward pass,
-    as booleans that it writes one by one, and be slower than plain code.
-    """
-    if torch.compiler.is_compiling():
-        return 0.5 * (x + x.abs())
-    return x.relu_()
-
-
 class QFunctions(nn.Module):
     """`count` Q-functions Q_w(s, a, z). Stacked weights: one batched product a layer for all."""
 
@@ -201,7 +190,7 @@ class QFunctions(nn.Module):
                 bias = bias.detach()
             x = torch.baddbmm(bias, x, weight)
             if i < last:
-                x = relu(x)
+                x = x.relu_()
         return x.squeeze(-1)
 
 
@@ -433,6 +422,9 @@ def update(agent, optimizer, batch, args):
 
     Returns scalars to log, as tensors.
     """
+    # Here, and not before the backward pass: --compile then makes one graph of losses and gradients
+    optimizer.zero_grad(set_to_none=True)
+
     lambda_pearl = 1.0 if args.actor_ablation else 0.0
 
     # --- Transitions as flat rows: N = T * B
@@ -472,25 +464,27 @@ def update(agent, optimizer, batch, args):
     l_critic, q = critic_loss(agent, flat, z_critic, args)
     l_actor, weights = actor_loss(agent, flat, z.detach(), q, args, lambda_pearl)
 
-    # --- One backward pass for all
-    loss = l_critic + l_actor + l_encoder
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    optimizer.step()
-
-    with torch.no_grad():
-        targets = list(agent.q_target.parameters())
-        torch._foreach_lerp_(targets, list(agent.q.parameters()), args.tau)  # soft update
-        effective_sample_size = weights.mean().square() / weights.square().mean()  # share of N
+    # --- What is logged, detached before the backward pass (for --compile, as above)
+    # The effective sample size of Eq. 2's weights, as a share of N
+    ess_share = weights.mean().square() / weights.square().mean()
     info |= {
         "losses/critic": l_critic,
         "losses/actor": l_actor,
         "train/q_mean": q.mean(),
         "train/q_max": q.amax(),
         "train/z_size": z_histories.square().mean().sqrt(),
-        "train/actor_weight_ess": effective_sample_size,
+        "train/actor_weight_ess": ess_share,
     }
-    return {name: value.detach() for name, value in info.items()}
+    info = {name: value.detach() for name, value in info.items()}
+
+    # --- One backward pass for all
+    loss = l_critic + l_actor + l_encoder
+    loss.backward()
+    optimizer.step()
+    with torch.no_grad():
+        targets = list(agent.q_target.parameters())
+        torch._foreach_lerp_(targets, list(agent.q.parameters()), args.tau)  # soft update
+    return info
 
 
 # ===== Acting: Section 3 of SMAC

@@ -344,12 +344,16 @@ def update(agent, optimizer, batch, args):
 
     batch: "inner" (D_tr) and "outer" (D_ts). Returns scalars to log, as tensors.
     """
+    # Here, and not before the backward pass: --compile then makes one graph of losses and gradients
+    optimizer.zero_grad(set_to_none=True)
+
     # One backward pass: advantages have no gradient, so that each loss reaches its own network.
     l_value, l_actor = outer_losses(agent, batch["inner"], batch["outer"])
-    optimizer.zero_grad(set_to_none=True)
-    (l_value + l_actor).backward()
+    info = {"losses/value": l_value.detach(), "losses/actor": l_actor.detach()}
+    loss = l_value + l_actor
+    loss.backward()
     optimizer.step()
-    return {"losses/value": l_value.detach(), "losses/actor": l_actor.detach()}
+    return info
 
 
 # ===== Data

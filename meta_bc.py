@@ -240,6 +240,9 @@ def update(agent, optimizer, batch, args):
 
     Returns scalars to log, as tensors.
     """
+    # Here, and not before the backward pass: --compile then makes one graph of losses and gradients
+    optimizer.zero_grad(set_to_none=True)
+
     # --- h' as flat rows: N = T * B
     transitions = batch["obs"].shape[1]
     flat = dict(batch)
@@ -257,17 +260,19 @@ def update(agent, optimizer, batch, args):
     l_reward = reward_loss(agent, flat, z)
     l_actor = cloning_loss(agent, flat, z.detach())
 
-    # --- One backward pass for all
-    loss = l_actor + l_reward + args.kl_coef * kl
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    optimizer.step()
+    # --- What is logged, detached before the backward pass (for --compile, as above)
     info = {
         "losses/actor": l_actor,
         "losses/reward": l_reward,
         "losses/kl": kl,
     }
-    return {name: value.detach() for name, value in info.items()}
+    info = {name: value.detach() for name, value in info.items()}
+
+    # --- One backward pass for all
+    loss = l_actor + l_reward + args.kl_coef * kl
+    loss.backward()
+    optimizer.step()
+    return info
 
 
 # ===== Acting: Section 3

@@ -170,17 +170,6 @@ class Policy(nn.Module):
         return mean, log_std.clamp(-20, 2)
 
 
-def relu(x):
-    """ReLU, in place; with --compile half of x + |x|.
-
-    Where weights are frozen, compiled code would keep the sign of every ReLU for the backward pass,
-    as booleans that it writes one by one, and be slower than plain code.
-    """
-    if torch.compiler.is_compiling():
-        return 0.5 * (x + x.abs())
-    return x.relu_()
-
-
 class QFunctions(nn.Module):
     """`count` Q-functions Q_w(s, a, z). Stacked weights: one batched product a layer for all."""
 
@@ -210,7 +199,7 @@ class QFunctions(nn.Module):
                 bias = bias.detach()
             x = torch.baddbmm(bias, x, weight)
             if i < last:
-                x = relu(x)
+                x = x.relu_()
         return x.squeeze(-1)
 
 
@@ -340,6 +329,9 @@ def update(agent, optimizer, batch, args):
 
     Returns scalars to log, as tensors.
     """
+    # Here, and not before the backward pass: --compile then makes one graph of losses and gradients
+    optimizer.zero_grad(set_to_none=True)
+
     # --- h' as flat rows: N = T * B
     transitions = batch["obs"].shape[1]
     flat = dict(batch)
@@ -358,15 +350,7 @@ def update(agent, optimizer, batch, args):
     l_critic, q = soft_critic_loss(agent, flat, z, args)
     l_actor, log_prob = pearl_actor_loss(agent, flat, z.detach(), args)
 
-    # --- One backward pass for all
-    loss = l_critic + l_actor + args.kl_coef * kl
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    optimizer.step()
-
-    with torch.no_grad():
-        targets = list(agent.q_target.parameters())
-        torch._foreach_lerp_(targets, list(agent.q.parameters()), args.tau)  # soft update
+    # --- What is logged, detached before the backward pass (for --compile, as above)
     info = {
         "losses/critic": l_critic,
         "losses/actor": l_actor,
@@ -375,7 +359,16 @@ def update(agent, optimizer, batch, args):
         "train/q_max": q.amax(),
         "train/policy_entropy": -log_prob.mean(),
     }
-    return {name: value.detach() for name, value in info.items()}
+    info = {name: value.detach() for name, value in info.items()}
+
+    # --- One backward pass for all
+    loss = l_critic + l_actor + args.kl_coef * kl
+    loss.backward()
+    optimizer.step()
+    with torch.no_grad():
+        targets = list(agent.q_target.parameters())
+        torch._foreach_lerp_(targets, list(agent.q.parameters()), args.tau)  # soft update
+    return info
 
 
 # ===== Acting: Section 3

@@ -189,17 +189,6 @@ class Policy(nn.Module):
         return mean, log_std.clamp(-20, 2)
 
 
-def relu(x):
-    """ReLU, in place; with --compile half of x + |x|.
-
-    Where weights are frozen, compiled code would keep the sign of every ReLU for the backward pass,
-    as booleans that it writes one by one, and be slower than plain code.
-    """
-    if torch.compiler.is_compiling():
-        return 0.5 * (x + x.abs())
-    return x.relu_()
-
-
 class QFunctions(nn.Module):
     """`count` Q-functions Q_w(s, a, z). Stacked weights: one batched product a layer for all."""
 
@@ -229,7 +218,7 @@ class QFunctions(nn.Module):
                 bias = bias.detach()
             x = torch.baddbmm(bias, x, weight)
             if i < last:
-                x = relu(x)
+                x = x.relu_()
         return x.squeeze(-1)
 
 
@@ -398,6 +387,9 @@ def update(agent, optimizer, batch, args, self_supervised):
 
     Returns scalars to log, as tensors.
     """
+    # Here, and not before the backward pass: --compile then makes one graph of losses and gradients
+    optimizer.zero_grad(set_to_none=True)
+
     # --- Who trains: the ablations of Figures 5 and 7, the oracle of Figure 9. In the second phase
     # encoder and decoder are frozen, as in Section 5.2; Appendix B lets them train on.
     train_decoder = not self_supervised or (args.oracle_rewards and not args.oracle_frozen)
@@ -441,18 +433,9 @@ def update(agent, optimizer, batch, args, self_supervised):
     l_critic, q = critic_loss(agent, flat, z_critic, args)
     l_actor, weights = actor_loss(agent, flat, z.detach(), q, args, lambda_pearl)
 
-    # --- l. 5 and 12: one backward pass for all. A loss that was computed without gradients is a
-    # constant; a frozen network then has the gradient None, and Adam skips it.
-    loss = l_critic + l_actor + l_reward + args.kl_coef * kl
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    optimizer.step()
-
-    with torch.no_grad():
-        targets = list(agent.q_target.parameters())
-        torch._foreach_lerp_(targets, list(agent.q.parameters()), args.tau)  # soft update
-        # The effective sample size of Eq. 2's weights, as a share of N
-        ess_share = weights.mean().square() / weights.square().mean()
+    # --- What is logged, detached before the backward pass (for --compile, as above)
+    # The effective sample size of Eq. 2's weights, as a share of N
+    ess_share = weights.mean().square() / weights.square().mean()
     info = {
         "losses/critic": l_critic,
         "losses/actor": l_actor,
@@ -462,7 +445,17 @@ def update(agent, optimizer, batch, args, self_supervised):
         "train/q_max": q.amax(),
         "train/actor_weight_ess": ess_share,
     }
-    return {name: value.detach() for name, value in info.items()}
+    info = {name: value.detach() for name, value in info.items()}
+
+    # --- l. 5 and 12: one backward pass for all. A loss that was computed without gradients is a
+    # constant; a frozen network then has the gradient None, and Adam skips it.
+    loss = l_critic + l_actor + l_reward + args.kl_coef * kl
+    loss.backward()
+    optimizer.step()
+    with torch.no_grad():
+        targets = list(agent.q_target.parameters())
+        torch._foreach_lerp_(targets, list(agent.q.parameters()), args.tau)  # soft update
+    return info
 
 
 # ===== Acting: Section 3

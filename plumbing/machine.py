@@ -113,6 +113,18 @@ def matmul_precision(device, rows, width):
 EAGER_CALLS = 3  # before a function is recorded, so that libraries have allocated what they need
 
 
+def compile_step(step):
+    """torch.compile of a gradient step, with losses and gradients in one graph.
+
+    In two graphs, as is the default, the first keeps for the second what a frozen network needs of
+    its ReLUs, as booleans that it writes one by one; that takes longer than plain code.
+    """
+    config = torch._dynamo.config
+    if hasattr(config, "trace_autograd_ops"):  # new in PyTorch 2.13
+        config.trace_autograd_ops = True
+    return torch.compile(step)
+
+
 def cuda_graph(function):
     """On a GPU: a function that is recorded on its fourth call and then replayed.
 

@@ -46,6 +46,7 @@ from plumbing.flags import PATHS, Screen, check_flags, print_safely
 from plumbing.machine import (
     choose_device,
     commit,
+    compile_step,
     cuda_graph,
     keep_freed_memory,
     matmul_precision,
@@ -338,7 +339,7 @@ class Run:
 
     def fast(self, function, compiled=False):
         """`function` in this run's precision; on a GPU recorded and replayed, see `cuda_graph`."""
-        function = torch.compile(function) if compiled else function
+        function = compile_step(function) if compiled else function
 
         def call(*arguments, **flags):
             # Only here: the faster products keep memory for every shape that they meet, and

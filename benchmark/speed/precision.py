@@ -31,7 +31,7 @@ import smac_offline_online as smac
 from benchmark.speed import speed
 from benchmark.speed.plain_update import PlainAgent, plain_update
 from plumbing.flags import preset
-from plumbing.machine import versions
+from plumbing.machine import compile_step, versions
 
 SIZES = {
     "the paper's": ("paper", {}),
@@ -88,7 +88,7 @@ def measure(spec, args, self_supervised, rounds):
     plain_agent = PlainAgent(agent, args.lr)
     plain = partial(plain_update, plain_agent, batch, args, self_supervised)
     shipped = steps[self_supervised]
-    compiled = at_precision(torch.compile(shipped), taken)
+    compiled = at_precision(compile_step(shipped), taken)
     functions = [
         at_precision(plain, "highest"),
         at_precision(plain, "medium"),
