@@ -337,6 +337,7 @@ class Args:
         None  # address of a Ray cluster; "auto" from one of its machines, or "local"
     )
     gpus_per_run: float = 0.0  # with --ray: share of a GPU for each run
+    compile: bool = False  # pass --compile to the runs: faster, and equal but for rounding
 
 
 def diagnostics(result, file):
@@ -402,6 +403,8 @@ def run(name, label, command, seed, args):
         return f"{name} {label} seed {seed} {unfinished} {kept}"
     else:
         line += ["--seed", str(seed), "--run-dir", os.path.relpath(folder, ROOT)]
+    if args.compile:
+        line.append("--compile")
 
     folder.mkdir(parents=True, exist_ok=True)
     start = time.time()
