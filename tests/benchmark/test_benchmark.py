@@ -84,6 +84,22 @@ def test_results_of_a_run_that_stopped_and_went_on(tmp_path, monkeypatch):
     assert (results / "1.log").read_text() == "a line\na line\n"
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_compile_is_passed_to_the_runs(tmp_path, monkeypatch, compiled):
+    lines = []
+
+    def call(line, **options):
+        lines.append(line)
+        return SimpleNamespace(stdout=[], wait=lambda: 1)
+
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    monkeypatch.setattr(run, "subprocess", SimpleNamespace(Popen=call, PIPE=-1, STDOUT=-2))
+    args = dataclasses.replace(ARGS, compile=compiled)
+    with pytest.raises(buffers.InputError, match="did not end"):
+        run.run("point", "smac", COMMAND, 1, args)
+    assert ("--compile" in lines[0]) == compiled
+
+
 def test_a_run_that_fails_says_why(tmp_path, monkeypatch):
     """A real process: it is started with the flags and folders of the table."""
     for name in ("smac_offline_online.py", "envs.py", "sawyer.py", "buffers.py", "plumbing"):
