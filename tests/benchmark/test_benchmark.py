@@ -90,7 +90,7 @@ def test_compile_is_passed_to_the_runs(tmp_path, monkeypatch, compiled):
 
     def call(line, **options):
         lines.append(line)
-        return SimpleNamespace(stdout=[], wait=lambda: 1)
+        return SimpleNamespace(stdout=[], wait=lambda: 1, returncode=1)
 
     monkeypatch.setattr(run, "ROOT", tmp_path)
     monkeypatch.setattr(run, "subprocess", SimpleNamespace(Popen=call, PIPE=-1, STDOUT=-2))
