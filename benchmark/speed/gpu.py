@@ -1,9 +1,9 @@
-"""What the scripts do on a GPU: python benchmark/speed/gpu.py, a part of benchmark/speed/gpu.sh; under three minutes
+"""What the scripts do on a GPU: python benchmark/speed/gpu.py, a part of benchmark/speed/gpu.sh; under six minutes
 
-Of each script: gradient steps a second at its default sizes, with the step recorded as a CUDA graph and without; how
-far apart both end after 20 steps of each phase (in SMAC's second phase after the buffer grew); whether a run that is
-stopped and resumed ends like one that is not. Of SMAC's plain step: the share of its time in which the GPU computes,
-the rest is spent on launching. Writes benchmark/results/speed/gpu.md and prints it.
+Of each script: gradient steps a second at its default sizes, with the step recorded as a CUDA graph, without, and
+compiled and recorded; how far apart they end after 20 steps of each phase (in SMAC's second phase after the buffer
+grew); whether a run that is stopped and resumed ends like one that is not. Of SMAC's plain step: the share of its time
+in which the GPU computes, the rest is spent on launching. Writes benchmark/results/speed/gpu.md and prints it.
 """
 
 import contextlib
@@ -27,6 +27,7 @@ sys.path.insert(0, str(ROOT))
 import borel
 import buffers
 import envs
+import focal
 import macaw
 import meta_bc
 import pearl_online_oracle as pearl
@@ -56,6 +57,7 @@ PHASES = {  # script: {phase: the flags of a run of so many steps}
     },
     pearl: {"online": lambda steps: dict(updates_per_iteration=steps, initial_steps=200) | ONLINE},
     meta_bc: {"offline": lambda steps: dict(offline_steps=steps)},
+    focal: {"offline": lambda steps: dict(offline_steps=steps)},
     macaw: {"offline": lambda steps: dict(offline_steps=steps)},
     borel: {
         "VAE": lambda steps: dict(vae_steps=steps, offline_steps=1),
@@ -139,35 +141,43 @@ def busy(args):
     return sum(event.self_device_time_total for event in profile.key_averages()) / 1e6 / wall
 
 
+WAYS = {  # how a step is made
+    "recorded": dict(cuda_graph=True),
+    "plain": dict(cuda_graph=False),
+    "compiled and recorded": dict(cuda_graph=True, compile=True),
+}
+HEADER = ["script", "phase", *(f"{way} (steps/s)" for way in WAYS)]
+HEADER += ["plain apart", "compiled apart", "resumed apart"]
+
+
+def measure(script, flags, args):
+    """Steps a second of each way, and how far the ends of the others are from the recorded one."""
+    ends = {}
+    speeds = []
+    with tempfile.TemporaryDirectory() as folder:
+        for way, switches in WAYS.items():
+            ends[way], _ = train(script, f"{folder}/{way}", args, **switches, **flags(20))
+            timed = flags(args.steps)
+            _, rates = train(script, f"{folder}/timed {way}", args, **switches, **timed)
+            speeds.append(statistics.median(rates[1:] or rates))
+        resumed = stop_and_resume(
+            script, f"{folder}/resumed", args, **WAYS["recorded"], **flags(20)
+        )
+    recorded = ends["recorded"]
+    others = ends["plain"], ends["compiled and recorded"], resumed
+    return [f"{rate:.0f}" for rate in speeds] + [f"{apart(recorded, x):.1e}" for x in others]
+
+
 def main(args):
     rows = []
     for script, phases in PHASES.items():
         for phase, flags in phases.items():
-            with tempfile.TemporaryDirectory() as folder:
-                timed, short = flags(args.steps), flags(20)
-                ends, speeds = {}, {}
-                for graph in (True, False):
-                    ends[graph], _ = train(
-                        script, f"{folder}/{graph}", args, cuda_graph=graph, **short
-                    )
-                    _, rates = train(
-                        script, f"{folder}/timed {graph}", args, cuda_graph=graph, **timed
-                    )
-                    speeds[graph] = statistics.median(rates[1:] or rates)
-                again = stop_and_resume(script, f"{folder}/resumed", args, cuda_graph=True, **short)
-            row = [script.__name__, phase, f"{speeds[True]:.0f}", f"{speeds[False]:.0f}"]
-            row += [
-                f"{speeds[True] / speeds[False]:.1f}",
-                f"{apart(*ends.values()):.1e}",
-                f"{apart(ends[True], again):.1e}",
-            ]
-            rows.append(row)
-            print(*row, sep="  ", flush=True)
+            rows.append([script.__name__, phase, *measure(script, flags, args)])
+            print(*rows[-1], sep="  ", flush=True)
     cuda = args.device == "cuda"
     text = f"{torch.cuda.get_device_name() if cuda else 'no GPU'}, {versions()['cpu']}, PyTorch "
     text += f"{torch.__version__}; {args.env_id}, default sizes.\n\n"
-    header = "script, phase, recorded (steps/s), plain (steps/s), ratio, recorded and plain apart, resumed apart"
-    text += speed.table(header.split(", "), rows)
+    text += speed.table(HEADER, rows)
     if cuda:
         text += (
             f"\nThe GPU computes during {100 * busy(args):.0f} % of SMAC's plain offline step.\n"

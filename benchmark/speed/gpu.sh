@@ -1,5 +1,5 @@
 #!/bin/sh
-# Try the GPU path, in under nine minutes: the tests that need a GPU, benchmark/speed/gpu.py, then a run of HopperParam for
+# Try the GPU path, in some twelve minutes: the tests that need a GPU, benchmark/speed/gpu.py, then a run of HopperParam for
 # $1 seconds (240), which is stopped and can be resumed. Writes benchmark/results/speed/gpu.md.
 set -e
 cd "$(dirname "$0")/../.."
