@@ -498,6 +498,7 @@ def update(agent, optimizer, batch, args):
         parts = hyper_states.tensor_split([-2 * args.latent_dim], dim=1)
         flat[state], flat[belief] = parts  # (N, o), (N, 2 dz)
 
+    # --- Losses
     l_critic, q = sac_critic_loss(agent, flat, args)
     l_actor, log_prob = sac_actor_loss(agent, flat, args)
 

@@ -134,10 +134,12 @@ def add_first_part(found, label):
     if name == label or name == "smac" or "smac" not in found:
         return
     steps = next(iter(found["smac"].values())).flags["offline_steps"]
+    runs = dict(found.get(name, {}))
     for seed, run in found[label].items():
-        if seed not in found[name] and steps in run.transitions:
-            found[name][seed] = run.until(steps)
-    found[name] = dict(sorted(found[name].items()))
+        if seed not in runs and steps in run.transitions:
+            runs[seed] = run.until(steps)
+    if runs:
+        found[name] = dict(sorted(runs.items()))
 
 
 def scores(runs, phase, group=TEST):

@@ -759,19 +759,28 @@ def ant_after_1000_steps():
     return f"{min(returns):.0f} and {max(returns):.0f}"
 
 
-def where(key, word):
-    """The environments on which the verdict on a claim is a word, or on which it was not run."""
+def verdicts_on(key):
+    """{environment: word} of a claim; the claim "both" is that SMAC beats both controls."""
     verdicts = {}
     if key == "adapts":
         for environment in FOLDERS:
             verdict_here, differences = judge_adaptation(environment)
             verdicts[environment] = verdict_here if len(differences[0]) else NOT_RUN
+    elif key == "both":
+        second = verdicts_on("no_data")
+        for environment, word in verdicts_on("control").items():
+            verdicts[environment] = HOLDS if word == second[environment] == HOLDS else UNKNOWN
     else:
         claim = next(claim for claim in CLAIMS + CONTEXT_CLAIMS if claim.key == key)
         for environment in claim.environments:
             verdict_here, differences = judge(claim, environment)
             verdicts[environment] = verdict_here if len(differences) else NOT_RUN
-    names = [SHORT_NAMES[name] for name, found in verdicts.items() if found == word]
+    return verdicts
+
+
+def where(key, word):
+    """The environments on which the verdict on a claim is a word, or on which it was not run."""
+    names = [SHORT_NAMES[name] for name, found in verdicts_on(key).items() if found == word]
     if len(names) < 2:
         return names[0] if names else "none"
     return f"{', '.join(names[:-1])} and {names[-1]}"
