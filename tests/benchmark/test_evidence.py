@@ -204,6 +204,7 @@ def test_claims_by_hand(results):
     assert cells(table, "> BOReL") == ["cannot be told", "+299", "", "1"]
     assert cells(table, "> meta-BC") == ["not run", "", "", ""]
     assert tables.where("control", "holds") == "Ant"
+    assert tables.where("both", "holds") == "none"  # the second control was not run
     assert tables.where("macaw", "does not") == "Ant" and tables.where("macaw", "holds") == "none"
     assert "Walker, Cheetah" in tables.where("after", "not run")
 
