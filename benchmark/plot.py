@@ -2,8 +2,8 @@
 
 python benchmark/plot.py all       all pictures, and the tables and numbers in all texts
 python benchmark/plot.py texts     the texts alone
-python benchmark/plot.py figure5   one picture: figure5, figure7, figure9, methods, context, ant,
-                                   point
+python benchmark/plot.py figure5   one picture: figure5, figure7, figure9, methods, context,
+                                   own_share, ant, point
 python benchmark/plot.py NAME      of a benchmark of run.py: results/NAME/curve.png, and its table
 
 In README.md and in the texts of benchmark/results a table stands between `<!-- table: NAME -->` and
@@ -24,7 +24,7 @@ import numpy as np
 from matplotlib.ticker import EngFormatter
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmark import evidence, figures, tables
+from benchmark import evidence, figures, studies, tables
 from benchmark.evidence import SECOND, TEST, data_of
 from benchmark.tables import FOLDERS, NAMES, SCENES, SIX
 from buffers import InputError
@@ -322,6 +322,13 @@ def draw_gap(axes, place, colour, own, offline):
     axes.plot(mean, place, color=colour, **style)
 
 
+def draw_own_share():
+    """When the second phase helps on the Ant, by what the data know."""
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    studies.draw_own_share(axes, STYLES)
+    save(figure, evidence.RESULTS / "own_share" / "own_share.png")
+
+
 def draw_ground(name):
     """Figures 2, 6 and 8 of seed 1 of SMAC."""
     folder = evidence.RESULTS / GROUND[name]
@@ -343,7 +350,9 @@ def fill(text):
     """A text with the tables and numbers between its marks written anew. Raises InputError."""
 
     def table(mark):
-        return f"{mark[1]}\n{tables.table(mark[2])}\n\n{mark[3]}"
+        make = studies.TABLES.get(mark[2])
+        made = make() if make else tables.table(mark[2])
+        return f"{mark[1]}\n{made}\n\n{mark[3]}"
 
     def number(mark):
         return f"{mark[1]}{tables.number(mark[2])}{mark[3]}"
@@ -370,6 +379,7 @@ def fill_texts():
 def pictures():
     """{name: (function, argument)} of every picture."""
     found = {"methods": (draw_methods,), "context": (draw_context,)}
+    found["own_share"] = (draw_own_share,)
     found |= {name: (draw_figure, name) for name in FIGURES}
     found |= {name: (draw_ground, name) for name in GROUND}
     found |= {name: (draw_benchmark, name) for name in CURVES}

@@ -220,16 +220,18 @@ def test_a_run_ends_with_the_process_that_started_it():
 
 def test_runs_on_ray_are_those_of_the_plain_runner(tmp_path, monkeypatch):
     pytest.importorskip("ray")
-    monkeypatch.setitem(run.BENCHMARKS, "point", {"smac": (COMMAND, (1, 2))})
     before = signal.getsignal(signal.SIGTERM)
     made = {}
-    for runner, address in (("cluster", "local"), ("plain", None)):
+    for runner, address, seeds in (("cluster", "local", (1, 2)), ("plain", None, (2,))):
+        monkeypatch.setitem(run.BENCHMARKS, "point", {"smac": (COMMAND, seeds)})
         folders = {name: str(tmp_path / runner / name) for name in ("run_dir", "results")}
         run.main(run.Args("point", ray=address, **folders))
         folder = tmp_path / runner / "results" / "point"
-        made[runner] = [(folder / f"smac__{seed}.csv").read_bytes() for seed in (1, 2)]
+        made[runner] = [(folder / f"smac__{seed}.csv").read_bytes() for seed in seeds]
     signal.signal(signal.SIGTERM, before)  # Ray leaves one of its own
-    assert made["cluster"] == made["plain"]
+    first, second = made["cluster"]
+    assert first != second
+    assert [second] == made["plain"]
 
 
 def test_ray_is_asked_for_where_it_is_missing(monkeypatch):

@@ -1,0 +1,161 @@
+"""The tables and the picture of the study "when does the phase without rewards help" on the Ant.
+
+Three datasets of the same scripted trot, in which 0, 60 or 100 % of the trajectories head for their
+own task; each with labels, with true rewards, and with true rewards and a frozen encoder and decoder
+(`own_share` in run.py).
+"""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmark import evidence
+from benchmark.evidence import GROUPS, OFFLINE, SECOND, paired, scores
+from benchmark.tables import LABEL_ERROR, markdown, mean_words, verdict
+
+SHARES = {"0": "0 %", "60": "60 %", "100": "100 %"}  # folder of results/own_share: share
+KINDS = {  # label: what the second phase has
+    "smac": "labels",
+    "smac_oracle_rewards_frozen": "true rewards, encoder and decoder frozen",
+    "smac_oracle_rewards": "true rewards, encoder and decoder trained on",
+}
+COMPARISONS = {  # title: (label and phase) > (label and phase)
+    "the second phase, with labels, helps": (("smac", SECOND), ("smac", OFFLINE)),
+    "true rewards, frozen > before": (
+        ("smac_oracle_rewards_frozen", SECOND),
+        ("smac_oracle_rewards_frozen", OFFLINE),
+    ),
+    "true rewards, frozen > labels: bad labels": (
+        ("smac_oracle_rewards_frozen", SECOND),
+        ("smac", SECOND),
+    ),
+    "true rewards, trained on > frozen: a bad encoder": (
+        ("smac_oracle_rewards", SECOND),
+        ("smac_oracle_rewards_frozen", SECOND),
+    ),
+}
+
+
+def found_of(share):
+    return evidence.load(f"own_share/{share}")
+
+
+def data_of(share):
+    """The mean return of a dataset; two of the three are not in the repository, their .json is."""
+    file = evidence.RESULTS / "own_share" / f"AntDirection{share}.json"
+    if not file.exists():
+        file = evidence.RESULTS.parent.parent / "datasets" / "AntDirection.json"
+    return json.loads(file.read_text())["mean_return"]
+
+
+def diagnostic(share, label, column, phase):
+    """Means over the evaluations of a phase, for each seed: [number]."""
+    means = []
+    for seed, run in found_of(share).get(label, {}).items():
+        curve = evidence.diagnostics(f"own_share/{share}", label, seed, column)
+        numbers = []
+        for step, number in curve.items():
+            is_offline = step <= run.offline_end
+            if is_offline == (phase == OFFLINE):
+                numbers.append(number)
+        if numbers:
+            means.append(float(np.mean(numbers)))
+    return means
+
+
+def returns_table():
+    """A row for each dataset: returns before and after, by what the second phase has."""
+    head = ["trajectories that know their task", "data", "before"]
+    head += [f"after: {kind}" for kind in KINDS.values()]
+    rows = []
+    for share, title in SHARES.items():
+        found = found_of(share)
+        row = [title, f"{data_of(share):.0f}"]
+        row.append(mean_words(scores(found.get("smac", {}), OFFLINE).values(), 0))
+        for label in KINDS:
+            row.append(mean_words(scores(found.get(label, {}), SECOND).values(), 0))
+        rows.append(row)
+    return markdown(head, rows)
+
+
+def reasons_table():
+    """A row for each dataset: what explains the returns."""
+    head = ["trajectories that know their task", "gap between the contexts, before"]
+    head += ["labels' error, before", "labels' error, second phase"]
+    head += ["KL, offline context, before", "KL, own context, before", "mean Q, before"]
+    head += ["mean Q, second phase", "seeds"]
+    rows = []
+    for share, title in SHARES.items():
+        runs = found_of(share).get("smac", {})
+        own, offline = (scores(runs, OFFLINE, group) for group in GROUPS[1:])
+        row = [title, mean_words(paired(offline, own), 0, "+")]
+        for phase in (OFFLINE, SECOND):
+            row.append(mean_words(diagnostic(share, "smac", LABEL_ERROR, phase), 2))
+        for context in ("offline", "own"):
+            column = f"eval/kl_train_{context}_context"
+            row.append(mean_words(diagnostic(share, "smac", column, OFFLINE), 2))
+        for phase in (OFFLINE, SECOND):
+            row.append(mean_words(diagnostic(share, "smac", "train/q_mean", phase), 0))
+        rows.append([*row, str(len(runs))])
+    return markdown(head, rows)
+
+
+def comparisons_table():
+    """For each claim the verdict and the difference by seed, on each dataset."""
+    rows = []
+    for title, sides in COMPARISONS.items():
+        row = [title]
+        for share in SHARES:
+            found = found_of(share)
+            differences = paired(*(scores(found.get(label, {}), phase) for label, phase in sides))
+            cell = ""
+            if len(differences):
+                cell = f"{verdict(differences)}<br>{mean_words(differences, 0, '+')}"
+            row.append(cell)
+        rows.append(row)
+    return markdown(["", *SHARES.values()], rows)
+
+
+TABLES = {
+    "own_share/returns": returns_table,
+    "own_share/reasons": reasons_table,
+    "own_share/comparisons": comparisons_table,
+}
+
+
+def draw_own_share(axes, styles):
+    """Returns against the share: before, after by kind, each with its 95 % interval.
+
+    Args:
+        styles: {label: (colour, line style)}.
+    """
+    series = {"before the second phase": ("smac", OFFLINE, "gray", "-")}
+    for label, kind in KINDS.items():
+        series[f"after, {kind}"] = (label, SECOND, *styles[label])
+    for place, (name, (label, phase, colour, style)) in enumerate(series.items()):
+        points = []
+        for share in SHARES:
+            values = list(scores(found_of(share).get(label, {}), phase).values())
+            if values:
+                points.append((float(share) + 1.5 * (place - 1.5), values))
+        if not points:
+            continue
+        x = [at for at, _ in points]
+        y = [np.mean(values) for _, values in points]
+        axes.plot(x, y, color=colour, linestyle=style, marker="o", label=name)
+        for at, values in points:
+            _, half = evidence.interval(values)
+            if not math.isnan(half):
+                low, high = np.mean(values) - half, np.mean(values) + half
+                axes.plot([at, at], [low, high], color=colour, linewidth=5, alpha=0.3)
+    shares = [float(share) for share in SHARES]
+    data = [data_of(share) for share in SHARES]
+    axes.plot(shares, data, color="0.6", linestyle=(0, (1, 3)), label="the data")
+    axes.set_xticks(shares, SHARES.values())
+    axes.set_xlabel("trajectories of the data that head for their own task")
+    axes.set_ylabel("return on test tasks")
+    axes.legend(fontsize=8)
