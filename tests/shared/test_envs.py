@@ -435,9 +435,12 @@ def run_python(code, folder, **variables):
 
 
 def test_quiet_and_leaves_no_file(tmp_path):
-    code = f"""
+    code = """
+import importlib.util
 import envs
-for env_id in {list(ALL)!r}:
+for env_id in envs.SPECS:
+    if env_id.startswith("Sawyer") and importlib.util.find_spec("pybullet") is None:
+        continue
     env = envs.make(env_id)
     env.reset(seed=0)
     env.step(env.action_space.sample())
