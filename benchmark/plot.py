@@ -355,7 +355,9 @@ def fill(text):
         return f"{mark[1]}\n{made}\n\n{mark[3]}"
 
     def number(mark):
-        return f"{mark[1]}{tables.number(mark[2])}{mark[3]}"
+        make = studies.NUMBERS.get(mark[2])
+        made = make() if make else tables.number(mark[2])
+        return f"{mark[1]}{made}{mark[3]}"
 
     text = re.sub(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", table, text, flags=re.S)
     return re.sub(

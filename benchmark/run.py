@@ -188,6 +188,18 @@ def scenes():
     }
 
 
+def told():
+    """SMAC and its controls on the data of a Humanoid that was told its task (make_told.py)."""
+    flags = "--env-id HumanoidDirection --preset short --dataset datasets/HumanoidDirectionTold.npz"
+    smac = f"smac_offline_online.py {flags}"
+    return {
+        "smac": (smac, FOUR),
+        "smac_more_offline": (control(smac, 35_000), FOUR),
+        "smac_no_new_data": (control_losses(smac), FOUR),
+        "meta_bc": (f"meta_bc.py {flags}", FOUR),
+    }
+
+
 def own_share(dataset=""):
     """When does the second phase help? The Ant, by the share of the data that know their task.
 
@@ -212,6 +224,7 @@ SHORT_BENCHMARKS = {
     "short/SawyerManipulation": explored("SawyerManipulation"),
     "short/SawyerManipulation8": explored("SawyerManipulation8"),
     "short/SawyerManipulation200": scenes(),
+    "short/HumanoidDirectionTold": told(),
 }
 for _env_id in envs.SPECS:
     if f"short/{_env_id}" not in SHORT_BENCHMARKS:

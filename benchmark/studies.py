@@ -1,10 +1,12 @@
-"""The tables and the picture of the study "when does the phase without rewards help" on the Ant.
+"""The tables and pictures of two studies.
 
-Three datasets of the same scripted trot, in which 0, 60 or 100 % of the trajectories head for their
+"When does the phase without rewards help", on the Ant: three datasets of the same scripted trot, in which 0, 60 or 100 % of the trajectories head for their
 own task; each with labels, with true rewards, and with true rewards and a frozen encoder and decoder
-(`own_share` in run.py).
+(`own_share` in run.py). And the Humanoid that is told its task, whose data SMAC gets
+(datasets/make_told.py).
 """
 
+import csv
 import json
 import math
 import sys
@@ -13,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmark import evidence
+from benchmark import evidence, tables
 from benchmark.evidence import GROUPS, OFFLINE, SECOND, paired, scores
 from benchmark.tables import LABEL_ERROR, markdown, mean_words, verdict
 
@@ -120,11 +122,67 @@ def comparisons_table():
     return markdown(["", *SHARES.values()], rows)
 
 
+# ===== A Humanoid that is told its task
+
+TOLD = "short/HumanoidDirectionTold"
+
+
+def told_rows(name):
+    """The rows of curve.csv or told.csv, which make_told.py wrote."""
+    with open(evidence.RESULTS / TOLD / name, newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
+def curve_table(every=50_000):
+    """How the policy that is told its task has learned: a row for every so many steps."""
+    head = "environment steps", "hours", "steps up", "m/s along the task", "speed, m/s", "return"
+    rows = []
+    for row in told_rows("curve.csv"):
+        steps = int(row["steps"])
+        if steps % every == 0:
+            cells = [f"{steps:,}", f"{float(row['hours']):.1f}", f"{float(row['steps_up']):.0f}"]
+            cells += [f"{float(row['along']):.2f}", f"{float(row['speed']):.2f}"]
+            rows.append([*cells, f"{float(row['return']):.0f}"])
+    return markdown(head, rows)
+
+
+def told_return():
+    """What the last policy returns on the test tasks, which it is told."""
+    return f"{np.mean([float(row['return']) for row in told_rows('told.csv')]):.0f}"
+
+
+def told_adaptation_table():
+    """SMAC at its end with z from three sources, on all test tasks."""
+    head = "seed", "own context", "another task's", "the prior"
+    rows = []
+    for seed, returns in evidence.adaptation(TOLD).items():
+        rows.append([str(seed), *(f"{number:.0f}" for number in returns)])
+    return markdown(head, rows)
+
+
+def told_labels_table():
+    """How wrong the labels of SMAC are, before and in the second phase, by seed."""
+    head = "seed", "error on the data", "error on exploration, before", "error, second phase"
+    rows = []
+    for seed, run in evidence.load(TOLD).get("smac", {}).items():
+        on_data = evidence.diagnostics(TOLD, "smac", seed, tables.DATA_ERROR)
+        errors = evidence.diagnostics(TOLD, "smac", seed, LABEL_ERROR)
+        before = [error for step, error in errors.items() if step <= run.offline_end]
+        after = [error for step, error in errors.items() if step > run.offline_end]
+        cells = [on_data.get(run.offline_end, math.nan), *map(np.mean, (before, after))]
+        rows.append([str(seed), *(f"{cell:.2f}" for cell in cells)])
+    return markdown(head, rows)
+
+
 TABLES = {
     "own_share/returns": returns_table,
     "own_share/reasons": reasons_table,
     "own_share/comparisons": comparisons_table,
+    "told/curve": curve_table,
+    "told/adaptation": told_adaptation_table,
+    "told/labels": told_labels_table,
 }
+NUMBERS = {"told/return": told_return}
 
 
 def draw_own_share(axes, styles):

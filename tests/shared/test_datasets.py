@@ -75,7 +75,7 @@ def test_all_tasks_are_one_for_a_policy_that_is_told_its_task(told):
 
 
 def test_training_of_the_told_policy_goes_on_and_makes_data(told, tmp_path, monkeypatch):
-    monkeypatch.setattr(told, "evaluate", lambda model, seed: np.arange(4.0))
+    monkeypatch.setattr(told, "evaluate", lambda *args: np.arange(4.0))
     args = told.Args(48, tmp_path / "run", eval_every=16, save_every=32, stages=2, transitions=5)
     told.main(dataclasses.replace(args, steps=32))
     before = (tmp_path / "run" / "curve.csv").read_text().splitlines()
@@ -86,6 +86,8 @@ def test_training_of_the_told_policy_goes_on_and_makes_data(told, tmp_path, monk
     files = told.chosen_stages(tmp_path / "run", 2)
     assert [file.name for file in files] == ["policy_32.pt", "policy_48.pt"]
     dataset = buffers.load_dataset("HumanoidDirection", str(tmp_path / "HumanoidDirection.npz"))
+    rows = (tmp_path / "run" / "told.csv").read_text().splitlines()
+    assert len(rows) == 1 + len(dataset["test_tasks"])
     lengths = [len(path["actions"]) for _, path in dataset["rl"]]
     assert sum(lengths) == 50 * 5
     assert max(np.abs(path["actions"]).max() for _, path in dataset["rl"]) <= told.LARGEST_ACTION
