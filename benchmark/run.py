@@ -156,17 +156,15 @@ def explored(env_id):
     test, oracle = "--explore-tasks test", "--explore-tasks test --oracle-rewards"
     rows = {
         "smac": (smac, TWO),
-        "smac_more_offline": (control(one_task, 35_000), TWO),
+        "smac_more_offline": (control(one_task, 35_000), FOUR),
         "smac_test_tasks": (f"{smac} {test}", TWO),
         "smac_test_tasks_oracle_rewards": (f"{smac} {oracle}", TWO),
-        "smac_one_task": (one_task, ONE),
+        "smac_one_task": (one_task, FOUR),
         **context_methods(flags, 35_000, FOUR, 7_500),
     }
     if env_id == "SawyerManipulation8":  # Figure 9's eight behaviours
-        rows["smac_one_task"] = (one_task, FOUR)
         rows["smac_test_tasks_one_task"] = (f"{one_task} {test}", FOUR)
         rows["smac_test_tasks_oracle_rewards_one_task"] = (f"{one_task} {oracle}", FOUR)
-        rows["smac_more_offline"] = (control(one_task, 35_000), FOUR)
     return rows
 
 
@@ -224,7 +222,6 @@ SHORT_BENCHMARKS = {
     "short/SawyerManipulation": explored("SawyerManipulation"),
     "short/SawyerManipulation8": explored("SawyerManipulation8"),
     "short/SawyerManipulation200": scenes(),
-    "short/HumanoidDirectionTold": told(),
 }
 for _env_id in envs.SPECS:
     if f"short/{_env_id}" not in SHORT_BENCHMARKS:
@@ -322,6 +319,7 @@ BENCHMARKS = {
         **encoder_ablations(HUMANOID_SMALL["smac"][0]),
     },
     **SHORT_BENCHMARKS,
+    "told": told(),
     "own_share/0": own_share("--dataset runs/AntDirection0.npz"),
     "own_share/60": own_share(),
     "own_share/100": own_share("--dataset runs/AntDirection1.npz"),

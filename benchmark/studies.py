@@ -124,7 +124,7 @@ def comparisons_table():
 
 # ===== A Humanoid that is told its task
 
-TOLD = "short/HumanoidDirectionTold"
+TOLD = "told"
 
 
 def told_rows(name):
