@@ -174,7 +174,46 @@ def told_labels_table():
     return markdown(head, rows)
 
 
+# ===== Half of every batch from the offline data
+
+OFFLINE_SHARE = {  # environment: (benchmark, label) of SMAC as it is, from the same offline phase
+    "AntDirection": ("own_share/60", "smac"),
+    "SawyerManipulation": ("short/SawyerManipulation", "smac_one_task"),
+}
+
+
+def offline_share_table():
+    """SMAC as it is, and with half of every batch of the second phase from the offline data."""
+    head = "environment", "before", "after", "after, half offline", "difference by seed"
+    head += "", "mean Q, second phase", "mean Q, half offline"
+    rows = []
+    for environment, (name, label) in OFFLINE_SHARE.items():
+        folder = f"offline_share/{environment}"
+        plain = evidence.load(name).get(label, {})
+        half = evidence.load(folder).get("smac_offline_half", {})
+        plain = {seed: run for seed, run in plain.items() if seed in half}
+        if not plain:
+            continue
+        digits = tables.places(environment)
+        differences = paired(scores(half, SECOND), scores(plain, SECOND))
+        row = [environment, mean_words(scores(plain, OFFLINE).values(), digits)]
+        row += [mean_words(scores(runs, SECOND).values(), digits) for runs in (plain, half)]
+        row += [mean_words(differences, digits, "+"), verdict(differences)]
+        for benchmark, of in ((name, label), (folder, "smac_offline_half")):
+            means = [mean_q(benchmark, of, seed, run) for seed, run in plain.items()]
+            row.append(mean_words(means, digits))
+        rows.append(row)
+    return markdown(head, rows)
+
+
+def mean_q(name, label, seed, run):
+    """The mean over the evaluations of a run's second phase of the mean Q of a batch."""
+    curve = evidence.diagnostics(name, label, seed, "train/q_mean")
+    return np.mean([number for step, number in curve.items() if step > run.offline_end])
+
+
 TABLES = {
+    "offline_share": offline_share_table,
     "own_share/returns": returns_table,
     "own_share/reasons": reasons_table,
     "own_share/comparisons": comparisons_table,

@@ -35,7 +35,7 @@ ENV_ID = "HumanoidDirection"
 SEEN = 45  # numbers of the observation that the policy sees: qpos[2:] (22) and qvel (23)
 PAY = {  # while it learns, from a step on: for a step in which it is up, for a m/s along the task
     0: (2.0, 2.5),  # the task's own are 5 and 1.25: for those it stands
-    400_004: (1.0, 5.0),  # once it stays up
+    400_000: (1.0, 5.0),  # once it stays up
 }
 BUFFER = 1_000_000  # transitions of the training that are kept
 LEARNING_STARTS = 5_000  # environment steps with random actions
