@@ -186,15 +186,17 @@ def scenes():
     }
 
 
-def told():
-    """SMAC and its controls on the data of a Humanoid that was told its task (make_told.py)."""
-    flags = "--env-id HumanoidDirection --preset short --dataset datasets/HumanoidDirectionTold.npz"
-    smac = f"smac_offline_online.py {flags}"
+def told(transitions):
+    """SMAC and its control on data of a Humanoid that was told its task. The data are made first:
+
+    python datasets/make_told.py --run-dir datasets/told --transitions N --out runs/ToldN.npz
+    """
+    dataset = f"--dataset runs/Told{transitions}.npz"
+    smac = f"smac_offline_online.py --env-id HumanoidDirection --preset short {dataset}"
     return {
         "smac": (smac, FOUR),
         "smac_more_offline": (control(smac, 35_000), FOUR),
-        "smac_no_new_data": (control_losses(smac), FOUR),
-        "meta_bc": (f"meta_bc.py {flags}", FOUR),
+        "smac_small_kl": (f"{smac} --kl-coef 0.004", FOUR),
     }
 
 
@@ -319,7 +321,8 @@ BENCHMARKS = {
         **encoder_ablations(HUMANOID_SMALL["smac"][0]),
     },
     **SHORT_BENCHMARKS,
-    "told": told(),
+    "told/450": told(450),
+    "told/1200": told(1200),
     "own_share/0": own_share("--dataset runs/AntDirection0.npz"),
     "own_share/60": own_share(),
     "own_share/100": own_share("--dataset runs/AntDirection1.npz"),

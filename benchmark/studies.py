@@ -54,11 +54,11 @@ def data_of(share):
     return json.loads(file.read_text())["mean_return"]
 
 
-def diagnostic(share, label, column, phase):
-    """Means over the evaluations of a phase, for each seed: [number]."""
+def phase_means(folder, label, runs, column, phase):
+    """Means over the evaluations of a phase, for each seed of `runs` {seed: Run}: [number]."""
     means = []
-    for seed, run in found_of(share).get(label, {}).items():
-        curve = evidence.diagnostics(f"own_share/{share}", label, seed, column)
+    for seed, run in runs.items():
+        curve = evidence.diagnostics(folder, label, seed, column)
         numbers = []
         for step, number in curve.items():
             is_offline = step <= run.offline_end
@@ -95,13 +95,16 @@ def reasons_table():
         runs = found_of(share).get("smac", {})
         own, offline = (scores(runs, OFFLINE, group) for group in GROUPS[1:])
         row = [title, mean_words(paired(offline, own), 0, "+")]
-        for phase in (OFFLINE, SECOND):
-            row.append(mean_words(diagnostic(share, "smac", LABEL_ERROR, phase), 2))
-        for context in ("offline", "own"):
-            column = f"eval/kl_train_{context}_context"
-            row.append(mean_words(diagnostic(share, "smac", column, OFFLINE), 2))
-        for phase in (OFFLINE, SECOND):
-            row.append(mean_words(diagnostic(share, "smac", "train/q_mean", phase), 0))
+        for column, phase, digits in (
+            (LABEL_ERROR, OFFLINE, 2),
+            (LABEL_ERROR, SECOND, 2),
+            ("eval/kl_train_offline_context", OFFLINE, 2),
+            ("eval/kl_train_own_context", OFFLINE, 2),
+            ("train/q_mean", OFFLINE, 0),
+            ("train/q_mean", SECOND, 0),
+        ):
+            means = phase_means(f"own_share/{share}", "smac", runs, column, phase)
+            row.append(mean_words(means, digits))
         rows.append([*row, str(len(runs))])
     return markdown(head, rows)
 
@@ -124,12 +127,17 @@ def comparisons_table():
 
 # ===== A Humanoid that is told its task
 
-TOLD = "told"
+TOLD = {"told/450": "450", "told/1200": "1,200"}  # folder: transitions of each task
+TOLD_RUNS = {
+    "smac": "SMAC",
+    "smac_more_offline": "control: as many steps, all offline",
+    "smac_small_kl": "SMAC, KL weight .004",
+}
 
 
 def told_rows(name):
     """The rows of curve.csv or told.csv, which make_told.py wrote."""
-    with open(evidence.RESULTS / TOLD / name, newline="") as lines:
+    with open(evidence.RESULTS / "told" / name, newline="") as lines:
         return list(csv.DictReader(lines))
 
 
@@ -151,26 +159,31 @@ def told_return():
     return f"{np.mean([float(row['return']) for row in told_rows('told.csv')]):.0f}"
 
 
-def told_adaptation_table():
-    """SMAC at its end with z from three sources, on all test tasks."""
-    head = "seed", "own context", "another task's", "the prior"
+def told_table():
+    """SMAC on the data of the told policy: returns, the labels' error, the KL."""
+    head = "transitions of a task", "run", "before", "after", "error on the data, end of offline"
+    head += "labels' error, before", "labels' error, second phase", "KL, own context, before"
     rows = []
-    for seed, returns in evidence.adaptation(TOLD).items():
-        rows.append([str(seed), *(f"{number:.0f}" for number in returns)])
-    return markdown(head, rows)
-
-
-def told_labels_table():
-    """How wrong the labels of SMAC are, before and in the second phase, by seed."""
-    head = "seed", "error on the data", "error on exploration, before", "error, second phase"
-    rows = []
-    for seed, run in evidence.load(TOLD).get("smac", {}).items():
-        on_data = evidence.diagnostics(TOLD, "smac", seed, tables.DATA_ERROR)
-        errors = evidence.diagnostics(TOLD, "smac", seed, LABEL_ERROR)
-        before = [error for step, error in errors.items() if step <= run.offline_end]
-        after = [error for step, error in errors.items() if step > run.offline_end]
-        cells = [on_data.get(run.offline_end, math.nan), *map(np.mean, (before, after))]
-        rows.append([str(seed), *(f"{cell:.2f}" for cell in cells)])
+    for folder, transitions in TOLD.items():
+        found = evidence.load(folder)
+        for label, name in TOLD_RUNS.items():
+            runs = found.get(label, {})
+            if not runs:
+                continue
+            row = [transitions, name]
+            row += [mean_words(scores(runs, phase).values(), 0) for phase in (OFFLINE, SECOND)]
+            ends = []
+            for seed, run in runs.items():
+                curve = evidence.diagnostics(folder, label, seed, tables.DATA_ERROR)
+                ends += [number for step, number in curve.items() if step == run.offline_end]
+            row.append(mean_words(ends, 2))
+            for column, phase in (
+                (LABEL_ERROR, OFFLINE),
+                (LABEL_ERROR, SECOND),
+                ("eval/kl_train_own_context", OFFLINE),
+            ):
+                row.append(mean_words(phase_means(folder, label, runs, column, phase), 2))
+            rows.append(row)
     return markdown(head, rows)
 
 
@@ -200,16 +213,10 @@ def offline_share_table():
         row += [mean_words(scores(runs, SECOND).values(), digits) for runs in (plain, half)]
         row += [mean_words(differences, digits, "+"), verdict(differences)]
         for benchmark, of in ((name, label), (folder, "smac_offline_half")):
-            means = [mean_q(benchmark, of, seed, run) for seed, run in plain.items()]
+            means = phase_means(benchmark, of, plain, "train/q_mean", SECOND)
             row.append(mean_words(means, digits))
         rows.append(row)
     return markdown(head, rows)
-
-
-def mean_q(name, label, seed, run):
-    """The mean over the evaluations of a run's second phase of the mean Q of a batch."""
-    curve = evidence.diagnostics(name, label, seed, "train/q_mean")
-    return np.mean([number for step, number in curve.items() if step > run.offline_end])
 
 
 TABLES = {
@@ -218,8 +225,7 @@ TABLES = {
     "own_share/reasons": reasons_table,
     "own_share/comparisons": comparisons_table,
     "told/curve": curve_table,
-    "told/adaptation": told_adaptation_table,
-    "told/labels": told_labels_table,
+    "told/runs": told_table,
 }
 NUMBERS = {"told/return": told_return}
 

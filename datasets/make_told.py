@@ -7,10 +7,14 @@ which its task is straight ahead. Nothing in the physics knows a direction, so t
 task there; only the yaw at which an episode starts is another.
 
 Training goes on from its last checkpoint if it was stopped. What it has learned so far stands in
-RUN_DIR/curve.csv, a row for each evaluation. The data are of several stages of the training:
+RUN_DIR/curve.csv, a row for each evaluation. The data are of several stages of the training.
 
-    python datasets/make_told.py --steps 1000000 --run-dir runs/told
-    python datasets/make_told.py --run-dir runs/told --out datasets/HumanoidDirection.npz
+    python datasets/make_told.py --steps 600000 --run-dir runs/told
+    python datasets/make_told.py --run-dir runs/told --out runs/HumanoidDirectionTold.npz
+
+The repository has five stages of one training, so that the data can be made without any:
+
+    python datasets/make_told.py --run-dir datasets/told --out runs/HumanoidDirectionTold.npz
 """
 
 import csv
@@ -53,7 +57,7 @@ class Args:
     save_every: int = 100_000  # environment steps between two checkpoints
     seed: int = 1
     stages: int = 5  # policies that make the data, at even distances in the training's second half
-    transitions: int = 450  # of each task, 24 MB; the paper has 1,200
+    transitions: int = 1_200  # of each task, as in the paper: 96 MB
     out: Path | None = None  # the dataset to write
 
 
@@ -158,7 +162,7 @@ class Stages(BaseCallback):
             with open(self.args.run_dir / "curve.csv", "a", newline="") as file:
                 csv.writer(file).writerow(row)
             print(dict(zip(COLUMNS, row)), flush=True)
-            torch.save(self.model.policy.state_dict(), self.args.run_dir / f"policy_{done}.pt")
+            save_actor(self.model, self.args.run_dir / f"actor_{done}.npz")
         if done // self.args.save_every > before // self.args.save_every:
             save(self.model, self.args.run_dir)
         return True
@@ -172,6 +176,19 @@ class Stages(BaseCallback):
         along = (stored.rewards - costs - for_up) / for_speed
         stored.rewards[:] = costs + new[0] + new[1] * along
         self.training_env.set_attr("pay", new)
+
+
+def save_actor(model, file):
+    """Write what acting needs."""
+    state = model.policy.actor.state_dict()
+    np.savez(file, allow_pickle=False, **{name: array.numpy() for name, array in state.items()})
+
+
+def load_actor(model, file):
+    """The inverse of `save_actor`."""
+    with np.load(file, allow_pickle=False) as arrays:
+        state = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+    model.policy.actor.load_state_dict(state)
 
 
 def save(model, folder):
@@ -224,11 +241,15 @@ def train(args):
 
 
 def chosen_stages(folder, number):
-    """Files of `number` policies, at even distances over the second half of the training."""
-    files = sorted(folder.glob("policy_*.pt"), key=lambda file: int(file.stem.split("_")[1]))
+    """Files of `number` policies, at even distances over the second half of the training.
+
+    Of a folder that holds no more than `number` of them all are taken.
+    """
+    files = sorted(folder.glob("actor_*.npz"), key=lambda file: int(file.stem.split("_")[1]))
     if not files:
-        raise buffers.InputError(f"there is no policy in {folder}: train one first, with --steps")
-    places = np.linspace(len(files) // 2, len(files) - 1, number).round().astype(int)
+        raise buffers.InputError(f"there is no actor in {folder}: train one first, with --steps")
+    first = 0 if len(files) <= number else len(files) // 2
+    places = np.linspace(first, len(files) - 1, number).round().astype(int)
     return [files[place] for place in dict.fromkeys(places.tolist())]
 
 
@@ -259,7 +280,7 @@ def collect(args):
     policies = []
     for file in chosen_stages(args.run_dir, args.stages):
         model = make_model(args, num_envs=1)
-        model.policy.load_state_dict(torch.load(file, weights_only=True))
+        load_actor(model, file)
         policies.append(model)
     env = envs.make(ENV_ID)
     spec = envs.lookup(ENV_ID)
@@ -287,7 +308,7 @@ def collect(args):
     print(f"{args.out.name}: {words}")
 
     # What a policy that is told its task returns on the test tasks: a bound for those that are not
-    with open(args.run_dir / "told.csv", "w", newline="") as file:
+    with open(args.out.with_suffix(".csv"), "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(("task", "angle", *COLUMNS[2:]))
         for task, (angle,) in enumerate(test_tasks):

@@ -1,8 +1,9 @@
-"""Why SMAC's labels fail on HumanoidDirection: python benchmark/experiments/humanoid_labels.py
+"""Why SMAC's labels fail on HumanoidDirection: python benchmark/experiments/humanoid_labels.py [DATASET OUT]
 
 Trains encoder and decoder alone, by Eq. 3, on three quarters of the trajectories of each task, and compares the decoder
 with the true rewards of the others, z being inferred from 64 transitions of these: with the short preset's sizes, then
-with one thing changed after another. Writes benchmark/results/short/HumanoidDirection/labels.md.
+with one thing changed after another. Writes benchmark/results/short/HumanoidDirection/labels.md. For another dataset
+than the shipped one name it, and the file to write.
 """
 
 import dataclasses
@@ -125,7 +126,9 @@ def train(buffer, args, bonus, directions):
 
 
 if __name__ == "__main__":
-    dataset = buffers.load_dataset(ENV_ID)
+    named = sys.argv[1:]
+    out = Path(named[1]) if named else OUT
+    dataset = buffers.load_dataset(ENV_ID, named[0] if named else None)
     angles = torch.from_numpy(dataset["train_tasks"][:, 0]).float()
     directions = torch.stack([angles.cos(), angles.sin(), *[0 * angles] * 3], dim=1)  # (tasks, dz)
     head = [
@@ -152,5 +155,6 @@ if __name__ == "__main__":
         lines.append([name, *(f"{figure:.2f}" for figure in figures)])
         print(*lines[-1], sep=" | ", flush=True)
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    text = f"`python benchmark/experiments/humanoid_labels.py`: seed {SEED}, {STEPS} gradient steps of Eq. 3.\n\n{table}\n"
-    OUT.write_text(text)
+    command = " ".join(["python benchmark/experiments/humanoid_labels.py", *named])
+    text = f"`{command}`: seed {SEED}, {STEPS} gradient steps of Eq. 3.\n\n{table}\n"
+    out.write_text(text)

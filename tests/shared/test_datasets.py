@@ -84,9 +84,9 @@ def test_training_of_the_told_policy_goes_on_and_makes_data(told, tmp_path, monk
     assert after[: len(before)] == before
     assert [line.split(",")[0] for line in after] == ["steps", "16", "32", "48"]
     files = told.chosen_stages(tmp_path / "run", 2)
-    assert [file.name for file in files] == ["policy_32.pt", "policy_48.pt"]
+    assert [file.name for file in files] == ["actor_32.npz", "actor_48.npz"]
     dataset = buffers.load_dataset("HumanoidDirection", str(tmp_path / "HumanoidDirection.npz"))
-    rows = (tmp_path / "run" / "told.csv").read_text().splitlines()
+    rows = (tmp_path / "HumanoidDirection.csv").read_text().splitlines()
     assert len(rows) == 1 + len(dataset["test_tasks"])
     lengths = [len(path["actions"]) for _, path in dataset["rl"]]
     assert sum(lengths) == 50 * 5
