@@ -197,6 +197,7 @@ def told(transitions):
         "smac": (smac, FOUR),
         "smac_more_offline": (control(smac, 35_000), FOUR),
         "smac_small_kl": (f"{smac} --kl-coef 0.004", FOUR),
+        "smac_small_kl_more_offline": (control(f"{smac} --kl-coef 0.004", 35_000), FOUR),
     }
 
 

@@ -1,9 +1,10 @@
-"""The tables and pictures of two studies.
+"""The tables and the picture of three studies.
 
-"When does the phase without rewards help", on the Ant: three datasets of the same scripted trot, in which 0, 60 or 100 % of the trajectories head for their
-own task; each with labels, with true rewards, and with true rewards and a frozen encoder and decoder
-(`own_share` in run.py). And the Humanoid that is told its task, whose data SMAC gets
-(datasets/make_told.py).
+When does the phase without rewards help, on the Ant: three datasets of the same scripted trot, in
+which 0, 60 or 100 % of the trajectories head for their own task; each with labels, with true
+rewards, and with true rewards and a frozen encoder and decoder (`own_share` in run.py). The
+Humanoid that is told its task, and what SMAC makes of its data (datasets/make_told.py). Half of
+every batch from the offline data.
 """
 
 import csv
@@ -132,6 +133,7 @@ TOLD_RUNS = {
     "smac": "SMAC",
     "smac_more_offline": "control: as many steps, all offline",
     "smac_small_kl": "SMAC, KL weight .004",
+    "smac_small_kl_more_offline": "control, KL weight .004",
 }
 
 

@@ -41,7 +41,6 @@ PAY = {  # while it learns, from a step on: for a step in which it is up, for a 
     0: (2.0, 2.5),  # the task's own are 5 and 1.25: for those it stands
     400_000: (1.0, 5.0),  # once it stays up
 }
-BUFFER = 1_000_000  # transitions of the training that are kept
 LEARNING_STARTS = 5_000  # environment steps with random actions
 LARGEST_ACTION = 0.97  # the log-density of an action of 1 is that of an outlier
 OTHER_SHARE = 0.4  # of the trajectories, which head for any direction, as with z from the prior
@@ -199,12 +198,12 @@ def save(model, folder):
     (folder / "model.new.zip").replace(folder / "model.zip")
 
 
-def make_model(args, num_envs=4):
+def make_model(args, num_envs=4, buffer_size=1_000_000):
     """A new agent: two gradient steps for four environment steps, networks of 256, 256."""
     venv = DummyVecEnv([lambda i=i: Told(args.seed + i) for i in range(num_envs)])
     networks = {"net_arch": {"pi": [256, 256], "qf": [256, 256]}}
     options = dict(learning_starts=LEARNING_STARTS, train_freq=1, gradient_steps=2)
-    options |= {"buffer_size": BUFFER}
+    options |= {"buffer_size": buffer_size}
     return CrossQ(
         "MlpPolicy", venv, policy_kwargs=networks, device="cpu", seed=args.seed, **options
     )
@@ -223,7 +222,7 @@ def train(args):
         rows = [
             row for row in csv.DictReader(open(curve)) if int(row["steps"]) <= model.num_timesteps
         ]
-        hours = float(rows[-1]["hours"])
+        hours = float(rows[-1]["hours"]) if rows else 0.0
         model.get_env().set_attr("pay", pay(model.num_timesteps))
     else:
         rows = []
@@ -275,11 +274,12 @@ def play(env, model, heading, seed, most_steps):
 
 def collect(args):
     """Write the dataset. Raises InputError."""
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(args.seed)
     torch.manual_seed(args.seed)
     policies = []
     for file in chosen_stages(args.run_dir, args.stages):
-        model = make_model(args, num_envs=1)
+        model = make_model(args, num_envs=1, buffer_size=1)
         load_actor(model, file)
         policies.append(model)
     env = envs.make(ENV_ID)

@@ -45,7 +45,7 @@ def told(monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
     import make_told
 
-    monkeypatch.setattr(make_told, "BUFFER", 1_000)
+    monkeypatch.setattr(make_told.make_model, "__defaults__", (4, 1_000))  # a small buffer
     monkeypatch.setattr(make_told, "LEARNING_STARTS", 24)
     return make_told
 
