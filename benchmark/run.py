@@ -193,11 +193,15 @@ def told(transitions):
     """
     dataset = f"--dataset runs/Told{transitions}.npz"
     smac = f"smac_offline_online.py --env-id HumanoidDirection --preset short {dataset}"
+    small_kl = f"{smac} --kl-coef 0.004"
+    lambda_10 = f"{small_kl} --awr-lambda 10"
     return {
         "smac": (smac, FOUR),
         "smac_more_offline": (control(smac, 35_000), FOUR),
-        "smac_small_kl": (f"{smac} --kl-coef 0.004", FOUR),
-        "smac_small_kl_more_offline": (control(f"{smac} --kl-coef 0.004", 35_000), FOUR),
+        "smac_small_kl": (small_kl, FOUR),
+        "smac_small_kl_more_offline": (control(small_kl, 35_000), FOUR),
+        "smac_small_kl_lambda_10": (lambda_10, FOUR),
+        "smac_small_kl_lambda_10_more_offline": (control(lambda_10, 35_000), FOUR),
     }
 
 

@@ -134,6 +134,8 @@ TOLD_RUNS = {
     "smac_more_offline": "control: as many steps, all offline",
     "smac_small_kl": "SMAC, KL weight .004",
     "smac_small_kl_more_offline": "control, KL weight .004",
+    "smac_small_kl_lambda_10": "SMAC, KL weight .004, lambda 10",
+    "smac_small_kl_lambda_10_more_offline": "control, KL weight .004, lambda 10",
 }
 
 

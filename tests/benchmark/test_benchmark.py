@@ -17,6 +17,7 @@ import pytest
 from matplotlib.figure import Figure
 
 import buffers
+import meta_bc
 import smac_offline_online as smac
 from benchmark import run, watch
 from benchmark.speed import gpu
@@ -218,19 +219,23 @@ def test_a_run_ends_with_the_process_that_started_it():
     assert os.read(reading, 20) == b""  # nobody is left who could write
 
 
-def test_a_run_on_ray_is_that_of_the_plain_runner(tmp_path, monkeypatch):
+def test_a_run_on_ray_is_that_of_its_command(tmp_path, monkeypatch):
     pytest.importorskip("ray")
     sizes = "--policy-hidden 8 --encoder-hidden 8 --rl-batch 8 --context-batch 8"
     command = f"meta_bc.py --env-id PointDirection {sizes} --offline-steps 20 --eval-every 20"
     monkeypatch.setitem(run.BENCHMARKS, "point", {"meta_bc": (command, (2,))})
     before = signal.getsignal(signal.SIGTERM)
-    made = {}
-    for runner, address in (("cluster", "local"), ("plain", None)):
-        folders = {name: str(tmp_path / runner / name) for name in ("run_dir", "results")}
-        run.main(run.Args("point", ray=address, **folders))
-        made[runner] = (tmp_path / runner / "results" / "point" / "meta_bc__2.csv").read_bytes()
+    folders = {name: str(tmp_path / name) for name in ("run_dir", "results")}
+    run.main(run.Args("point", ray="local", **folders))
     signal.signal(signal.SIGTERM, before)  # Ray leaves one of its own
-    assert made["cluster"] == made["plain"]
+
+    # The same in this process, with as many threads and in the same precision
+    flags = [*command.split()[1:], "--seed", "2", "--run-dir", str(tmp_path / "here")]
+    monkeypatch.setattr("plumbing.run.matmul_precision", lambda *_: "highest")
+    meta_bc.main(parse_args(meta_bc.Args, meta_bc.PRESETS, flags))
+    (expected,) = (tmp_path / "here").glob("*/eval.csv")
+    made = tmp_path / "results" / "point" / "meta_bc__2.csv"
+    assert made.read_bytes() == expected.read_bytes()
 
 
 def test_ray_is_asked_for_where_it_is_missing(monkeypatch):
