@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import fcntl
+import functools
 import importlib
 import json
 import os
@@ -220,7 +221,8 @@ def test_a_run_ends_with_the_process_that_started_it():
 
 
 def test_a_run_on_ray_is_that_of_its_command(tmp_path, monkeypatch):
-    pytest.importorskip("ray")
+    ray = pytest.importorskip("ray")
+    monkeypatch.setattr(ray, "init", functools.partial(ray.init, include_dashboard=False))
     sizes = "--policy-hidden 8 --encoder-hidden 8 --rl-batch 8 --context-batch 8"
     command = f"meta_bc.py --env-id PointDirection {sizes} --offline-steps 20 --eval-every 20"
     monkeypatch.setitem(run.BENCHMARKS, "point", {"meta_bc": (command, (2,))})
