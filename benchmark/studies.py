@@ -145,13 +145,13 @@ def told_rows(name):
         return list(csv.DictReader(lines))
 
 
-def curve_table(every=50_000):
-    """How the policy that is told its task has learned: a row for every so many steps."""
+def curve_table():
+    """How the policy that is told its task has learned: a row for every 50,000 steps."""
     head = "environment steps", "hours", "steps up", "m/s along the task", "speed, m/s", "return"
     rows = []
     for row in told_rows("curve.csv"):
         steps = int(row["steps"])
-        if steps % every == 0:
+        if steps % 50_000 == 0:
             cells = [f"{steps:,}", f"{float(row['hours']):.1f}", f"{float(row['steps_up']):.0f}"]
             cells += [f"{float(row['along']):.2f}", f"{float(row['speed']):.2f}"]
             rows.append([*cells, f"{float(row['return']):.0f}"])

@@ -127,6 +127,9 @@ def train(buffer, args, bonus, directions):
 
 if __name__ == "__main__":
     named = sys.argv[1:]
+    if len(named) not in (0, 2):
+        print("error: name a dataset and the file to write, or neither", file=sys.stderr)
+        sys.exit(2)
     out = Path(named[1]) if named else OUT
     dataset = buffers.load_dataset(ENV_ID, named[0] if named else None)
     angles = torch.from_numpy(dataset["train_tasks"][:, 0]).float()
