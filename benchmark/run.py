@@ -205,6 +205,23 @@ def told(transitions):
     }
 
 
+def told_scaled():
+    """The same of an observation of 45 scaled numbers, with a larger policy and more steps.
+
+    python benchmark/experiments/humanoid_scaled.py runs/Told1200.npz runs/Scaled1200.npz
+    """
+    family = "benchmark.experiments.humanoid_scaled:HumanoidScaled"
+    flags = f"--env-id {family} --dataset runs/Scaled1200.npz --preset short --kl-coef 0.001"
+    offline = f"smac_offline_online.py {flags} --policy-hidden 300 300 300"
+    smac = f"{offline} --offline-steps 50000"
+    return {
+        "smac": (smac, FOUR),
+        "smac_no_pearl": (f"{smac} --lambda-pearl 0", FOUR),
+        "smac_more_offline": (control(offline, 70_000), FOUR),
+        "smac_lambda_30_more_offline": (control(f"{offline} --awr-lambda 30", 70_000), FOUR),
+    }
+
+
 def own_share(dataset=""):
     """When does the second phase help? The Ant, by the share of the data that know their task.
 
@@ -328,6 +345,7 @@ BENCHMARKS = {
     **SHORT_BENCHMARKS,
     "told/450": told(450),
     "told/1200": told(1200),
+    "told/scaled": told_scaled(),
     "own_share/0": own_share("--dataset runs/AntDirection0.npz"),
     "own_share/60": own_share(),
     "own_share/100": own_share("--dataset runs/AntDirection1.npz"),
@@ -406,8 +424,9 @@ def run(name, label, command, seed, args):
     out = ROOT / args.results / name
     script, *flags = shlex.split(command)
     env_id = flags[flags.index("--env-id") + 1]
+    name_of_env = envs.short_name(env_id)
     folder = ROOT / args.run_dir / name / label
-    result = folder / f"{env_id}__{Path(script).stem}__{seed}"
+    result = folder / f"{name_of_env}__{Path(script).stem}__{seed}"
     if args.ray:
         wait_until_free(result / "args.json")
 
@@ -450,7 +469,8 @@ def run(name, label, command, seed, args):
         dataset = None
         if "--dataset" in flags:
             dataset = ROOT / flags[flags.index("--dataset") + 1]
-        agents.main(agents.Args(result, out / "agents" / f"{label}__{seed}.npz", dataset=dataset))
+        file = out / "agents" / f"{label}__{seed}.npz"
+        agents.main(agents.Args(result, file, env_id=env_id, dataset=dataset))
     return f"{name} {label} seed {seed}: {(time.time() - start) / 60:.1f} minutes"
 
 

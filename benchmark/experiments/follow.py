@@ -1,0 +1,110 @@
+"""Does a Humanoid walk where it infers to? python benchmark/experiments/follow.py AGENT [--dataset FILE]
+
+Of 1.25 times its velocity along the task, and 5 for being up, the return of HumanoidDirection tells
+the second alone. So this measures the velocity, in m/s, a mean over an episode's steps: with z from
+the agent's own exploration, from that of another task, from the prior; and on training tasks with z
+from the data. Adds a line for each agent in the file to benchmark/results/told/following.md.
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Optional
+
+import numpy as np
+import torch
+import tyro
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+import buffers
+import envs
+from benchmark import watch
+from plumbing.flags import launch_tool
+
+EPISODES = 16  # of each test task
+OUT = ROOT / "benchmark" / "results" / "told" / "following.md"
+COLUMNS = "run", "gradient step", "own context", "another task's", "the prior", "steps up"
+COLUMNS += "training tasks, the data's context", "training tasks, another's data"
+
+
+@dataclasses.dataclass
+class Args:
+    agent: tyro.conf.Positional[Path]  # an agent file of benchmark/agents.py, of SMAC
+    dataset: Optional[Path] = None  # the dataset of its run
+    env_id: Optional[str] = None  # module:Name, if it is of a family of one's own
+
+
+def along(paths, angles):
+    """The mean velocity along the task of each of E trajectories, (E,) in m/s."""
+    column, _ = envs.HumanoidDirection.ground_velocity
+    velocities = np.stack([path["obs"][1:, column : column + 2].mean(0) for path in paths])
+    directions = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    return (velocities * directions).sum(1)
+
+
+def in_words(values):
+    return f"{values.mean():.2f} ± {values.std(ddof=1) / len(values) ** 0.5:.2f}"
+
+
+def on_test_tasks(script, agent, args, tasks, rng):
+    """The cells of the test tasks."""
+    numbers, env_list = envs.make_evaluation(args.env_id, tasks, tasks, 1, len(tasks), EPISODES)[
+        "test"
+    ]
+    angles = tasks[numbers, 0]
+    own, _, posterior = watch.meta_episode(script, agent, args, env_list, rng)
+    anothers = [part.roll(EPISODES, 0) for part in posterior]  # tasks stand together
+    cells = [in_words(along(own, angles))]
+    for z in (anothers, script.prior(len(env_list), args, "cpu")):
+        paths = script.rollout(env_list, agent, *z, rng, deterministic=True)
+        cells.append(in_words(along(paths, angles)))
+    cells.append(f"{np.mean([len(path['actions']) for path in own]):.0f}")
+    return cells
+
+
+@torch.no_grad()
+def on_training_tasks(script, agent, args, dataset, rng):
+    """The cells of the training tasks, whose z is from the offline data."""
+    tasks = dataset["train_tasks"]
+    buffer = buffers.from_dataset(dataset, args.env_id)
+    history = buffer.sample(torch.arange(len(tasks)), args.context_batch, rng, "offline")
+    posterior = agent.encoder(script.make_context(history, args))
+    env_list = []
+    for task in tasks:
+        env_list.append(envs.make(args.env_id))
+        env_list[-1].unwrapped.set_task(task)
+    cells = []
+    for shift in (0, 1):
+        z = [part.roll(shift, 0) for part in posterior]
+        paths = script.rollout(env_list, agent, *z, rng, deterministic=True)
+        cells.append(in_words(along(paths, tasks[:, 0])))
+    return cells
+
+
+def main(options):
+    """Add the lines. Raises InputError."""
+    script, args, tasks, agents = watch.load(options.agent, options.env_id, options.dataset)
+    dataset = buffers.load_dataset(args.env_id, options.dataset)
+    lines = []
+    if not OUT.exists():
+        head = "Velocity along the task, m/s, in the third episode; ± is the standard error over"
+        lines += [
+            f"{head} {EPISODES} meta-episodes on each",
+            "test task, or over training tasks.",
+            "",
+        ]
+        lines += [f"| {' | '.join(COLUMNS)} |", "| --- " * len(COLUMNS) + "|"]
+    for step, agent in agents.items():
+        rng = torch.Generator().manual_seed(args.seed)
+        cells = ["/".join(options.agent.resolve().parts[-3:]), str(step)]
+        cells += on_test_tasks(script, agent, args, tasks, rng)
+        cells += on_training_tasks(script, agent, args, dataset, rng)
+        lines.append(f"| {' | '.join(cells)} |")
+        print(lines[-1])
+    with open(OUT, "a") as file:
+        file.write("\n".join([*lines, ""]))
+
+
+if __name__ == "__main__":
+    launch_tool(main, Args)
