@@ -195,6 +195,7 @@ def told(transitions):
     smac = f"smac_offline_online.py --env-id HumanoidDirection --preset short {dataset}"
     small_kl = f"{smac} --kl-coef 0.004"
     lambda_10 = f"{small_kl} --awr-lambda 10"
+    wide = f"{smac} --kl-coef 0.001 --policy-hidden 300 300 300"
     return {
         "smac": (smac, FOUR),
         "smac_more_offline": (control(smac, 35_000), FOUR),
@@ -202,6 +203,7 @@ def told(transitions):
         "smac_small_kl_more_offline": (control(small_kl, 35_000), FOUR),
         "smac_small_kl_lambda_10": (lambda_10, FOUR),
         "smac_small_kl_lambda_10_more_offline": (control(lambda_10, 35_000), FOUR),
+        "smac_wide_more_offline": (control(wide, 50_000), FOUR),  # as told/scaled has it
     }
 
 

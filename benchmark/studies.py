@@ -128,7 +128,11 @@ def comparisons_table():
 
 # ===== A Humanoid that is told its task
 
-TOLD = {"told/450": "450", "told/1200": "1,200"}  # folder: transitions of each task
+TOLD = {  # folder: transitions of each task, and what else differs in all of its runs
+    "told/450": "450",
+    "told/1200": "1,200",
+    "told/scaled": "1,200, 45 scaled numbers, KL weight .001, larger policy",
+}
 TOLD_RUNS = {
     "smac": "SMAC",
     "smac_more_offline": "control: as many steps, all offline",
@@ -136,6 +140,9 @@ TOLD_RUNS = {
     "smac_small_kl_more_offline": "control, KL weight .004",
     "smac_small_kl_lambda_10": "SMAC, KL weight .004, lambda 10",
     "smac_small_kl_lambda_10_more_offline": "control, KL weight .004, lambda 10",
+    "smac_wide_more_offline": "control, KL weight .001, larger policy",
+    "smac_no_pearl": "SMAC without PEARL's actor loss",
+    "smac_lambda_30_more_offline": "control, lambda 30",
 }
 
 
@@ -165,7 +172,8 @@ def told_return():
 
 def told_table():
     """SMAC on the data of the told policy: returns, the labels' error, the KL."""
-    head = "transitions of a task", "run", "before", "after", "error on the data, end of offline"
+    head = "transitions of a task", "run", "steps", "before", "after"
+    head += ("error on the data, end of offline",)
     head += "labels' error, before", "labels' error, second phase", "KL, own context, before"
     rows = []
     for folder, transitions in TOLD.items():
@@ -174,7 +182,8 @@ def told_table():
             runs = found.get(label, {})
             if not runs:
                 continue
-            row = [transitions, name]
+            steps = next(iter(runs.values())).end
+            row = [transitions, name, f"{steps:,}"]
             row += [mean_words(scores(runs, phase).values(), 0) for phase in (OFFLINE, SECOND)]
             ends = []
             for seed, run in runs.items():

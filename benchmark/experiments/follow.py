@@ -25,7 +25,11 @@ from plumbing.flags import launch_tool
 EPISODES = 16  # of each test task
 OUT = ROOT / "benchmark" / "results" / "told" / "following.md"
 COLUMNS = "run", "gradient step", "own context", "another task's", "the prior", "steps up"
-COLUMNS += "training tasks, the data's context", "training tasks, another's data"
+COLUMNS += (
+    "training tasks, own context",
+    "training tasks, the data's",
+    "training tasks, another's data",
+)
 
 
 @dataclasses.dataclass
@@ -65,7 +69,7 @@ def on_test_tasks(script, agent, args, tasks, rng):
 
 @torch.no_grad()
 def on_training_tasks(script, agent, args, dataset, rng):
-    """The cells of the training tasks, whose z is from the offline data."""
+    """The cells of the training tasks, of which there are offline data."""
     tasks = dataset["train_tasks"]
     buffer = buffers.from_dataset(dataset, args.env_id)
     history = buffer.sample(torch.arange(len(tasks)), args.context_batch, rng, "offline")
@@ -74,7 +78,8 @@ def on_training_tasks(script, agent, args, dataset, rng):
     for task in tasks:
         env_list.append(envs.make(args.env_id))
         env_list[-1].unwrapped.set_task(task)
-    cells = []
+    own, _, _ = watch.meta_episode(script, agent, args, env_list, rng)
+    cells = [in_words(along(own, tasks[:, 0]))]
     for shift in (0, 1):
         z = [part.roll(shift, 0) for part in posterior]
         paths = script.rollout(env_list, agent, *z, rng, deterministic=True)
