@@ -204,7 +204,7 @@ def told_table():
 
 OFFLINE_SHARE = {  # environment: (benchmark, label) of SMAC as it is, from the same offline phase
     "AntDirection": ("own_share/60", "smac"),
-    "SawyerManipulation": ("short/SawyerManipulation", "smac_one_task"),
+    "SawyerManipulation": ("short/SawyerManipulation", "smac"),
 }
 
 
