@@ -57,7 +57,6 @@ STYLES = {
     "smac_small_kl_lambda_10": ("slategray", "-."),
     "smac_small_kl_lambda_10_more_offline": ("slategray", ":"),
     "smac_wide_more_offline": ("slategray", (0, (1, 1))),
-    "smac_lambda_30_more_offline": ("slategray", (0, (5, 1))),
     "smac_no_pearl": ("indigo", "--"),
     "smac_test_tasks": ("tab:green", "-"),
     "smac_test_tasks_one_task": ("tab:green", "--"),

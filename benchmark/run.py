@@ -217,20 +217,19 @@ def told(transitions):
     }
 
 
-def told_scaled():
+def told_scaled(transitions):
     """The same of an observation of 45 scaled numbers, with a larger policy and more steps.
 
-    python benchmark/experiments/humanoid_scaled.py runs/Told1200.npz runs/Scaled1200.npz
+    python benchmark/experiments/humanoid_scaled.py runs/ToldN.npz runs/ScaledN.npz
     """
     family = "benchmark.experiments.humanoid_scaled:HumanoidScaled"
-    flags = f"--env-id {family} --dataset runs/Scaled1200.npz --preset short --kl-coef 0.001"
-    offline = f"smac_offline_online.py {flags} --policy-hidden 300 300 300"
+    flags = f"--env-id {family} --dataset runs/Scaled{transitions}.npz --preset short"
+    offline = f"smac_offline_online.py {flags} --kl-coef 0.001 --policy-hidden 300 300 300"
     smac = f"{offline} --offline-steps 50000"
     return {
         "smac": (smac, FOUR),
         "smac_no_pearl": (f"{smac} --lambda-pearl 0", FOUR),
         "smac_more_offline": (control(offline, 70_000), FOUR),
-        "smac_lambda_30_more_offline": (control(f"{offline} --awr-lambda 30", 70_000), FOUR),
     }
 
 
@@ -357,7 +356,8 @@ BENCHMARKS = {
     **SHORT_BENCHMARKS,
     "told/450": told(450),
     "told/1200": told(1200),
-    "told/scaled": told_scaled(),
+    "told/scaled/1200": told_scaled(1200),
+    "told/scaled/4800": told_scaled(4800),
     "own_share/0": own_share("--dataset runs/AntDirection0.npz"),
     "own_share/60": own_share(),
     "own_share/100": own_share("--dataset runs/AntDirection1.npz"),

@@ -131,7 +131,8 @@ def comparisons_table():
 TOLD = {  # folder: transitions of each task, and what else differs in all of its runs
     "told/450": "450",
     "told/1200": "1,200",
-    "told/scaled": "1,200, 45 scaled numbers, KL weight .001, larger policy",
+    "told/scaled/1200": "1,200, scaled",
+    "told/scaled/4800": "4,800, scaled",
 }
 TOLD_RUNS = {
     "smac": "SMAC",
@@ -142,7 +143,6 @@ TOLD_RUNS = {
     "smac_small_kl_lambda_10_more_offline": "control, KL weight .004, lambda 10",
     "smac_wide_more_offline": "control, KL weight .001, larger policy",
     "smac_no_pearl": "SMAC without PEARL's actor loss",
-    "smac_lambda_30_more_offline": "control, lambda 30",
 }
 
 

@@ -38,7 +38,6 @@ NAMES = {  # label of a run: its name in pictures and texts, in this order
     "smac_small_kl_lambda_10": "KL weight .004, lambda 10",
     "smac_small_kl_lambda_10_more_offline": "the same, as many steps, all offline",
     "smac_wide_more_offline": "KL weight .001, larger policy, all offline",
-    "smac_lambda_30_more_offline": "lambda 30, all offline",
     "smac_no_pearl": "lambda_pearl 0",
     "smac_test_tasks": "explores test tasks",
     "smac_test_tasks_one_task": "explores test tasks, one task",
