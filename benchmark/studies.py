@@ -205,6 +205,7 @@ def told_table():
 OFFLINE_SHARE = {  # environment: (benchmark, label) of SMAC as it is, from the same offline phase
     "AntDirection": ("own_share/60", "smac"),
     "SawyerManipulation": ("short/SawyerManipulation", "smac"),
+    "CheetahVelocity": ("offline_share/CheetahVelocity", "smac"),
 }
 
 
