@@ -3,7 +3,10 @@
 Of 1.25 times its velocity along the task, and 5 for being up, the return of HumanoidDirection tells
 the second alone. So this measures the velocity, in m/s, a mean over an episode's steps: with z from
 the agent's own exploration, from that of another task, from the prior; and on training tasks with z
-from the data. Adds a line for each agent in the file to benchmark/results/told/following.md.
+from the data. And does z know the task? A linear map of posterior means to directions is fitted to
+histories of the data, and applied to those of its own exploration: the mean cosine between that
+direction and the task's. Adds a line for each agent in the file to
+benchmark/results/told/following.md.
 """
 
 import dataclasses
@@ -23,6 +26,7 @@ from benchmark import watch
 from plumbing.flags import launch_tool
 
 EPISODES = 16  # of each test task
+HISTORIES = 8  # of each training task, to which the linear map is fitted
 OUT = ROOT / "benchmark" / "results" / "told" / "following.md"
 COLUMNS = "run", "gradient step", "own context", "another task's", "the prior", "steps up"
 COLUMNS += (
@@ -72,18 +76,36 @@ def on_training_tasks(script, agent, args, dataset, rng):
     """The cells of the training tasks, of which there are offline data."""
     tasks = dataset["train_tasks"]
     buffer = buffers.from_dataset(dataset, args.env_id)
-    history = buffer.sample(torch.arange(len(tasks)), args.context_batch, rng, "offline")
-    posterior = agent.encoder(script.make_context(history, args))
+    posteriors = []
+    for _ in range(HISTORIES):
+        history = buffer.sample(torch.arange(len(tasks)), args.context_batch, rng, "offline")
+        posteriors.append(agent.encoder(script.make_context(history, args)))
+    posterior = posteriors[0]
     env_list = []
     for task in tasks:
         env_list.append(envs.make(args.env_id))
         env_list[-1].unwrapped.set_task(task)
-    own, _, _ = watch.meta_episode(script, agent, args, env_list, rng)
+    own, _, own_posterior = watch.meta_episode(script, agent, args, env_list, rng)
     cells = [in_words(along(own, tasks[:, 0]))]
     for shift in (0, 1):
         z = [part.roll(shift, 0) for part in posterior]
         paths = script.rollout(env_list, agent, *z, rng, deterministic=True)
         cells.append(in_words(along(paths, tasks[:, 0])))
+    cells += cosines([mu for mu, _ in posteriors], own_posterior[0], tasks[:, 0])
+    return cells
+
+
+def cosines(means, own_means, angles):
+    """How well posterior means (N, dz) give the direction of N tasks: of the data, of own context."""
+    directions = np.stack([np.cos(angles), np.sin(angles)], axis=1)  # (N, 2)
+    with_one = [np.column_stack([mu, np.ones(len(mu))]) for mu in [*means, own_means]]
+    of_data = np.concatenate(with_one[:-1])
+    weights, *_ = np.linalg.lstsq(of_data, np.tile(directions, (len(means), 1)), rcond=None)
+    cells = []
+    for rows in (with_one[0], with_one[-1]):
+        guesses = rows @ weights
+        cosine = (guesses * directions).sum(1) / np.linalg.norm(guesses, axis=1)
+        cells.append(in_words(cosine))
     return cells
 
 
