@@ -102,6 +102,26 @@ def test_compile_is_passed_to_the_runs(tmp_path, monkeypatch, compiled):
     assert ("--compile" in lines[0]) == compiled
 
 
+def test_a_run_of_a_family_of_ones_own_goes_on(tmp_path, monkeypatch):
+    lines = []
+
+    def call(line, **options):
+        lines.append(line)
+        return SimpleNamespace(stdout=[], wait=lambda: 1, returncode=1)
+
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    monkeypatch.setattr(run, "subprocess", SimpleNamespace(Popen=call, PIPE=-1, STDOUT=-2))
+    folder = tmp_path / "runs" / "point" / "smac" / "Ball__smac_offline_online__1"
+    folder.mkdir(parents=True)
+    (folder / "checkpoint.npz").touch()
+    command = "smac_offline_online.py --env-id ball:Ball"
+    with pytest.raises(buffers.InputError, match="did not end"):
+        run.run("point", "smac", command, 1, ARGS)
+    at = lines[0].index("--resume")
+    assert (tmp_path / lines[0][at + 1]) == folder
+    assert lines[0][lines[0].index("--env-id") + 1] == "ball:Ball"
+
+
 def test_a_run_that_fails_says_why(tmp_path, monkeypatch):
     """A real process: it is started with the flags and folders of the table."""
     for name in ("smac_offline_online.py", "envs.py", "sawyer.py", "buffers.py", "plumbing"):
