@@ -170,9 +170,23 @@ def told_return():
     return f"{np.mean([float(row['return']) for row in told_rows('told.csv')]):.0f}"
 
 
+def told_score(folder, label):
+    """The score of an offline phase."""
+    return mean_words(scores(evidence.load(folder)[label], OFFLINE).values(), 0)
+
+
+def following(column):
+    """A mean over the controls in following.md, which benchmark/experiments/follow.py wrote."""
+    text = (evidence.RESULTS / "told" / "following.md").read_text()
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    head, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    of_controls = [dict(zip(head, row)) for row in rows if "more_offline" in row[0]]
+    return f"{np.mean([float(row[column].split()[0]) for row in of_controls]):.2f}"
+
+
 def told_table():
     """SMAC on the data of the told policy: returns, the labels' error, the KL."""
-    head = "transitions of a task", "run", "steps", "before", "after"
+    head = "transitions of a task, observation", "run", "steps", "before", "after"
     head += ("error on the data, end of offline",)
     head += "labels' error, before", "labels' error, second phase", "KL, own context, before"
     rows = []
@@ -241,7 +255,16 @@ TABLES = {
     "told/curve": curve_table,
     "told/runs": told_table,
 }
-NUMBERS = {"told/return": told_return}
+NUMBERS = {
+    "told/return": told_return,
+    "told/plain": lambda: told_score("told/1200", "smac_wide_more_offline"),
+    "told/scaled": lambda: told_score("told/scaled/1200", "smac"),
+    "told/following/own": lambda: following("training tasks, own context"),
+    "told/following/data": lambda: following("training tasks, the data's"),
+    "told/following/another": lambda: following("training tasks, another's data"),
+    "told/following/cosine/data": lambda: following("cosine, the data's"),
+    "told/following/cosine/own": lambda: following("cosine, own"),
+}
 
 
 def draw_own_share(axes, styles):

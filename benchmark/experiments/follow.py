@@ -33,6 +33,8 @@ COLUMNS += (
     "training tasks, own context",
     "training tasks, the data's",
     "training tasks, another's data",
+    "cosine, the data's",
+    "cosine, own",
 )
 
 
