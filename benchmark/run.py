@@ -217,13 +217,13 @@ def told(transitions):
     }
 
 
-def told_scaled(transitions):
+def told_scaled(data):
     """The same of an observation of 45 scaled numbers, with a larger policy and more steps.
 
     python benchmark/experiments/humanoid_scaled.py runs/ToldN.npz runs/ScaledN.npz
     """
     family = "benchmark.experiments.humanoid_scaled:HumanoidScaled"
-    flags = f"--env-id {family} --dataset runs/Scaled{transitions}.npz --preset short"
+    flags = f"--env-id {family} --dataset runs/Scaled{data}.npz --preset short"
     offline = f"smac_offline_online.py {flags} --kl-coef 0.001 --policy-hidden 300 300 300"
     smac = f"{offline} --offline-steps 50000"
     return {
@@ -356,8 +356,9 @@ BENCHMARKS = {
     **SHORT_BENCHMARKS,
     "told/450": told(450),
     "told/1200": told(1200),
-    "told/scaled/1200": told_scaled(1200),
-    "told/scaled/4800": told_scaled(4800),
+    "told/scaled/1200": told_scaled("1200"),
+    "told/scaled/4800": told_scaled("4800"),
+    "told/scaled/4800_any": told_scaled("4800Any"),  # make_told.py --other-share 1
     "own_share/0": own_share("--dataset runs/AntDirection0.npz"),
     "own_share/60": own_share(),
     "own_share/100": own_share("--dataset runs/AntDirection1.npz"),

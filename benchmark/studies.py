@@ -133,6 +133,7 @@ TOLD = {  # folder: transitions of each task, and what else differs in all of it
     "told/1200": "1,200",
     "told/scaled/1200": "1,200, scaled",
     "told/scaled/4800": "4,800, scaled",
+    "told/scaled/4800_any": "4,800, scaled, all in any direction",
 }
 TOLD_RUNS = {
     "smac": "SMAC",

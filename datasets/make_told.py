@@ -43,7 +43,6 @@ PAY = {  # while it learns, from a step on: for a step in which it is up, for a 
 }
 LEARNING_STARTS = 5_000  # environment steps with random actions
 LARGEST_ACTION = 0.97  # the log-density of an action of 1 is that of an outlier
-OTHER_SHARE = 0.4  # of the trajectories, which head for any direction, as with z from the prior
 DIRECTION_ERROR = 0.5  # rad, standard deviation of a heading around the task's, in the others
 COLUMNS = "steps", "hours", "steps_up", "along", "speed", "return"
 
@@ -57,6 +56,8 @@ class Args:
     seed: int = 1
     stages: int = 5  # policies that make the data, at even distances in the training's second half
     transitions: int = 1_200  # of each task, as in the paper: 96 MB
+    # Share of the trajectories that head for any direction, as with z from the prior
+    other_share: float = 0.4
     out: Path | None = None  # the dataset to write
 
 
@@ -293,13 +294,15 @@ def collect(args):
         steps = 0
         while steps < args.transitions:
             heading = rng.normal(angle, DIRECTION_ERROR)
-            if rng.random() < OTHER_SHARE:
+            if rng.random() < args.other_share:
                 heading = rng.uniform(-np.pi, np.pi)
             model = policies[rng.integers(len(policies))]
             path = play(env, model, heading, len(entries), args.transitions - steps)
             entries.append((task, path))
             steps += len(path["actions"])
     flags = f"--stages {args.stages} --transitions {args.transitions}"
+    if args.other_share != Args.other_share:
+        flags += f" --other-share {args.other_share}"
     command = f"python datasets/make_told.py --run-dir RUN {flags}"
     buffers.save_dataset(args.out, ENV_ID, train_tasks, test_tasks, entries, [], command)
     returns = [path["rewards"].sum() for _, path in entries]
