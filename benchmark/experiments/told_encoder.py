@@ -1,10 +1,10 @@
-"""Does the encoder read rewards, or where a trajectory went? python benchmark/experiments/told_encoder.py DATASET
+"""Does the encoder read rewards, or where a trajectory went? python benchmark/experiments/told_encoder.py DATASET OUT
 
 Trains encoder and decoder by Eq. 3 on three quarters of each task's trajectories, of a dataset of
 humanoid_scaled.py. A linear map of posterior means to the task's direction is fitted to histories of
 these. Then z of each other trajectory, read whole: the cosine between the direction that it holds
 and the task's, by the cosine between where the trajectory went and the task. An encoder that reads
-rewards would do as well where it went elsewhere. Writes benchmark/results/told/encoder.md.
+rewards would do as well where it went elsewhere. OUT is the file to write.
 """
 
 import sys
@@ -30,7 +30,6 @@ HISTORIES = 20  # of each task, to which the linear map is fitted
 SHORTEST = 60  # steps of a trajectory that is looked at
 SEEDS = 1, 2, 3
 BOUNDS = -1.0, -0.5, 0.5, 0.9, 1.0  # of the cosine between where it went and the task
-OUT = ROOT / "benchmark" / "results" / "told" / "encoder.md"
 
 
 def split(entries):
@@ -103,7 +102,7 @@ def cosines(agent, entries, directions, weights, args):
     return np.array(rows)
 
 
-def main(file):
+def main(file, out):
     dataset = buffers.load_dataset(ENV_ID, file)
     args = smac.Args(encoder_hidden=(128, 128), lr=1e-3)
     angles = dataset["train_tasks"][:, 0]
@@ -125,12 +124,12 @@ def main(file):
             means.append(rows[inside, 1].mean())
         spread = f"{np.mean(means):.2f} ({np.min(means):.2f} to {np.max(means):.2f})"
         lines.append(f"| {low} to {high} | {inside.sum()} | {spread} |")
-    command = f"`python benchmark/experiments/told_encoder.py {file}`"
+    command = f"`python benchmark/experiments/told_encoder.py {file} {out}`"
     method = f"{STEPS:,} gradient steps of Eq. 3; {len(SEEDS)} seeds, their mean and (lowest to highest)."
-    OUT.write_text("\n".join([f"{command}: {method}", "", *lines, ""]))
+    Path(out).write_text("\n".join([f"{command}: {method}", "", *lines, ""]))
     print("\n".join(lines))
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(sys.argv[1])
+    main(*sys.argv[1:])
