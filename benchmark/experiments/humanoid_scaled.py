@@ -1,8 +1,8 @@
 """HumanoidDirection that shows its position and velocity alone, scaled.
 
 PAPER: an observation in R^376. Besides position and velocity it has inertias and velocities of the
-bodies, which follow from them, and torques, which are the last action and reach 100: a network that
-reads them unscaled hardly hears z (results/told/direction.md).
+bodies, which follow from them, and torques, which are the last action and reach 100: from these a
+policy learns worse (results/told/direction.md).
 
 A dataset of HumanoidDirection becomes one of this family:
 
