@@ -275,6 +275,8 @@ def play(env, model, heading, seed, most_steps):
 
 def collect(args):
     """Write the dataset. Raises InputError."""
+    if not 0 <= args.other_share <= 1:
+        raise buffers.InputError(f"--other-share is {args.other_share}, expected 0 to 1")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(args.seed)
     torch.manual_seed(args.seed)
