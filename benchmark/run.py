@@ -258,7 +258,7 @@ SHORT_BENCHMARKS = {
     "short/SawyerManipulation8": eight_behaviours(),
     "short/SawyerManipulation200": scenes(),
 }
-for _env_id in envs.SPECS:
+for _env_id in envs.SHIPPED:
     if f"short/{_env_id}" not in SHORT_BENCHMARKS:
         SHORT_BENCHMARKS[f"short/{_env_id}"] = short(_env_id)
 

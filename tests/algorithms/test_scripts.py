@@ -254,7 +254,8 @@ def test_paper_md_and_readme_name_flags_that_exist():
         "logdir",
         "depth",
         "i_trust_these_files",
-    }  # of benchmark/, examples/, git, ruff and TensorBoard
+        "transitions",
+    }  # of benchmark/, datasets/, examples/, git, ruff and TensorBoard
     for file in ("PAPER.md", "README.md", "datasets/README.md"):
         flags = set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)", source(file)))
         named = {flag.removeprefix("no-").replace("-", "_") for flag in flags}

@@ -418,7 +418,7 @@ def test_without_pybullet_all_but_sawyer_works(dataset, tmp_path, monkeypatch, c
         assert words.startswith(
             "error: the Sawyer environments need pybullet; `pip install pybullet=="
         )
-    for env_id in envs.SPECS.keys() - {"SawyerManipulation", "SawyerManipulation8"}:
+    for env_id in envs.SHIPPED.keys() - {"SawyerManipulation", "SawyerManipulation8"}:
         envs.make(env_id).close()
 
 

@@ -30,7 +30,7 @@ needs_pybullet = pytest.mark.skipif(
 )
 ALL = [
     pytest.param(env_id, marks=needs_pybullet) if env_id.startswith("Sawyer") else env_id
-    for env_id in envs.SPECS
+    for env_id in envs.SHIPPED
 ]
 PARAM = ["HopperParam", "WalkerParam"]
 ROOT = Path(envs.__file__).resolve().parent
@@ -359,7 +359,7 @@ def test_copies_keep_the_task(env_id, wrapped):
         np.testing.assert_array_equal(rollout(other, task, seed=3), expected)
 
 
-MUJOCO = [env_id for env_id in envs.SPECS if not env_id.startswith("Sawyer")]
+MUJOCO = [env_id for env_id in envs.SHIPPED if not env_id.startswith("Sawyer")]
 
 
 @pytest.mark.parametrize("env_id", MUJOCO)
@@ -438,7 +438,7 @@ def test_quiet_and_leaves_no_file(tmp_path):
     code = """
 import importlib.util
 import envs
-for env_id in envs.SPECS:
+for env_id in envs.SHIPPED:
     if env_id.startswith("Sawyer") and importlib.util.find_spec("pybullet") is None:
         continue
     env = envs.make(env_id)
@@ -545,7 +545,7 @@ def test_cheetah_is_the_stock_model(tmp_path, monkeypatch):
 
 
 GROUND = [
-    env_id for env_id, spec in envs.SPECS.items() if hasattr(spec.env_class, "ground_velocity")
+    env_id for env_id, spec in envs.SHIPPED.items() if hasattr(spec.env_class, "ground_velocity")
 ]
 
 
