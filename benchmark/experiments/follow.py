@@ -1,7 +1,7 @@
 """Does a Humanoid walk where it infers to? python benchmark/experiments/follow.py AGENT [--dataset FILE]
 
-Of 1.25 times its velocity along the task, and 5 for being up, the return of HumanoidDirection tells
-the second alone. So this measures the velocity, in m/s, a mean over an episode's steps: with z from
+HumanoidDirection pays 5 for a step in which it is up, and 1.25 for a m/s along the task, so that a
+return tells how long it was up. This measures the velocity, a mean over an episode's steps: with z from
 the agent's own exploration, from that of another task, from the prior; and on training tasks with z
 from the data. And does z know the task? A linear map of posterior means to directions is fitted to
 histories of the data, and applied to those of its own exploration: the mean cosine between that
@@ -59,9 +59,8 @@ def in_words(values):
 
 def on_test_tasks(script, agent, args, tasks, rng):
     """The cells of the test tasks."""
-    numbers, env_list = envs.make_evaluation(args.env_id, tasks, tasks, 1, len(tasks), EPISODES)[
-        "test"
-    ]
+    evaluation = envs.make_evaluation(args.env_id, tasks, tasks, 1, len(tasks), EPISODES)
+    numbers, env_list = evaluation["test"]
     angles = tasks[numbers, 0]
     own, _, posterior = watch.meta_episode(script, agent, args, env_list, rng)
     anothers = [part.roll(EPISODES, 0) for part in posterior]  # tasks stand together
@@ -117,12 +116,13 @@ def main(options):
     dataset = buffers.load_dataset(args.env_id, options.dataset)
     lines = []
     if not OUT.exists():
-        head = "Velocity along the task, m/s, in the third episode; ± is the standard error over"
         lines += [
-            f"{head} {EPISODES} meta-episodes on each",
-            "test task, or over training tasks.",
-            "",
+            "Velocity along the task, m/s, in the third episode, with z from these contexts; and"
         ]
+        lines += [
+            "the cosine between the task and the direction that z holds. ± is the standard error"
+        ]
+        lines += [f"over {EPISODES} meta-episodes on each test task, or over training tasks.", ""]
         lines += [f"| {' | '.join(COLUMNS)} |", "| --- " * len(COLUMNS) + "|"]
     for step, agent in agents.items():
         rng = torch.Generator().manual_seed(args.seed)

@@ -4,7 +4,7 @@ Trains encoder and decoder by Eq. 3 on three quarters of each task's trajectorie
 humanoid_scaled.py. A linear map of posterior means to the task's direction is fitted to histories of
 these. Then z of each other trajectory, read whole: the cosine between the direction that it holds
 and the task's, by the cosine between where the trajectory went and the task. An encoder that reads
-rewards would do as well where it went elsewhere. OUT is the file to write.
+rewards would know the task of one that went the opposite way, too. OUT is the file to write.
 """
 
 import sys
