@@ -260,14 +260,19 @@ def paired(first, second):
 def interquartile_mean(samples):
     """The mean of the middle half of all scores, and its 95 % interval.
 
+    Environments count the same, however many seeds each has: a score is repeated until all have
+    as many.
+
     Args:
         samples: for each environment its seeds' scores.
     The bootstrap draws seeds within each environment (Agarwal et al., 2021). The interval is None
     where an environment has one seed only.
     """
+    length = math.lcm(*map(len, samples))
 
     def statistic(*drawn, axis=-1):
-        return scipy.stats.trim_mean(np.concatenate(drawn, axis=axis), 0.25, axis=axis)
+        repeated = [np.repeat(scores, length // scores.shape[axis], axis) for scores in drawn]
+        return scipy.stats.trim_mean(np.concatenate(repeated, axis=axis), 0.25, axis=axis)
 
     return float(statistic(*samples)), bootstrap(samples, statistic)
 

@@ -104,6 +104,14 @@ def test_the_interquartile_mean_by_hand():
     assert evidence.interquartile_mean([np.array([1.0]), np.array([3.0, 4.0])])[1] is None
 
 
+def test_environments_count_the_same_in_the_interquartile_mean():
+    """One seed with 0 counts like four with 4: the middle half is 0, 0, 4, 4."""
+    samples = [np.array([0.0]), np.array([4.0, 4.0, 4.0, 4.0])]
+    assert evidence.interquartile_mean(samples)[0] == 2.0
+    samples = [np.array([0.0, 0.0]), np.array([4.0, 4.0, 4.0])]
+    assert evidence.interquartile_mean(samples) == (2.0, (2.0, 2.0))
+
+
 def test_the_probability_of_improvement_by_hand():
     """On the first environment three of four pairs are won; on the second two, and two are ties."""
     firsts = [np.array([2.0, 4.0]), np.array([1.0, 1.0])]
