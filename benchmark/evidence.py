@@ -268,10 +268,10 @@ def interquartile_mean(samples):
     The bootstrap draws seeds within each environment (Agarwal et al., 2021). The interval is None
     where an environment has one seed only.
     """
-    length = math.lcm(*map(len, samples))
+    common = math.lcm(*map(len, samples))  # seeds of each environment, once repeated
 
     def statistic(*drawn, axis=-1):
-        repeated = [np.repeat(scores, length // scores.shape[axis], axis) for scores in drawn]
+        repeated = [np.repeat(seeds, common // seeds.shape[axis], axis) for seeds in drawn]
         return scipy.stats.trim_mean(np.concatenate(repeated, axis=axis), 0.25, axis=axis)
 
     return float(statistic(*samples)), bootstrap(samples, statistic)
