@@ -131,7 +131,7 @@ def add_first_part(found, label):
     {label}_more_offline, has the shorter one in it.
     """
     name = label.removesuffix("_more_offline")
-    if name == label or name == "smac" or "smac" not in found:
+    if name == label or name.startswith("smac") or "smac" not in found:
         return
     steps = next(iter(found["smac"].values())).flags["offline_steps"]
     runs = dict(found.get(name, {}))

@@ -51,6 +51,8 @@ STYLES = {
     "smac_two_critics": ("teal", "-"),
     "smac_one_task": ("tab:red", "--"),
     "smac_five_tasks": ("tab:red", ":"),
+    "smac_lambda_10": ("tab:gray", "-"),
+    "smac_lambda_10_more_offline": ("tab:gray", "--"),
     "smac_lambda_pearl": ("indigo", "-"),
     "smac_small_kl": ("slategray", "-"),
     "smac_small_kl_more_offline": ("slategray", "--"),
@@ -113,6 +115,7 @@ PANELS = {  # of the picture of one benchmark
     ],
     "where it explores": EXPLORED[:3],
     "true rewards in the second phase": ["smac", "smac_oracle_rewards"],
+    "lambda of Eq. 2": ["smac", "smac_lambda_10", "smac_lambda_10_more_offline"],
     "what enters the encoder's buffer": ["smac", "smac_encoder_prior"],
     "critics": ["smac", "smac_two_critics"],
     "how much it collects; the actor": [

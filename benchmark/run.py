@@ -63,6 +63,15 @@ def control_losses(smac):
     return f"{smac} --prior-steps 0 --posterior-steps 0"
 
 
+def smaller_lambda(smac, steps):
+    """Eq. 2 with weights that differ by more, and its control: lambda is 100 in the paper."""
+    smac = f"{smac} --awr-lambda 10"
+    return {
+        "smac_lambda_10": (smac, FOUR),
+        "smac_lambda_10_more_offline": (control(smac, steps), FOUR),
+    }
+
+
 def small(env_id, every, pearl, smac_seeds=THREE, pearl_seeds=ONE):
     """Methods with a quarter of the paper's batch, an hour or two a run: {label: (command, seeds)}.
 
@@ -129,6 +138,8 @@ def short(env_id):
     rows["pearl"] = (f"pearl_online_oracle.py {flags}", FOUR)
     if env_id in ("HopperParam", "WalkerParam", "HumanoidDirection"):
         rows |= encoder_ablations(smac)
+    if env_id != "HumanoidDirection":
+        rows |= smaller_lambda(smac, short_steps(env_id))
     return rows
 
 
@@ -290,6 +301,7 @@ BENCHMARKS = {
         "smac_more_offline": (control(POINT, 12_600), TEN),
         "smac_no_new_data": (control_losses(POINT), TEN),
         "smac_oracle_rewards": (f"{POINT} --oracle-rewards", TEN),
+        **smaller_lambda(POINT, 12_600),
         "meta_bc": ("meta_bc.py --env-id PointDirection", TEN),
         "pearl": ("pearl_online_oracle.py --env-id PointDirection", TEN),
         "smac_actor_ablation": (f"{POINT} --actor-ablation", TEN),

@@ -32,6 +32,8 @@ NAMES = {  # label of a run: its name in pictures and texts, in this order
     "smac_two_critics": "two critics",
     "smac_one_task": "one task an iteration",
     "smac_five_tasks": "five tasks an iteration",
+    "smac_lambda_10": "lambda 10",
+    "smac_lambda_10_more_offline": "lambda 10, as many steps, all offline",
     "smac_lambda_pearl": "lambda_pearl 1",
     "smac_small_kl": "KL weight .004",
     "smac_small_kl_more_offline": "KL weight .004, as many steps, all offline",
@@ -104,6 +106,7 @@ LATER = {  # of later papers, see context/README.md; the better of the labels co
 }
 ALL_RIVALS = RIVALS | LATER
 CONTROL = ["smac_more_offline"]
+CONTROLS = {"control": CONTROL, "control, lambda 10": ["smac_lambda_10_more_offline"]}
 NEVER = -50.0  # the return on Sawyer of a policy that never achieves the behaviour
 NEAR = 0.1  # of the distance from the data to the best method
 
@@ -206,8 +209,10 @@ def rival_words(found, digits):
     return f"{name} {mean_words(values.values(), digits)}"
 
 
-def glance_table(folders):
-    head = "environment", "data", "SMAC, offline", "SMAC, after", "control", "best rival", "oracle"
+def glance_table(folders, controls):
+    """SMAC, {column: labels} of its controls, the best rival, the oracle."""
+    smac = "SMAC, offline", "SMAC, after"
+    head = ["environment", "data", *smac, *controls, "best rival", "oracle"]
     rows = []
     for environment, folder in folders.items():
         found = evidence.load(folder)
@@ -217,7 +222,8 @@ def glance_table(folders):
         row = [environment, data_words(found, digits)]
         for phase in (OFFLINE, SECOND):
             row.append(mean_words(scores(found.get("smac", {}), phase).values(), digits))
-        row.append(mean_words(best(found, CONTROL)[1].values(), digits))
+        for labels in controls.values():
+            row.append(mean_words(best(found, labels)[1].values(), digits))
         row.append(rival_words(found, digits))
         row.append(mean_words(best(found, oracle(environment))[1].values(), digits))
         rows.append(row)
@@ -352,8 +358,10 @@ class Claim:
 
 
 SMAC_AFTER = ["smac"], SECOND
+CONTROL_10 = CONTROLS["control, lambda 10"], OFFLINE
 ABLATED = "HopperParam", "WalkerParam", "HumanoidDirection", "PointDirection"
 EXPLORED = "SawyerManipulation8", "PointDirection"
+OTHER_LAMBDA = "HopperParam", "WalkerParam", "CheetahVelocity", "AntDirection", "PointDirection"
 CLAIMS = [
     Claim("after", "after > before", SMAC_AFTER, (["smac"], OFFLINE), environments=tuple(FOLDERS)),
     Claim("control", "> control", SMAC_AFTER, (CONTROL, OFFLINE), environments=tuple(FOLDERS)),
@@ -363,6 +371,20 @@ CLAIMS = [
         SMAC_AFTER,
         (["smac_no_new_data"], OFFLINE),
         environments=tuple(FOLDERS),
+    ),
+    Claim(
+        "control_10",
+        "> control with lambda 10",
+        SMAC_AFTER,
+        CONTROL_10,
+        environments=OTHER_LAMBDA,
+    ),
+    Claim(
+        "both_10",
+        "both with lambda 10: > control",
+        (["smac_lambda_10"], SECOND),
+        CONTROL_10,
+        environments=OTHER_LAMBDA,
     ),
     Claim("actor", "> actor ablation", SMAC_AFTER, (RIVALS["actor ablation"], SECOND)),
     Claim("meta_bc", "> meta-BC", SMAC_AFTER, (RIVALS["meta-BC"], OFFLINE)),
@@ -576,6 +598,30 @@ def labels_table():
         q_words = f"{np.mean(first_q):.0f} → {np.mean(last_q):.0f}" if last_q else ""
         row = [environment, spread(on_data, 2), spread(explored, 2), q_words, str(len(runs))]
         rows.append(row)
+    return markdown(head, rows)
+
+
+def lambda_table():
+    """How much the weights of Eq. 2 differ, and what follows, with lambda 100 and with 10."""
+    head = "environment", "lambda", "effective sample size", "offline", "control", "after"
+    rows = []
+    for environment in OTHER_LAMBDA:
+        folder = FOLDERS[environment]
+        found = evidence.load(folder)
+        digits = places(environment)
+        for words, label in (("100", "smac"), ("10", "smac_lambda_10")):
+            shares = []
+            for seed, run in found.get(f"{label}_more_offline", {}).items():
+                curve = evidence.diagnostics(
+                    folder, f"{label}_more_offline", seed, "train/actor_weight_ess"
+                )
+                shares += [share for step, share in curve.items() if step == run.end]
+            row = [environment, words, spread(shares, 3)]
+            smac = found.get(label, {})
+            row.append(mean_words(scores(smac, OFFLINE).values(), digits))
+            row.append(mean_words(best(found, [f"{label}_more_offline"])[1].values(), digits))
+            row.append(mean_words(scores(smac, SECOND).values(), digits))
+            rows.append(row)
     return markdown(head, rows)
 
 
@@ -804,13 +850,14 @@ def context_where_table(kind):
 
 
 TABLES = {
-    "glance": lambda: glance_table({name: FOLDERS[name] for name in COMPARED}),
-    "larger": lambda: glance_table(LARGER),
+    "glance": lambda: glance_table({name: FOLDERS[name] for name in COMPARED}, CONTROLS),
+    "larger": lambda: glance_table(LARGER, {"control": CONTROL}),
     "methods": methods_table,
     "overall": overall_table,
     "claims": claims_table,
     "adaptation": adaptation_table,
     "labels": labels_table,
+    "lambda": lambda_table,
     "context": context_table,
     "context_variants": context_variants_table,
     "context_claims": context_claims_table,

@@ -204,6 +204,8 @@ def test_claims_by_hand(results):
     write_method(results, "AntDirection", "macaw", [400.0, 411.0, 419.0])
     write_method(results, "AntDirection", "macaw_matched", [1.0, 2.0, 3.0])
     write_method(results, "AntDirection", "borel", [1.0])
+    write_method(results, "AntDirection", "smac_lambda_10_more_offline", [390.0, 402.0])
+    write_method(results, "AntDirection", "smac_lambda_10", [1.0, 2.0], phases=2)
     table = tables.claims_of("AntDirection")
     assert cells(table, "after > before") == ["holds", "+310", "+285 to +335", "3"]
     # 200 and 199: the mean and 12.7062 * 0.5
@@ -213,17 +215,22 @@ def test_claims_by_hand(results):
     assert cells(table, "> meta-BC") == ["not run", "", "", ""]
     assert tables.where("control", "holds") == "Ant"
     assert tables.where("both", "holds") == "none"  # the second control was not run
+    assert tables.where("control_10", "does not") == "Ant"  # -90 and -92
+    assert tables.where("both_10", "does not") == "Ant"
+    row = "| AntDirection | 10 |  | 0 ± 0 (2) | 396 ± 76 (2) | 2 ± 6 (2) |"
+    assert row in tables.table("lambda").splitlines()
     assert tables.where("macaw", "does not") == "Ant" and tables.where("macaw", "holds") == "none"
     assert "Walker, Cheetah" in tables.where("after", "not run")
 
 
-def test_the_glance_table_has_the_control_and_the_best_rival(results):
+def test_the_glance_table_has_the_controls_and_the_best_rival(results):
     write_method(results, "AntDirection", "smac", [300.0, 310.0], phases=2)
     write_method(results, "AntDirection", "smac_more_offline", [100.0])
+    write_method(results, "AntDirection", "smac_lambda_10_more_offline", [90.0])
     write_method(results, "AntDirection", "macaw", [150.0])
     write_method(results, "AntDirection", "meta_bc", [120.0, 140.0])
     table = tables.table("glance")
-    row = ["190", "0 ± 0 (2)", "305 ± 64 (2)", "100 (1)", "MACAW 150 (1)", ""]
+    row = ["190", "0 ± 0 (2)", "305 ± 64 (2)", "100 (1)", "90 (1)", "MACAW 150 (1)", ""]
     assert cells(table, "AntDirection") == row
     assert len(table.splitlines()) == 3  # of the other environments there is no run
 

@@ -1,16 +1,18 @@
-"""benchmark/experiments/explore.py and watch.py, with an agent of focal.py and one of SMAC."""
+"""explore.py, z_of_tasks.py and watch.py, with an agent of focal.py and one of SMAC."""
 
+import math
 import re
 from pathlib import Path
 
 import pytest
+import torch
 
 import envs
 import focal
 import pearl_online_oracle as pearl
 import smac_offline_online as smac
 from benchmark import watch
-from benchmark.experiments import explore
+from benchmark.experiments import explore, z_of_tasks
 from buffers import InputError
 from plumbing.flags import parse_args
 
@@ -54,6 +56,30 @@ def test_the_error_is_over_meta_episodes_by_hand():
     assert explore.mean_and_error([1.0, 3.0, 100.0, 104.0], 2) == "52.0 ± 1.1"
     with pytest.raises(InputError, match="--rounds must be at least 2"):
         explore.main(explore.Args(agents=(), rounds=1))
+
+
+def test_what_z_says_of_tasks_by_hand():
+    # Six tasks around the circle. z is the direction, far from the other z of its task: 1 names all.
+    angles = torch.arange(6) * math.pi / 3
+    directions = torch.stack([angles.cos(), angles.sin()], dim=1)
+    z = directions.expand(8, 6, 2)
+    names, neighbours, linear_map = z_of_tasks.order(z, directions)
+    assert names == 1 and neighbours == pytest.approx(0.5) and linear_map == pytest.approx(1)
+    # The same z dealt out so that neighbours in z are opposite tasks.
+    mixed = z[:, [0, 2, 4, 1, 3, 5]]
+    names, neighbours, linear_map = z_of_tasks.order(mixed, directions)
+    assert names == 1 and neighbours < 0.5 and linear_map < 0.5
+
+
+def test_what_z_says_of_tasks_of_runs(runs, tmp_path):
+    out = tmp_path / "z.md"
+    z_of_tasks.main(z_of_tasks.Args(runs=tuple(runs), out=out))
+    rows = [line for line in out.read_text().splitlines() if line.startswith("| ")][2:]
+    assert len(rows) == 2
+    for row, run in zip(rows, runs):
+        cells = row.strip("| ").split(" | ")
+        assert cells[0].endswith(run.name) and len(cells) == len(z_of_tasks.COLUMNS)
+        assert all(math.isfinite(float(cell)) for cell in cells[1:])
 
 
 def test_an_agent_of_focal_can_be_watched(runs, capsys):
