@@ -575,7 +575,8 @@ def spread(values, digits):
     values = list(values)
     if not values:
         return ""
-    return f"{min(values):.{digits}f} to {max(values):.{digits}f}"
+    low, high = f"{min(values):.{digits}f}", f"{max(values):.{digits}f}"
+    return low if low == high else f"{low} to {high}"
 
 
 def labels_table():
