@@ -8,7 +8,7 @@ For runs of SMAC or focal.py on PointDirection, with z from the offline data of 
 - linear map: the cosine between a task and the direction that a linear map of z gives, a map fitted to
   the other tasks;
 - Q: the mean of Q for an action along the task minus that for the opposite one, in states of the data;
-- policy: the mean action along the task. The data's own are 0 on average.
+- policy: the mean action along the task.
 
 Writes a table in Markdown, benchmark/results/context/z_of_tasks.md.
 """
