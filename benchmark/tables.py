@@ -567,6 +567,7 @@ def adaptation_table():
     return markdown(head, rows)
 
 
+ESS = "train/actor_weight_ess"
 LABEL_ERROR = "eval/generated_reward_mse_over_reward_variance"
 DATA_ERROR = "eval/decoder_loss_over_reward_variance"
 
@@ -610,18 +611,16 @@ def lambda_table():
         folder = FOLDERS[environment]
         found = evidence.load(folder)
         digits = places(environment)
-        for words, label in (("100", "smac"), ("10", "smac_lambda_10")):
-            shares = []
-            for seed, run in found.get(f"{label}_more_offline", {}).items():
-                curve = evidence.diagnostics(
-                    folder, f"{label}_more_offline", seed, "train/actor_weight_ess"
-                )
-                shares += [share for step, share in curve.items() if step == run.end]
-            row = [environment, words, spread(shares, 3)]
+        for value, label in (("100", "smac"), ("10", "smac_lambda_10")):
             smac = found.get(label, {})
-            row.append(mean_words(scores(smac, OFFLINE).values(), digits))
-            row.append(mean_words(best(found, [f"{label}_more_offline"])[1].values(), digits))
-            row.append(mean_words(scores(smac, SECOND).values(), digits))
+            control = found.get(f"{label}_more_offline", {})
+            shares = []
+            for seed, run in control.items():
+                curve = evidence.diagnostics(folder, f"{label}_more_offline", seed, ESS)
+                shares += [share for step, share in curve.items() if step == run.end]
+            row = [environment, value, spread(shares, 3)]
+            for runs, phase in ((smac, OFFLINE), (control, OFFLINE), (smac, SECOND)):
+                row.append(mean_words(scores(runs, phase).values(), digits))
             rows.append(row)
     return markdown(head, rows)
 

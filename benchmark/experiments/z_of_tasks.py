@@ -75,8 +75,8 @@ def use(agent, z, states, directions):
     z = z.repeat_interleave(STATES, 0)
     along = directions.repeat_interleave(STATES, 0)
     states = states.flatten(0, 1)
-    step = 0.9 * along
-    q = agent.q(states, step, z).amin(0) - agent.q(states, -step, z).amin(0)
+    action = 0.9 * along
+    q = agent.q(states, action, z).amin(0) - agent.q(states, -action, z).amin(0)
     mean, _ = agent.policy(states, z)
     return q.mean(), (torch.tanh(mean) * along).sum(1).mean()
 

@@ -59,7 +59,7 @@ def test_the_error_is_over_meta_episodes_by_hand():
 
 
 def test_what_z_says_of_tasks_by_hand():
-    # Six tasks around the circle. z is the direction, far from the other z of its task: 1 names all.
+    # Six tasks around the circle. z is the direction itself, in all histories.
     angles = torch.arange(6) * math.pi / 3
     directions = torch.stack([angles.cos(), angles.sin()], dim=1)
     z = directions.expand(8, 6, 2)
