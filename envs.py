@@ -808,7 +808,7 @@ class HumanoidDirection(Direction, Robot, HumanoidEnv):
         return obs, float(reward + info["reward_forward"] + 5.0), terminated, truncated, info
 
 
-# ===== Point Direction: not in the paper; it shows the paper's effect in three minutes
+# ===== Point Direction: not in the paper; it runs the whole method in three minutes
 
 
 class PointDirection(Direction, gym.Env):

@@ -1,8 +1,9 @@
 """FOCAL, CSRO and UNICORN: SMAC's offline phase with another loss for the encoder.
 
-Three later answers to the shift of context, which SMAC's second phase repairs. Policy, Q-functions
-and their losses are those of smac_offline_online.py, so that the loss of the encoder is the only
-difference:
+Three later answers to the shift of context, which SMAC's second phase is meant to repair. Policy,
+Q-functions and their losses are those of smac_offline_online.py. What differs is the loss of the
+encoder, with two histories of each task; z, which is deterministic and has no KL term; and how it
+explores. The losses of the encoder:
 
 - focal: a distance metric between tasks. Li, Yang, Luo, "FOCAL: Efficient Fully-Offline
   Meta-Reinforcement Learning via Distance Metric Learning and Behavior Regularization", ICLR 2021,
@@ -35,7 +36,7 @@ import envs
 class Args:
     # --- Run
     env_id: str = "HopperParam"  # a key of envs.SPECS, or module:key of your own
-    preset: Literal["paper", "short"] = "paper"  # the paper's sizes, or 8 to 20 minutes of a core
+    preset: Literal["paper", "short"] = "paper"  # the paper's sizes, or small ones
     seed: int = 1  # seed of the networks, of exploration and of sampling
     dataset: Optional[str] = None  # offline dataset; by default datasets/{env_id}.npz
     offline_steps: int = 50_000  # gradient steps [SMAC, C.3]

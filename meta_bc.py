@@ -27,7 +27,7 @@ import envs
 class Args:
     # --- Run
     env_id: str = "HopperParam"  # a key of envs.SPECS, or module:key of your own
-    preset: Literal["paper", "short"] = "paper"  # the paper's sizes, or 8 to 20 minutes of a core
+    preset: Literal["paper", "short"] = "paper"  # the paper's sizes, or small ones
     seed: int = 1  # seed of the networks, of exploration and of sampling
     dataset: Optional[str] = None  # offline dataset; by default datasets/{env_id}.npz
     offline_steps: int = 50_000  # gradient steps [C.3]

@@ -28,7 +28,7 @@ import envs
 class Args:
     # --- Run
     env_id: str = "HopperParam"  # a key of envs.SPECS, or module:key of your own
-    preset: Literal["paper", "short"] = "paper"  # the paper's sizes, or 8 to 20 minutes of a core
+    preset: Literal["paper", "short"] = "paper"  # the paper's sizes, or small ones
     seed: int = 1  # seed of the networks, of exploration and of sampling
     task_seed: int = 1337  # seed of the tasks; 1337 gives the published ones of Cheetah and Ant
     save_dataset: Optional[str] = None  # write an offline dataset to this file

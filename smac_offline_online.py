@@ -27,7 +27,7 @@ import envs
 class Args:
     # --- Run
     env_id: str = "HopperParam"  # a key of envs.SPECS, or module:key of your own
-    preset: Literal["paper", "short"] = "paper"  # the paper's sizes, or 8 to 20 minutes of a core
+    preset: Literal["paper", "short"] = "paper"  # the paper's sizes, or small ones
     seed: int = 1  # seed of the networks, of exploration and of sampling
     dataset: Optional[str] = None  # offline dataset; by default datasets/{env_id}.npz
     offline_steps: int = 50_000  # gradient steps of the offline phase [C.3]
@@ -67,14 +67,14 @@ class Args:
     prior_steps: int = 400  # new transitions of each task, z from the prior [authors' code]
     posterior_steps: int = 600  # new transitions of each task, z from the posterior
     updates_per_iteration: int = 4_000  # gradient steps an iteration [PEARL's code]
-    encoder_buffer: Literal["prior", "all", "frozen"] = "prior"  # new data that enter it [C.2]
+    encoder_buffer: Literal["prior", "all", "frozen"] = "prior"  # new data it reads [C.2]
 
     # --- Ablations and oracle of the paper
     explore_tasks: Literal["train", "test"] = "train"  # where the second phase collects [Figure 9]
     oracle_rewards: bool = False  # second phase with true rewards, all networks train [Figure 9]
     oracle_frozen: bool = False  # with --oracle-rewards: Eq. 3 stays frozen [a control of ours]
     actor_ablation: bool = False  # PEARL's actor loss in place of Eq. 2, both phases [Figure 5]
-    encoder_loss: Literal["reward", "reward_then_q", "q"] = "reward"  # trains it [Figure 7]
+    encoder_loss: Literal["reward", "reward_then_q", "q"] = "reward"  # trains encoder [Figure 7]
 
 
 # --- What differs from these defaults in an environment, and with --preset short
@@ -421,7 +421,7 @@ def update(agent, optimizer, batch, args, self_supervised):
     # --- l. 4 and 11: z ~ q(z | h), one for each task. (l. 11 has z = q(h); here it is drawn.)
     with torch.set_grad_enabled(train_encoder):
         mu, sigma = agent.encoder(batch["context"])  # (T, dz)
-        kl = kl_to_prior(mu, sigma).mean()
+        kl = kl_to_prior(mu, sigma).mean()  # in Figure 7's ablations, too (Appendix B)
         z = mu + sigma * batch["noise_z"]
         z = z.repeat_interleave(transitions, dim=0)  # (N, dz)
 

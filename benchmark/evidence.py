@@ -26,6 +26,7 @@ EVALUATIONS = 3  # of a phase, of which the mean is its score
 TEST = "test", "own"  # tasks, context
 GROUPS = TEST, ("train", "own"), ("train", "offline")
 OFFLINE, SECOND = "offline", "self-supervised"
+BEFORE = "end of the offline phase"  # its last evaluation alone, no mean of three
 SAMPLES = 5_000  # of a bootstrap
 
 
@@ -62,11 +63,11 @@ class Run:
     def scored_steps(self, phase, group=TEST):
         """Gradient steps of the last three evaluations of a phase, or of as many as it has."""
         steps = sorted(step for step in self.curves.get(group, {}) if step > 0)
-        if phase == OFFLINE:
-            steps = [step for step in steps if step <= self.offline_end]
-        else:
-            steps = [step for step in steps if step > self.offline_end]
-        return steps[-EVALUATIONS:]
+        if phase == SECOND:
+            return [step for step in steps if step > self.offline_end][-EVALUATIONS:]
+        steps = [step for step in steps if step <= self.offline_end]
+        number = 1 if phase == BEFORE else EVALUATIONS
+        return steps[-number:]
 
     def score(self, phase, group=TEST):
         """The mean return of the last three evaluations of a phase; None if it has none."""

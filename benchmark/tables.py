@@ -10,7 +10,17 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmark import evidence
-from benchmark.evidence import GROUPS, OFFLINE, SECOND, TEST, data_of, interval, paired, scores
+from benchmark.evidence import (
+    BEFORE,
+    GROUPS,
+    OFFLINE,
+    SECOND,
+    TEST,
+    data_of,
+    interval,
+    paired,
+    scores,
+)
 from buffers import InputError
 
 NAMES = {  # label of a run: its name in pictures and texts, in this order
@@ -107,6 +117,7 @@ LATER = {  # of later papers, see context/README.md; the better of the labels co
 ALL_RIVALS = RIVALS | LATER
 CONTROL = ["smac_more_offline"]
 CONTROLS = {"control": CONTROL, "control, lambda 10": ["smac_lambda_10_more_offline"]}
+SECOND_CONTROL = ["smac_no_new_data"]
 NEVER = -50.0  # the return on Sawyer of a policy that never achieves the behaviour
 NEAR = 0.1  # of the distance from the data to the best method
 
@@ -232,7 +243,8 @@ def glance_table(folders, controls):
 
 def methods_table():
     """Every method on every environment."""
-    head = ["environment", "SMAC, offline", "SMAC, after", "control", *RIVALS, "oracle"]
+    controls = CONTROLS | {"second control": SECOND_CONTROL}
+    head = ["environment", "SMAC, offline", "SMAC, after", *controls, *RIVALS, "oracle"]
     rows = []
     for environment in COMPARED:
         found = evidence.load(FOLDERS[environment])
@@ -240,7 +252,7 @@ def methods_table():
         row = [environment]
         for phase in (OFFLINE, SECOND):
             row.append(mean_words(scores(found["smac"], phase).values(), digits))
-        for labels in (CONTROL, *RIVALS.values(), oracle(environment)):
+        for labels in (*controls.values(), *RIVALS.values(), oracle(environment)):
             row.append(mean_words(best(found, labels)[1].values(), digits))
         rows.append(row)
     return markdown(head, rows)
@@ -277,6 +289,13 @@ OVERALL = {  # method: its labels, of which the better counts on an environment
     "borel": RIVALS["BOReL"],
     "pearl": None,  # see `oracle`
 }
+FURTHER = {  # in the table, and not in the picture
+    "smac_no_new_data": SECOND_CONTROL,
+    "smac_lambda_10_more_offline": CONTROLS["control, lambda 10"],
+    "focal": LATER["FOCAL"],
+    "csro": LATER["CSRO"],
+    "unicorn": LATER["UNICORN"],
+}
 
 
 def normalised(label, phase="last"):
@@ -285,19 +304,20 @@ def normalised(label, phase="last"):
     for environment in SIX:
         found = evidence.load(FOLDERS[environment])
         zero, one = scale(FOLDERS[environment])
-        _, values = best(found, OVERALL[label] or oracle(environment), phase)
+        labels = (OVERALL | FURTHER)[label] or oracle(environment)
+        _, values = best(found, labels, phase)
         samples.append((np.array(list(values.values())) - zero) / (one - zero))
     return samples
 
 
-def normalised_means():
-    """The interquartile mean of each method.
+def normalised_means(labels=OVERALL):
+    """The interquartile mean of each of some methods.
 
     Returns [(method, mean, its interval or None, numbers of seeds)]; None, None, () in place of the
     last three where the method has not been run on all environments.
     """
     rows = []
-    for label in OVERALL:
+    for label in labels:
         samples = normalised(label)
         numbers = [len(sample) for sample in samples]
         if min(numbers) == 0:
@@ -319,7 +339,7 @@ def overall_table():
     head = "method", "seeds", "interquartile mean", "probability that SMAC is better"
     rows = []
     smac = normalised("smac")
-    for label, mean, width, numbers in normalised_means():
+    for label, mean, width, numbers in normalised_means([*OVERALL, *FURTHER]):
         seeds = "" if not numbers else f"{min(numbers)}"
         if numbers and max(numbers) > min(numbers):
             seeds = f"{min(numbers)} to {max(numbers)}"
@@ -364,12 +384,19 @@ EXPLORED = "SawyerManipulation8", "PointDirection"
 OTHER_LAMBDA = "HopperParam", "WalkerParam", "CheetahVelocity", "AntDirection", "PointDirection"
 CLAIMS = [
     Claim("after", "after > before", SMAC_AFTER, (["smac"], OFFLINE), environments=tuple(FOLDERS)),
+    Claim(
+        "after_last",
+        "after > the last evaluation before",
+        SMAC_AFTER,
+        (["smac"], BEFORE),
+        environments=tuple(FOLDERS),
+    ),
     Claim("control", "> control", SMAC_AFTER, (CONTROL, OFFLINE), environments=tuple(FOLDERS)),
     Claim(
         "no_data",
         "> second phase without new data",
         SMAC_AFTER,
-        (["smac_no_new_data"], OFFLINE),
+        (SECOND_CONTROL, OFFLINE),
         environments=tuple(FOLDERS),
     ),
     Claim(
@@ -384,6 +411,13 @@ CLAIMS = [
         "both with lambda 10: > control",
         (["smac_lambda_10"], SECOND),
         CONTROL_10,
+        environments=OTHER_LAMBDA,
+    ),
+    Claim(
+        "lambda",
+        "control: lambda 10 > lambda 100",
+        CONTROL_10,
+        (CONTROL, OFFLINE),
         environments=OTHER_LAMBDA,
     ),
     Claim("actor", "> actor ablation", SMAC_AFTER, (RIVALS["actor ablation"], SECOND)),
@@ -426,6 +460,14 @@ CLAIMS = [
         "Figure 9, one task an iteration: test > training tasks",
         (["smac_test_tasks_one_task"], SECOND),
         (["smac_one_task"], SECOND),
+        environments=EXPLORED[:1],
+    ),
+    Claim(
+        "test_one_rewards",
+        "Figure 9, one task an iteration: test tasks are near true rewards",
+        (["smac_test_tasks_one_task"], SECOND),
+        (["smac_test_tasks_oracle_rewards_one_task"], SECOND),
+        near=True,
         environments=EXPLORED[:1],
     ),
 ]
@@ -490,7 +532,7 @@ def judge_adaptation(environment):
 
 def claims_table():
     """A row for each claim, a column for each environment."""
-    head = ["SMAC", *SHORT_NAMES.values()]
+    head = ["claim", *SHORT_NAMES.values()]
     rows = claims_rows(CLAIMS, FOLDERS)
     row = ["adapts: own context > another task's; > prior"]
     for environment in FOLDERS:
@@ -605,7 +647,8 @@ def labels_table():
 
 def lambda_table():
     """How much the weights of Eq. 2 differ, and what follows, with lambda 100 and with 10."""
-    head = "environment", "lambda", "effective sample size", "offline", "control", "after"
+    head = "environment", "lambda", "effective sample size"
+    head += "end of the offline phase", "control", "after"
     rows = []
     for environment in OTHER_LAMBDA:
         folder = FOLDERS[environment]
@@ -619,7 +662,7 @@ def lambda_table():
                 curve = evidence.diagnostics(folder, f"{label}_more_offline", seed, ESS)
                 shares += [share for step, share in curve.items() if step == run.end]
             row = [environment, value, spread(shares, 3)]
-            for runs, phase in ((smac, OFFLINE), (control, OFFLINE), (smac, SECOND)):
+            for runs, phase in ((smac, BEFORE), (control, OFFLINE), (smac, SECOND)):
                 row.append(mean_words(scores(runs, phase).values(), digits))
             rows.append(row)
     return markdown(head, rows)
@@ -804,6 +847,15 @@ def at_step(folder, label, last):
     return f"{np.mean(means):.0f}"
 
 
+def walker_training():
+    """What SMAC is above the control with lambda 10 on Walker's training tasks, by seed."""
+    found = evidence.load(FOLDERS["WalkerParam"])
+    group = "train", "own"
+    smac = scores(found["smac"], SECOND, group)
+    control = scores(found["smac_lambda_10_more_offline"], OFFLINE, group)
+    return mean_words(paired(smac, control), 0, "+")
+
+
 def ant_after_1000_steps():
     """The lowest and the highest seed of SMAC on the Ant after 1,000 steps of the second phase."""
     runs = evidence.load(FOLDERS["AntDirection"])["smac"].values()
@@ -872,6 +924,7 @@ TABLES_OF = {
 }  # claims/AntDirection
 NUMBERS = {
     "ant_after_1000_steps": ant_after_1000_steps,
+    "walker_training": walker_training,
     "labels_share": labels_share,
     "frozen_belief": frozen_belief,
     "second_phase/more": lambda: second_phase_is_more(True),

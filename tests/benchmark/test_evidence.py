@@ -62,6 +62,7 @@ def test_a_score_is_the_mean_of_the_last_three_evaluations_of_a_phase(results):
     smac = evidence.load("point")["smac"][1]
     assert smac.offline_end == 4 and smac.end == 5 and smac.phases == ["offline", "self-supervised"]
     assert smac.score("offline") == 3 and smac.scored_steps("offline") == [2, 3, 4]
+    assert smac.score(evidence.BEFORE) == 6  # the last one before the second phase
     assert smac.score("self-supervised") == 7  # it has one evaluation
     pearl = evidence.load("point")["pearl"][1]
     assert pearl.phases == ["self-supervised"] and pearl.score("offline") is None
