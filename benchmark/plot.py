@@ -52,6 +52,7 @@ STYLES = {
     "smac_one_task": ("tab:red", "--"),
     "smac_five_tasks": ("tab:red", ":"),
     "smac_lambda_10": ("tab:gray", "-"),
+    "smac_lambda_10_no_pearl": ("tab:gray", ":"),
     "smac_lambda_10_more_offline": ("tab:gray", "--"),
     "smac_lambda_pearl": ("indigo", "-"),
     "smac_small_kl": ("slategray", "-"),
@@ -115,7 +116,12 @@ PANELS = {  # of the picture of one benchmark
     ],
     "where it explores": EXPLORED[:3],
     "true rewards in the second phase": ["smac", "smac_oracle_rewards"],
-    "lambda of Eq. 2": ["smac", "smac_lambda_10", "smac_lambda_10_more_offline"],
+    "lambda of Eq. 2": [
+        "smac",
+        "smac_lambda_10",
+        "smac_lambda_10_no_pearl",
+        "smac_lambda_10_more_offline",
+    ],
     "what enters the encoder's buffer": ["smac", "smac_encoder_prior"],
     "critics": ["smac", "smac_two_critics"],
     "how much it collects; the actor": [

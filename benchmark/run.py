@@ -64,10 +64,14 @@ def control_losses(smac):
 
 
 def smaller_lambda(smac, steps):
-    """Eq. 2 with weights that differ by more, and its control: lambda is 100 in the paper."""
+    """Eq. 2 with weights that differ by more, its control, and the second phase without PEARL's loss.
+
+    Lambda is 100 in the paper.
+    """
     smac = f"{smac} --awr-lambda 10"
     return {
         "smac_lambda_10": (smac, FOUR),
+        "smac_lambda_10_no_pearl": (f"{smac} --lambda-pearl 0", FOUR),
         "smac_lambda_10_more_offline": (control(smac, steps), FOUR),
     }
 

@@ -43,6 +43,7 @@ NAMES = {  # label of a run: its name in pictures and texts, in this order
     "smac_one_task": "one task an iteration",
     "smac_five_tasks": "five tasks an iteration",
     "smac_lambda_10": "lambda 10",
+    "smac_lambda_10_no_pearl": "lambda 10, lambda_pearl 0",
     "smac_lambda_10_more_offline": "lambda 10, as many steps, all offline",
     "smac_lambda_pearl": "lambda_pearl 1",
     "smac_small_kl": "KL weight .004",
