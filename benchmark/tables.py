@@ -415,6 +415,13 @@ CLAIMS = [
         environments=OTHER_LAMBDA,
     ),
     Claim(
+        "no_pearl_10",
+        "both with lambda 10, SMAC without PEARL's loss: > control",
+        (["smac_lambda_10_no_pearl"], SECOND),
+        CONTROL_10,
+        environments=OTHER_LAMBDA,
+    ),
+    Claim(
         "lambda",
         "control: lambda 10 > lambda 100",
         CONTROL_10,
@@ -649,7 +656,7 @@ def labels_table():
 def lambda_table():
     """How much the weights of Eq. 2 differ, and what follows, with lambda 100 and with 10."""
     head = "environment", "lambda", "effective sample size"
-    head += "end of the offline phase", "control", "after"
+    head += "end of the offline phase", "control", "after", "after, without PEARL's loss"
     rows = []
     for environment in OTHER_LAMBDA:
         folder = FOLDERS[environment]
@@ -658,12 +665,14 @@ def lambda_table():
         for value, label in (("100", "smac"), ("10", "smac_lambda_10")):
             smac = found.get(label, {})
             control = found.get(f"{label}_more_offline", {})
+            no_pearl = found.get(f"{label}_no_pearl", {})
             shares = []
             for seed, run in control.items():
                 curve = evidence.diagnostics(folder, f"{label}_more_offline", seed, ESS)
                 shares += [share for step, share in curve.items() if step == run.end]
             row = [environment, value, spread(shares, 3)]
-            for runs, phase in ((smac, BEFORE), (control, OFFLINE), (smac, SECOND)):
+            columns = (smac, BEFORE), (control, OFFLINE), (smac, SECOND), (no_pearl, SECOND)
+            for runs, phase in columns:
                 row.append(mean_words(scores(runs, phase).values(), digits))
             rows.append(row)
     return markdown(head, rows)
