@@ -62,9 +62,9 @@ STYLES = {
     "smac_wide_more_offline": ("slategray", (0, (1, 1))),
     "smac_no_pearl": ("indigo", "--"),
     "smac_test_tasks": ("tab:green", "-"),
-    "smac_test_tasks_one_task": ("tab:green", "--"),
+    "smac_test_tasks_five_tasks": ("tab:green", "--"),
     "smac_test_tasks_oracle_rewards": ("black", "-."),
-    "smac_test_tasks_oracle_rewards_one_task": ("black", (0, (5, 2, 1, 2, 1, 2))),
+    "smac_test_tasks_oracle_rewards_five_tasks": ("black", (0, (5, 2, 1, 2, 1, 2))),
     "smac_goal_data": ("saddlebrown", "-"),
     "smac_goal_data_slow": ("saddlebrown", "--"),
     "smac_goal_data_oracle_rewards": ("black", ":"),
@@ -89,9 +89,9 @@ EXPLORED = [
     "smac",
     "smac_test_tasks",
     "smac_test_tasks_oracle_rewards",
-    "smac_one_task",
-    "smac_test_tasks_one_task",
-    "smac_test_tasks_oracle_rewards_one_task",
+    "smac_five_tasks",
+    "smac_test_tasks_five_tasks",
+    "smac_test_tasks_oracle_rewards_five_tasks",
 ]
 FIGURE_7 = ["HopperParam", "WalkerParam", "HumanoidDirection"]
 FIGURES = {  # name: (labels, environments)

@@ -218,7 +218,7 @@ def test_claims_by_hand(results):
     assert tables.where("both", "holds") == "none"  # the second control was not run
     assert tables.where("control_10", "does not") == "Ant"  # -90 and -92
     assert tables.where("both_10", "does not") == "Ant"
-    row = "| AntDirection | 10 |  | 0 ± 0 (2) | 396 ± 76 (2) | 2 ± 6 (2) |"
+    row = "| AntDirection | 10 |  | 0 ± 0 (2) | 396 ± 76 (2) | 2 ± 6 (2) |  |"
     assert row in tables.table("lambda").splitlines()
     assert tables.where("macaw", "does not") == "Ant" and tables.where("macaw", "holds") == "none"
     assert "Walker, Cheetah" in tables.where("after", "not run")
