@@ -43,7 +43,7 @@ class Args:
     preset: Literal["original", "matched", "short"] = "original"  # [B], SMAC's sizes, or small ones
     seed: int = 1  # seed of the networks, of exploration and of sampling
     dataset: Optional[str] = None  # offline dataset; by default datasets/{env_id}.npz
-    vae_steps: int = 5_000  # gradient steps of stage 1 (the authors' 100 epochs would be 2,500)
+    vae_steps: int = 5_000  # gradient steps of stage 1 (100 epochs of 100 tasks: 2,500)
     offline_steps: int = 25_000  # gradient steps of stage 2: 102 million transitions (SMAC: 51)
     eval_every: int = 4_000  # steps between two evaluations of stage 2, each with a checkpoint
     keep_agents: bool = False  # keep the agent of every evaluation, agent_{step}.npz
@@ -624,11 +624,14 @@ def evaluate(agent, trajectories, eval_envs, args):
     for split in ("test", "train"):
         tasks, env_list = eval_envs[split]
         final, exploration, memory = buffers.on_cores(adapt_belief, env_list, agent, rng)
-        mu_own, kl = posterior_of(agent, memory)
+        _, kl = posterior_of(agent, memory)
         evaluations.append(buffers.Evaluation(split, "own", tasks, final, exploration, kl))
         memories[split] = memory
 
     # --- Offline context: the same training tasks, after at most two episodes of the dataset
+    tasks, env_list = eval_envs["train"]
+    exploration = evaluations[-1].exploration  # the loop ends with "train"
+    mu_own, _ = posterior_of(agent, memories["train"])
     offline = []
     for i, task in enumerate(tasks):
         of_task = trajectories[task]
@@ -678,7 +681,7 @@ def meta_trajectories(dataset):
     """For each training task its meta-trajectories: lists of three episodes of the dataset in a
     row; the last one of a task may have fewer.
 
-    An encoder part, which SMAC's encoder and decoder learn from (Cheetah), is not used.
+    An encoder part, from which SMAC's histories h are (Cheetah), is not used.
     """
     paths_of_tasks = [[] for _ in dataset["train_tasks"]]
     for task, path in dataset["rl"]:

@@ -1,6 +1,6 @@
 """Multi-task replay buffer, and offline datasets.
 
-The buffer is the paper's D = {D_i} (Section 3), one D_i for each task. All transitions lie in one
+The buffer is the paper's D = {D_i} (Section 4), one D_i for each task. All transitions lie in one
 preallocated tensor a field. For each task two lists of indices say which of them belong to the RL
 buffer (for critic and actor) and which to the encoder buffer (the histories h that become z,
 Appendix C.2). A transition that belongs to both is stored once.
@@ -185,10 +185,10 @@ class ReplayBuffer:
         Returns obs (T, n, o), actions (T, n, a), rewards (T, n, 1), next_obs (T, n, o),
         terminals (T, n, 1).
         """
-        name = "rl" if source == "rl" else "encoder"
+        which = "rl" if source == "rl" else "encoder"
         uniform = torch.rand(len(tasks), n, generator=generator, device=self.device)
         offsets = (uniform * self.sizes[source][tasks][:, None]).long()  # (T, n)
-        index = self.index[name][self.starts[name][tasks][:, None] + offsets]  # (T, n)
+        index = self.index[which][self.starts[which][tasks][:, None] + offsets]  # (T, n)
         return {name: field[index] for name, field in self.fields.items()}
 
     def paths(self, task: int, where: str, n: int, source: str = "rl") -> list:
@@ -364,7 +364,7 @@ def load_dataset(env_id: str, file=None) -> dict:
 
 
 def from_dataset(
-    dataset: dict, env_id: str, device="cpu", more_tasks: int = 0, more: int = 0
+    dataset: dict, env_id: str, device="cpu", more_tasks: int = 0, more_steps: int = 0
 ) -> ReplayBuffer:
     """A replay buffer with a dataset in it, and room for more tasks and transitions.
 
@@ -373,7 +373,8 @@ def from_dataset(
     spec = envs.lookup(env_id)
     num_tasks = len(dataset["train_tasks"]) + more_tasks
     num_transitions = sum(len(path["actions"]) for _, path in dataset["rl"] + dataset["encoder"])
-    buffer = ReplayBuffer(num_tasks, spec.obs_dim, spec.action_dim, num_transitions + more, device)
+    capacity = num_transitions + more_steps
+    buffer = ReplayBuffer(num_tasks, spec.obs_dim, spec.action_dim, capacity, device)
     buffer.extend(dataset["rl"], rl=True, encoder=not dataset["encoder"])
     if dataset["encoder"]:
         buffer.extend(dataset["encoder"], rl=False, encoder=True)

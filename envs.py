@@ -402,7 +402,10 @@ def make_evaluation(
 def spread(tasks, num_tasks: int) -> np.ndarray:
     """Numbers of at most `num_tasks` tasks, in ascending order, evenly spaced in their first entry.
 
-    Tasks drawn at random would favour policies that ignore the task.
+    That is the velocity or the direction: tasks drawn at random would favour policies that ignore
+    the task. Of a Param task it is the world's mass, which nothing depends on, so that the choice
+    is as good as random; so it is on Sawyer, where the entry is a side, -1 or 1, and how NumPy
+    orders equal entries may differ on a processor that is no x86.
     """
     middles = (np.arange(num_tasks) + 0.5) / num_tasks * len(tasks)
     return np.unique(np.argsort(tasks[:, 0])[middles.astype(int)])
@@ -737,6 +740,7 @@ class AntDirection(Direction, Robot, AntEnv):
 
     @staticmethod
     def sample_tasks(rng, num_tasks):
+        # In degrees, as the authors' list: drawn in rad the last bits of some differ
         return np.deg2rad(rng.uniform(0, 360, num_tasks))[:, None]
 
     def __init__(self, **kwargs):
@@ -852,7 +856,8 @@ class PointDirection(Direction, gym.Env):
 
 
 # ===== The families of this project
-# Class, sizes of observation, action and task, horizon, training and test tasks (Table 2)
+# Class, sizes of observation, action and task, horizon, training and test tasks (Table 2), range
+# of a task's numbers where it has one
 
 SHIPPED = {
     "HopperParam": Spec(HopperParam, 11, 3, 41, 200, 50, 5, (0.01, 100.0)),

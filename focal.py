@@ -1,6 +1,6 @@
 """FOCAL, CSRO and UNICORN: SMAC's offline phase with another loss for the encoder.
 
-Three later answers to the shift of context, which SMAC's second phase is meant to repair. Policy,
+Three other answers to the shift of context, which SMAC's second phase is meant to repair. Policy,
 Q-functions and their losses are those of smac_offline_online.py. What differs is the loss of the
 encoder, with two histories of each task; z, which is deterministic and has no KL term; and how it
 explores. The losses of the encoder:
@@ -50,7 +50,7 @@ class Args:
 
     # --- Loss of the encoder
     context_loss: Literal["focal", "csro", "unicorn"] = "focal"  # what trains the encoder
-    csro_weight: float = 2.5  # lambda of CSRO, over the 10 that its code puts before the metric
+    csro_weight: float = 2.5  # weight of CLUB beside the metric (CSRO's code: 2 to 10)
     critic_to_encoder: bool = False  # the critic's loss trains it too (an option of CSRO's code)
     unicorn_weight: float = 0.15  # weight of UNICORN's metric; it must fit the rewards
 
@@ -382,8 +382,10 @@ def transition_loss(agent, batch, z):
     predicted = agent.decoder(batch["obs"], batch["actions"], z)  # (N, 1 + o)
     change = batch["next_obs"] - batch["obs"]
     target = torch.cat([batch["rewards"][:, None], change], dim=-1)
-    # With learned deviations s', which a simulator gives exactly, took all of the network, and z
-    # told nothing about the rewards.
+    # PAPER: the deviations are learned; in its code a mean over the dimensions, on the transitions
+    # of the context. CODE: deviation 1, a sum, on the transitions of the critic. With learned
+    # deviations s', which a simulator gives exactly, took all of the network, and z told nothing
+    # about the rewards.
     return 0.5 * (predicted - target).square().sum(-1).mean()
 
 
@@ -452,6 +454,8 @@ def update(agent, optimizer, batch, args):
         l_encoder = l_metric
     if args.context_loss == "csro":
         l_club, l_psi = club_losses(agent, batch["context"], obs_dim, action_dim)
+        # PAPER: lambda of 10 to 50 by environment, beside 10 times the metric and without CLUB's
+        # half (code), here 2 to 10. CODE: 2.5.
         l_encoder = l_metric + args.csro_weight * l_club + l_psi
         info |= {"losses/club": l_club, "losses/psi": l_psi}
     if args.context_loss == "unicorn":
@@ -460,7 +464,10 @@ def update(agent, optimizer, batch, args):
         l_encoder = args.unicorn_weight * l_metric + l_decoder
         info |= {"losses/decoder": l_decoder}
 
-    # --- Critic and actor: Eq. 1 and 2 of SMAC. A detached z keeps a loss out of the encoder.
+    # --- Critic and actor. A detached z keeps a loss out of the encoder.
+    # PAPER: FOCAL, CSRO and IDAQ learn with BRAC: SAC, and a penalty on the divergence from the
+    # actions of the data; UNICORN with SAC (code). CODE: Eq. 1 and 2 of SMAC, so that what differs
+    # from SMAC is the encoder.
     z_critic = z if args.critic_to_encoder else z.detach()
     l_critic, q = critic_loss(agent, flat, z_critic, args)
     l_actor, weights = actor_loss(agent, flat, z.detach(), q, args, lambda_pearl)
@@ -534,7 +541,10 @@ def encode(agent, histories, args):
 
 
 def training_z(agent, buffer, args, rng):
-    """The posterior means of the N training tasks, from their offline data: (N, dz)."""
+    """The posterior means of the N training tasks, from offline data: (N, dz).
+
+    Each is from `rl_batch` transitions: the more, the less noisy.
+    """
     tasks = torch.nonzero(buffer.sizes["offline"])[:, 0]
     h_offline = buffer.sample(tasks, args.rl_batch, rng, "offline")
     mu, _ = agent.encoder(make_context(h_offline, args))
@@ -615,7 +625,7 @@ def explore(env_list, agent, args, rng, z_train):
     for _ in range(args.explore_episodes):
         mu, sigma = prior(len(env_list), args, z_train.device)
         if args.explore == "task":
-            mu = farthest_z(z_train, [], rng)
+            mu = farthest_z(z_train, [], rng)  # far from nothing: z of a random task
             sigma = torch.zeros_like(mu)
         if args.explore == "random":
             paths = envs.random_episodes(env_list, rng)
@@ -664,8 +674,10 @@ def evaluate(agent, buffer, eval_envs, args):
         final, exploration, mu_own, _ = results
         evaluations.append(buffers.Evaluation(split, "own", tasks, final, exploration))
 
-    # --- Offline context: the same training tasks with z from h_offline, which is as long as the
-    # own histories are.
+    # --- Offline context: the same training tasks with z from h_offline, which has as many
+    # transitions as were explored on average.
+    tasks, env_list = eval_envs["train"]
+    exploration = evaluations[-1].exploration  # the loop ends with "train"
     lengths = [sum(len(path["actions"]) for path in paths) for paths in exploration]
     mean_length = round(sum(lengths) / len(lengths))
     h_offline = buffer.sample(tasks, mean_length, buffer_rng, "offline")
@@ -675,7 +687,7 @@ def evaluate(agent, buffer, eval_envs, args):
     evaluations.append(buffers.Evaluation("train", "offline", tasks, final, exploration))
 
     # --- The shift of context: how far z of the own context is from z of the offline context,
-    # where 1 is how far tasks are from their mean
+    # where 1 is how far tasks are from their mean. mu_own is of "train", too.
     spread = z_train.var(0).sum().sqrt()
     shift = (mu_own - mu).square().sum(-1).mean().sqrt()
     scalars = {"eval/z_spread": spread, "eval/z_shift_over_spread": shift / spread}

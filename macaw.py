@@ -463,6 +463,8 @@ def evaluate(agent, buffer, eval_envs, args):
         evaluations.append(buffers.Evaluation(split, "own", tasks, final, exploration))
 
     # --- Offline context: the same training tasks, adapted to data of theirs instead
+    tasks, env_list = eval_envs["train"]
+    exploration = evaluations[-1].exploration  # the loop ends with "train"
     batch = buffer.sample(tasks, args.context_batch, buffer_rng)
     theta_adapted, _ = inner_steps(agent, batch)
     final = buffers.on_cores(rollout, env_list, theta_adapted, rng, deterministic=True)

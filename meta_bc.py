@@ -324,8 +324,8 @@ def encode(agent, histories, args):
 def adapt(env_list, agent, args, rng):
     """The meta-episode, T = 3: two exploration episodes with z ~ p(z), then one with z ~ q(z | h).
 
-    h: the transitions of both. The actions of the third episode are deterministic; z is drawn at
-    each of its steps, too.
+    h: the transitions of both. The actions of the third episode are deterministic; its z is drawn
+    as in the others, see `rollout`.
 
     Returns for each of E environments its third trajectory, and its two of exploration; then mu
     and sigma (E, dz) of q.

@@ -58,7 +58,7 @@ class Args:
     lr: float = 3e-4  # Adam's learning rate, all networks [Table 1]
     reward_scale: float = 5.0  # factor on the reward in the target [Table 2]; the entropy has 1
     policy_reg: float = 1e-3  # weight of the squares of the policy's outputs [PEARL's code]
-    kl_coef: float = 0.4  # weight of the KL term, a mean over tasks (PEARL: 0.1 on the sum over 4)
+    kl_coef: float = 0.4  # weight of the KL term, a mean over tasks (PEARL: 0.1 on their sum)
 
     # --- Online phase
     initial_steps: int = 2_000  # transitions of each task before training, z from the prior [PEARL]
@@ -450,8 +450,8 @@ def encode(agent, histories, args):
 def adapt(env_list, agent, args, rng):
     """The meta-episode, T = 3: two exploration episodes with z ~ p(z), then one with z ~ q(z | h).
 
-    h: the transitions of both. The actions of the third episode are deterministic; z is drawn at
-    each of its steps, too.
+    h: the transitions of both. The actions of the third episode are deterministic; its z is drawn
+    as in the others, see `rollout`.
 
     Returns for each of E environments its third trajectory, and its two of exploration; then mu
     and sigma (E, dz) of q.
@@ -504,12 +504,12 @@ def write_dataset(buffer, train_tasks, test_tasks, args):
     """Write the offline dataset: a few transitions of each task, from early in the run."""
     slices = DATASET_SLICES.get(envs.short_name(args.env_id), DEFAULT_SLICES)
     entries = dict(rl=[], encoder=[])  # lists of (task, trajectory)
-    for source, which in zip(("rl", "encoder"), slices):
-        if which is None:  # the RL part serves as both
+    for source, part in zip(("rl", "encoder"), slices):
+        if part is None:  # the RL part serves as both
             continue
-        end, num_steps = which  # of the "first" or the "last" transitions so many
+        where, num_steps = part  # "first" or "last", and how many transitions
         for task in range(len(train_tasks)):
-            for path in buffer.paths(task, end, num_steps, source):
+            for path in buffer.paths(task, where, num_steps, source):
                 entries[source].append((task, path))
     command = buffers.command_line(args, __file__, PRESETS)
     buffers.save_dataset(
@@ -553,7 +553,7 @@ def main(args):
         learn = run.fast(update, args.compile)
 
         # ----- Before training: all tasks, as many at a time as there are environments
-        groups = [range(num_train)[i : i + num_envs] for i in range(0, num_train, num_envs)]
+        groups = [group.tolist() for group in torch.arange(num_train).split(num_envs)]
         if run.step > 0:  # a resumed run has these data
             groups = []
         for tasks in run.count("initial data", groups):

@@ -43,7 +43,13 @@ class Run:
 
     @functools.cached_property
     def offline_end(self):
-        """The end of the offline phase: the last step without new transitions; 0 if none."""
+        """The end of the offline phase: the last step without new transitions; 0 if none.
+
+        A second phase that collects nothing, the second control, is known by its flags.
+        """
+        collects = self.flags.get("prior_steps", 1) + self.flags.get("posterior_steps", 1) > 0
+        if not collects and self.flags["online_iterations"] > 0:
+            return min(self.flags["offline_steps"], self.end)
         return max((step for step, new in self.transitions.items() if new == 0), default=0)
 
     @functools.cached_property

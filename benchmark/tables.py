@@ -397,7 +397,7 @@ CLAIMS = [
         "no_data",
         "> second phase without new data",
         SMAC_AFTER,
-        (SECOND_CONTROL, OFFLINE),
+        (SECOND_CONTROL, SECOND),
         environments=tuple(FOLDERS),
     ),
     Claim(

@@ -131,4 +131,6 @@ def choose_device(args):
 
 
 def launch(main, args_class, presets):
-    main(tyro.cli(args_class))
+    args = tyro.cli(args_class)
+    assert not getattr(args, "save_dataset", None), "nothing here writes a dataset"
+    main(args)

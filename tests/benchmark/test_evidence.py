@@ -70,6 +70,17 @@ def test_a_score_is_the_mean_of_the_last_three_evaluations_of_a_phase(results):
     assert evidence.scores({1: smac}, "last", ("train", "own")) == {}
 
 
+def test_a_second_phase_that_collects_nothing_is_known_by_its_flags(results):
+    rows = [(step, 0, float(step)) for step in (1, 2, 3, 4)]
+    flags = dict(offline_steps=2, prior_steps=0, posterior_steps=0)
+    write_run(results / "point", "smac_no_new_data", 1, rows, online_iterations=2, **flags)
+    write_run(results / "point", "smac_more_offline", 1, rows, online_iterations=0, **flags)
+    found = evidence.load("point")
+    assert found["smac_no_new_data"][1].offline_end == 2
+    assert found["smac_no_new_data"][1].score("self-supervised") == 3.5
+    assert found["smac_more_offline"][1].offline_end == 4
+
+
 def test_a_run_that_goes_on_is_no_seed(results):
     write_run(results / "point", "smac", 1, [(1, 0, 1.0), (2, 5, 2.0)])
     write_run(results / "point", "smac", 2, [(1, 0, 1.0)])

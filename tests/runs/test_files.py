@@ -226,3 +226,6 @@ def test_a_score_is_the_mean_of_the_last_three_evaluations(describe, tmp_path):
         lines += [f"{step},0,train,own,0,900,0", f"{step},0,train,offline,0,900,0"]
     (tmp_path / "a.csv").write_text("\n".join(lines) + "\n")
     assert describe.score(tmp_path / "a.csv") == 4  # (1 + 2 + 6) / 3, and 1 of two tasks
+    lines += ["40,9,test,own,0,7,0", "50,9,test,own,0,8,0"]  # with new transitions: these alone
+    (tmp_path / "a.csv").write_text("\n".join(lines) + "\n")
+    assert describe.score(tmp_path / "a.csv") == 7.5

@@ -64,7 +64,7 @@ def good(dataset, tmp_path_factory):
     data = buffers.load_dataset("PointDirection", dataset)
     args = parse_args(smac.Args, smac.PRESETS, ["--resume", str(run)])
     agent = smac.Agent(SPEC.obs_dim, SPEC.action_dim, args)
-    buffer = buffers.from_dataset(data, "PointDirection", more=1000)
+    buffer = buffers.from_dataset(data, "PointDirection", more_steps=1000)
     parts = {
         "agent": agent,
         "buffer": buffer,

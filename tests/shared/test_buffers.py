@@ -372,7 +372,9 @@ def test_dataset_round_trip(tmp_path, encoder):
 @pytest.mark.parametrize("encoder", [False, True])
 def test_a_buffer_from_a_dataset(tmp_path, encoder):
     make_dataset(tmp_path / "d.npz", encoder)
-    buffer = buffers.from_dataset(load(tmp_path / "d.npz"), "PointDirection", more_tasks=1, more=10)
+    buffer = buffers.from_dataset(
+        load(tmp_path / "d.npz"), "PointDirection", more_tasks=1, more_steps=10
+    )
     assert buffer.used == 24 + 6 * encoder  # stored once where both buffers share it
     assert buffer.capacity == buffer.used + 10
     assert buffer.sizes["rl"].tolist() == [8] * 3 + [0]
