@@ -422,6 +422,13 @@ CLAIMS = [
         environments=OTHER_LAMBDA,
     ),
     Claim(
+        "no_pearl_10_smac",
+        "SMAC with lambda 10, without PEARL's loss > SMAC",
+        (["smac_lambda_10_no_pearl"], SECOND),
+        SMAC_AFTER,
+        environments=OTHER_LAMBDA,
+    ),
+    Claim(
         "lambda",
         "control: lambda 10 > lambda 100",
         CONTROL_10,
