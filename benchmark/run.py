@@ -64,14 +64,16 @@ def control_losses(smac):
 
 
 def smaller_lambda(smac, steps):
-    """Eq. 2 with weights that differ by more, its control, and the second phase without PEARL's loss.
+    """Eq. 2 with weights that differ by more, and its control: lambda is 100 in the paper.
 
-    Lambda is 100 in the paper.
+    Then the second phase without PEARL's loss, with and without new data.
     """
     smac = f"{smac} --awr-lambda 10"
+    no_pearl = f"{smac} --lambda-pearl 0"
     return {
         "smac_lambda_10": (smac, FOUR),
-        "smac_lambda_10_no_pearl": (f"{smac} --lambda-pearl 0", FOUR),
+        "smac_lambda_10_no_pearl": (no_pearl, FOUR),
+        "smac_lambda_10_no_pearl_no_new_data": (control_losses(no_pearl), FOUR),
         "smac_lambda_10_more_offline": (control(smac, steps), FOUR),
     }
 

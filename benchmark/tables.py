@@ -44,6 +44,7 @@ NAMES = {  # label of a run: its name in pictures and texts, in this order
     "smac_five_tasks": "five tasks an iteration",
     "smac_lambda_10": "lambda 10",
     "smac_lambda_10_no_pearl": "lambda 10, lambda_pearl 0",
+    "smac_lambda_10_no_pearl_no_new_data": "the same on the old data",
     "smac_lambda_10_more_offline": "lambda 10, as many steps, all offline",
     "smac_lambda_pearl": "lambda_pearl 1",
     "smac_small_kl": "KL weight .004",
@@ -419,6 +420,13 @@ CLAIMS = [
         "both with lambda 10, SMAC without PEARL's loss: > control",
         (["smac_lambda_10_no_pearl"], SECOND),
         CONTROL_10,
+        environments=OTHER_LAMBDA,
+    ),
+    Claim(
+        "new_data_10",
+        "both with lambda 10, without PEARL's loss: new data > none",
+        (["smac_lambda_10_no_pearl"], SECOND),
+        (["smac_lambda_10_no_pearl_no_new_data"], SECOND),
         environments=OTHER_LAMBDA,
     ),
     Claim(
