@@ -918,6 +918,15 @@ def where(key, word):
 WORDS = {"holds": HOLDS, "does-not": DOES_NOT, "unknown": UNKNOWN, "not-run": NOT_RUN}
 
 
+def lambda_where_table():
+    """Where the claims on lambda hold."""
+    rows = []
+    for claim in CLAIMS:
+        if claim.environments == OTHER_LAMBDA:
+            rows.append([claim.title, *(where(claim.key, word) for word in WORDS.values())])
+    return markdown(["claim", *WORDS.values()], rows)
+
+
 def context_where_table(kind):
     """Where the claims of a kind, "after" or "encoder", hold of FOCAL, CSRO and UNICORN."""
     rows = []
@@ -935,6 +944,7 @@ TABLES = {
     "adaptation": adaptation_table,
     "labels": labels_table,
     "lambda": lambda_table,
+    "lambda_where": lambda_where_table,
     "context": context_table,
     "context_variants": context_variants_table,
     "context_claims": context_claims_table,
