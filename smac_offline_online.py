@@ -67,7 +67,7 @@ class Args:
     prior_steps: int = 400  # new transitions of each task, z from the prior [authors' code]
     posterior_steps: int = 600  # new transitions of each task, z from the posterior
     updates_per_iteration: int = 4_000  # gradient steps an iteration [PEARL's code]
-    encoder_buffer: Literal["prior", "all", "frozen"] = "prior"  # new data it reads [C.2]
+    encoder_buffer: Literal["prior", "all", "frozen"] = "prior"  # new data in it [C.2]
 
     # --- Ablations and oracle of the paper
     explore_tasks: Literal["train", "test"] = "train"  # where the second phase collects [Figure 9]
@@ -421,7 +421,8 @@ def update(agent, optimizer, batch, args, self_supervised):
     # --- l. 4 and 11: z ~ q(z | h), one for each task. (l. 11 has z = q(h); here it is drawn.)
     with torch.set_grad_enabled(train_encoder):
         mu, sigma = agent.encoder(batch["context"])  # (T, dz)
-        kl = kl_to_prior(mu, sigma).mean()  # in Figure 7's ablations, too (Appendix B)
+        # The KL term trains the encoder in Figure 7's ablations, too (Appendix B)
+        kl = kl_to_prior(mu, sigma).mean()
         z = mu + sigma * batch["noise_z"]
         z = z.repeat_interleave(transitions, dim=0)  # (N, dz)
 

@@ -44,7 +44,7 @@ NAMES = {  # label of a run: its name in pictures and texts, in this order
     "smac_five_tasks": "five tasks an iteration",
     "smac_lambda_10": "lambda 10",
     "smac_lambda_10_no_pearl": "lambda 10, lambda_pearl 0",
-    "smac_lambda_10_no_pearl_no_new_data": "the same on the old data",
+    "smac_lambda_10_no_pearl_no_new_data": "lambda 10, lambda_pearl 0, on the old data",
     "smac_lambda_10_more_offline": "lambda 10, as many steps, all offline",
     "smac_lambda_pearl": "lambda_pearl 1",
     "smac_small_kl": "KL weight .004",
@@ -54,9 +54,9 @@ NAMES = {  # label of a run: its name in pictures and texts, in this order
     "smac_wide_more_offline": "KL weight .001, larger policy, all offline",
     "smac_no_pearl": "lambda_pearl 0",
     "smac_test_tasks": "explores test tasks",
-    "smac_test_tasks_five_tasks": "explores test tasks, five tasks an iteration",
+    "smac_test_tasks_five_tasks": "explores test tasks, five tasks",
     "smac_test_tasks_oracle_rewards": "explores test tasks, true rewards",
-    "smac_test_tasks_oracle_rewards_five_tasks": "the same, true rewards",
+    "smac_test_tasks_oracle_rewards_five_tasks": "explores test tasks, true rewards, five tasks",
     "smac_goal_data": "goal-directed data",
     "smac_goal_data_slow": "goal-directed data, lr 3e-4",
     "smac_goal_data_oracle_rewards": "goal-directed data, true rewards",
@@ -111,12 +111,12 @@ RIVALS = {  # the better of the labels counts
     "MACAW": ["macaw", "macaw_matched"],
     "BOReL": ["borel", "borel_matched"],
 }
-LATER = {  # of later papers, see context/README.md; the better of the labels counts
+OTHER_PAPERS = {  # of other papers, see context/README.md; the better of the labels counts
     "FOCAL": ["focal", "focal_more_offline", "focal_critic", "focal_critic_more_offline"],
     "CSRO": ["csro", "csro_more_offline"],
     "UNICORN": ["unicorn", "unicorn_more_offline"],
 }
-ALL_RIVALS = RIVALS | LATER
+ALL_RIVALS = RIVALS | OTHER_PAPERS
 CONTROL = ["smac_more_offline"]
 CONTROLS = {"control": CONTROL, "control, lambda 10": ["smac_lambda_10_more_offline"]}
 SECOND_CONTROL = ["smac_no_new_data"]
@@ -294,9 +294,9 @@ OVERALL = {  # method: its labels, of which the better counts on an environment
 FURTHER = {  # in the table, and not in the picture
     "smac_no_new_data": SECOND_CONTROL,
     "smac_lambda_10_more_offline": CONTROLS["control, lambda 10"],
-    "focal": LATER["FOCAL"],
-    "csro": LATER["CSRO"],
-    "unicorn": LATER["UNICORN"],
+    "focal": OTHER_PAPERS["FOCAL"],
+    "csro": OTHER_PAPERS["CSRO"],
+    "unicorn": OTHER_PAPERS["UNICORN"],
 }
 
 
@@ -496,7 +496,7 @@ CLAIMS = [
 ]
 SMAC_BEFORE = ["smac"], OFFLINE
 CONTEXT_CLAIMS = []  # of the page on the shift of context
-for _name, _labels in LATER.items():
+for _name, _labels in OTHER_PAPERS.items():
     _key = _labels[0]
     CONTEXT_CLAIMS += [
         Claim(f"after_{_key}", f"SMAC, after > {_name}", SMAC_AFTER, (_labels, OFFLINE)),
@@ -930,7 +930,7 @@ def lambda_where_table():
 def context_where_table(kind):
     """Where the claims of a kind, "after" or "encoder", hold of FOCAL, CSRO and UNICORN."""
     rows = []
-    for name, (label, *_) in LATER.items():
+    for name, (label, *_) in OTHER_PAPERS.items():
         rows.append([name, *(where(f"{kind}_{label}", word) for word in WORDS.values())])
     return markdown(["", *WORDS.values()], rows)
 

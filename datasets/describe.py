@@ -53,7 +53,8 @@ def reference(name):
         return None
     scores = [score(file) for file in files]
     return {
-        "what": "SMAC, return on test tasks: mean over seeds of each run's last three evaluations of the second phase",
+        "what": "SMAC, return on test tasks: mean over seeds of each run's last three evaluations "
+        "of the second phase",
         "return": round(float(np.mean(scores)), 1),
         "seeds": len(files),
         "from": f"benchmark/results/{pattern}",
