@@ -21,7 +21,7 @@ from plumbing.cores import on_cores
 from plumbing.errors import InputError
 from plumbing.evaluation import Evaluation
 from plumbing.files import PATH_FIELDS, check_array, check_dataset, read_npz, write_file
-from plumbing.flags import command_line, launch, train
+from plumbing.flags import command_line, launch, print_safely, train
 from plumbing.machine import choose_device
 from plumbing.provenance import describe_dataset, write_description
 from plumbing.run import Run
@@ -330,8 +330,8 @@ def load_dataset(env_id: str, file=None) -> dict:
     Returns train_tasks (N, k), test_tasks (M, k), command; rl, encoder: lists of (task number,
     trajectory); sha256 of the content.
 
-    Raises InputError: one sentence that names the file, the field, what was found and what was
-    expected.
+    Warns of test tasks that are training tasks, too. Raises InputError: one sentence that names
+    the file, the field, what was found and what was expected.
     """
     shipped = Path(__file__).parent / "datasets" / f"{envs.short_name(env_id)}.npz"
     file = Path(os.path.expanduser(file or shipped))
@@ -346,6 +346,11 @@ def load_dataset(env_id: str, file=None) -> dict:
 
     data = read_npz(file, accept)
     check_dataset(file, env_id, data)
+    train_tasks = {tuple(task) for task in data["train_tasks"]}
+    seen = [tuple(task) in train_tasks for task in data["test_tasks"]]
+    if any(seen):
+        words = f"{sum(seen)} of {len(seen)} test tasks in {file} are training tasks, too"
+        print_safely(f"warning: {words}", "stderr")
     dataset = {name: data[name] for name in ("train_tasks", "test_tasks", "command")}
     for part in ("rl", "encoder"):
         lengths = data[f"{part}_lengths"].astype(np.int64)

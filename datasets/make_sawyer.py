@@ -2,7 +2,8 @@
 
 A script that does not know the rewarded behaviour acts in each of 50 training tasks, for 50 trajectories of 75 steps.
 With another number of tasks, which are then others, the trajectories of a task are fewer or more, so that there are as
-many transitions; the test tasks stay. Two processes share the tasks; what they write does not depend on that.
+many transitions. The test tasks stay, and none of them is among the training tasks: there are only a few hundred tasks,
+so that two draws are often the same. Two processes share the tasks; what they write does not depend on that.
 """
 
 import multiprocessing
@@ -45,15 +46,23 @@ def collect(env_id, number, task, trajectories=TRAJECTORIES):
     return entries
 
 
-if __name__ == "__main__":
-    env_id = sys.argv[1] if len(sys.argv) > 1 else "SawyerManipulation"
-    number = sys.argv[2] if len(sys.argv) > 2 else ""
+def draw_tasks(env_id, number=None):
+    """Training tasks, `number` of them, and test tasks, of which none is a training task."""
     spec = envs.lookup(env_id)
     tasks = envs.sample_tasks(env_id, spec.num_train_tasks + spec.num_test_tasks)
     train_tasks, test_tasks = np.split(tasks, [spec.num_train_tasks])
     if number:
-        train_tasks = envs.sample_tasks(env_id, int(number), seed=1)
-    trajectories = TRAJECTORIES * spec.num_train_tasks // len(train_tasks)
+        drawn = envs.sample_tasks(env_id, 10 * number, seed=1)
+        is_test_task = (drawn[:, None] == test_tasks).all(2).any(1)  # (10 * number,)
+        train_tasks = drawn[~is_test_task][:number]
+    return train_tasks, test_tasks
+
+
+if __name__ == "__main__":
+    env_id = sys.argv[1] if len(sys.argv) > 1 else "SawyerManipulation"
+    number = sys.argv[2] if len(sys.argv) > 2 else ""
+    train_tasks, test_tasks = draw_tasks(env_id, int(number or 0))
+    trajectories = TRAJECTORIES * envs.lookup(env_id).num_train_tasks // len(train_tasks)
     with multiprocessing.Pool(2) as pool:
         jobs = [(env_id, i, task, trajectories) for i, task in enumerate(train_tasks)]
         parts = pool.starmap(collect, jobs, chunksize=1)

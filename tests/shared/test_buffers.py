@@ -484,22 +484,36 @@ def test_a_task_that_the_environment_does_not_know_is_refused(tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
-def test_shipped_dataset_is_valid(file):
+def test_shipped_dataset_is_valid(file, capsys, monkeypatch):
     with np.load(file) as data:
         env_id = data["env_id"].item()
     if env_id.startswith("Sawyer"):
         pytest.importorskip("pybullet")
     spec = envs.SPECS[env_id]
     dataset = buffers.load_dataset(env_id, file)
+    assert not capsys.readouterr().err  # no test task is a training task
     tasks = envs.sample_tasks(env_id, spec.num_train_tasks + spec.num_test_tasks)
     train_tasks, test_tasks = np.split(tasks, [spec.num_train_tasks])
-    if file.stem != env_id and env_id.startswith(
-        "Sawyer"
-    ):  # SawyerManipulation200: other training tasks
-        train_tasks = envs.sample_tasks(env_id, int(file.stem.removeprefix(env_id)), seed=1)
+    if env_id.startswith("Sawyer"):  # SawyerManipulation200 has other training tasks
+        monkeypatch.syspath_prepend(str(file.parent))
+        import make_sawyer
+
+        number = int(file.stem.removeprefix(env_id) or 0)
+        train_tasks, _ = make_sawyer.draw_tasks(env_id, number)
     np.testing.assert_allclose(dataset["train_tasks"], train_tasks)
     np.testing.assert_allclose(dataset["test_tasks"], test_tasks)
     assert dataset["command"].startswith("python ")
+
+
+def test_a_test_task_that_is_trained_on_is_warned_of(tmp_path, capsys):
+    dataset = buffers.load_dataset("PointDirection")
+    train_tasks = dataset["train_tasks"]
+    test_tasks = np.concatenate([train_tasks[[3]], dataset["test_tasks"]])
+    file = tmp_path / "d.npz"
+    paths = dataset["rl"], dataset["encoder"]
+    buffers.save_dataset(file, "PointDirection", train_tasks, test_tasks, *paths, "python test")
+    load(file)
+    assert "warning: 1 of 21 test tasks" in capsys.readouterr().err
 
 
 def test_there_is_a_shipped_dataset():
