@@ -44,6 +44,7 @@ class Args:
     seed: int = 1  # seed of the networks, of exploration and of sampling
     dataset: Optional[str] = None  # offline dataset; by default datasets/{env_id}.npz
     vae_steps: int = 5_000  # gradient steps of stage 1 (100 epochs of 100 tasks: 2,500)
+    # PAPER: 1,000,000 steps (code; SMAC's authors' fork 400,000). CODE: as many as MACAW here.
     offline_steps: int = 25_000  # gradient steps of stage 2: 102 million transitions (SMAC: 51)
     eval_every: int = 4_000  # steps between two evaluations of stage 2, each with a checkpoint
     keep_agents: bool = False  # keep the agent of every evaluation, agent_{step}.npz
@@ -83,7 +84,7 @@ PRESETS = {
     "PointDirection": SMALL  # a point mass, which is not in the papers
     | dict(
         rl_batch=128,
-        alpha=0.01,  # of the authors' point robot: it fits rewards of .1 to .5
+        alpha=0.01,  # of the authors' point robot: it fits rewards of size .3
         vae_trajectories=2,
         vae_lr=3e-3,
         vae_steps=1_000,

@@ -50,7 +50,7 @@ class Args:
 
     # --- Loss of the encoder
     context_loss: Literal["focal", "csro", "unicorn"] = "focal"  # what trains the encoder
-    csro_weight: float = 2.5  # weight of CLUB beside the metric (CSRO's code: 2 to 10)
+    csro_weight: float = 2.5  # weight of CLUB beside the metric (CSRO's code: 2, 5 or 10)
     critic_to_encoder: bool = False  # the critic's loss trains it too (an option of CSRO's code)
     unicorn_weight: float = 0.15  # weight of UNICORN's metric; it must fit the rewards
 
@@ -59,8 +59,12 @@ class Args:
     policy_hidden: tuple[int, ...] = (300, 300, 300)  # hidden sizes of the policy [Table 1]
     encoder_hidden: tuple[int, ...] = (200, 200, 200)  # hidden sizes of the encoder, and of psi
     decoder_hidden: tuple[int, ...] = (64, 64)  # hidden sizes of UNICORN's decoder [Table 1]
+    # PAPER: z of 20 to 40 numbers, 10 to 20 tasks a batch, 100 to 1024 transitions a history, 65,000
+    # steps and more (code). CODE: SMAC's sizes, so that all methods have the same.
     latent_dim: int = 5  # size of z [Table 1]
     num_critics: Literal[1, 2] = 2  # one Q-function (the text), or the smaller of two (the code)
+    # PAPER: the encoder sees s' on Hopper and Walker, UNICORN's everywhere (code). CODE: as SMAC's,
+    # it does not.
     next_obs_in_context: bool = False  # the encoder sees s'
 
     # --- Gradient step
@@ -94,7 +98,7 @@ PRESETS = {
     "PointDirection": SMALL  # a point mass, which is not in the paper
     | dict(
         rl_batch=128,
-        unicorn_weight=0.0015,  # its rewards are .1 to .5
+        unicorn_weight=0.0015,  # its rewards are of size .3
         offline_steps=3_000,
         eval_every=1_200,
     ),
@@ -608,7 +612,7 @@ def explore_idaq(env_list, agent, args, rng, z_train):
 def explore(env_list, agent, args, rng, z_train):
     """The exploration episodes of an evaluation in E environments, `--explore`:
 
-    prior: z ~ N(0, 1), as in SMAC. random: uniform actions, as in CSRO. task: z of a random
+    prior: z ~ N(0, 1), as in SMAC. random: uniform actions, as CSRO's first steps. task: z of a random
     training task in each episode. idaq: see `explore_idaq`.
 
     z_train (E, N, dz): the z of the N training tasks, once for each environment.

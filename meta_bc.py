@@ -59,13 +59,13 @@ SMALL = dict(policy_hidden=(128, 128), encoder_hidden=(128, 128), lr=1e-3)
 PRESETS = {
     "AntDirection": dict(eval_every=8_000),
     "SawyerManipulation": dict(
-        kl_coef=1 / 256,  # Eq. 3 as written, a sum over 256 transitions: rewards are 0 or -1
+        kl_coef=1 / 256,  # Eq. 3 as written, a sum over rl_batch 256: rewards are 0 or -1
         eval_every=8_000,
     ),
     "PointDirection": SMALL  # a point mass, which is not in the paper
     | dict(
         rl_batch=128,
-        kl_coef=0.002,  # its rewards are .1 to .5
+        kl_coef=0.002,  # its rewards are of size .3
         offline_steps=3_000,
         eval_every=1_200,
     ),

@@ -1,4 +1,4 @@
-"""PEARL with true rewards: the Online Oracle of Figure 5, and the source of the offline datasets.
+"""PEARL with true rewards: the Online Oracle of Figure 5, and the source of some offline datasets.
 
 PEARL is the meta-RL algorithm of Rakelly, Zhou, Quillen, Finn, Levine, "Efficient Off-Policy
 Meta-Reinforcement Learning via Probabilistic Context Variables", ICML 2019,
@@ -32,7 +32,7 @@ class Args:
     seed: int = 1  # seed of the networks, of exploration and of sampling
     task_seed: int = 1337  # seed of the tasks; 1337 gives the published ones of Cheetah and Ant
     save_dataset: Optional[str] = None  # write an offline dataset to this file
-    dataset_iteration: int = 40  # the iteration after which it is written [C.2, authors' scripts]
+    dataset_iteration: int = 40  # the iteration after which it is written [C.2; authors' forks]
     online_iterations: int = 100  # iterations of collecting data and training on them
     eval_every: int = 4_000  # gradient steps between two evaluations, each with a checkpoint
     keep_agents: bool = False  # keep the agent of every evaluation, agent_{step}.npz
@@ -80,7 +80,7 @@ PRESETS = {
     "PointDirection": SMALL  # a point mass, which is not in the paper
     | dict(
         rl_batch=128,
-        kl_coef=0.002,  # its rewards are .1 to .5
+        kl_coef=0.002,  # its rewards are of size .3
         dataset_iteration=10,
         online_iterations=24,
         updates_per_iteration=400,

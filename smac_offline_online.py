@@ -5,8 +5,9 @@ SMAC is the semi-supervised meta actor-critic of Pong, Nair, Smith, Huang, Levin
 https://arxiv.org/abs/2107.03974.
 
 Start at the end: `main` is Algorithm 1. What it calls stands before it: networks (C.3), losses
-(Eq. 1 to 4), one gradient step, acting (Section 3), evaluation. Where the code departs from the
-paper's text a comment says `PAPER: ... CODE: ...`; PAPER.md lists all departures with the reasons.
+(Eq. 1 to 3) and labels (Eq. 4), one gradient step, acting (Section 3), evaluation. Where the code
+departs from the paper's text a comment says `PAPER: ... CODE: ...`; PAPER.md lists all departures
+with the reasons.
 
 Run: python smac_offline_online.py --env-id HopperParam
 """
@@ -31,7 +32,7 @@ class Args:
     seed: int = 1  # seed of the networks, of exploration and of sampling
     dataset: Optional[str] = None  # offline dataset; by default datasets/{env_id}.npz
     offline_steps: int = 50_000  # gradient steps of the offline phase [C.3]
-    online_iterations: int = 50  # iterations of the self-supervised phase
+    online_iterations: int = 50  # iterations of the self-supervised phase [ours]
     eval_every: int = 4_000  # gradient steps between two evaluations, each with a checkpoint
     keep_agents: bool = False  # keep the agent of every evaluation, agent_{step}.npz
     run_dir: str = "runs"  # results go to RUN_DIR/{env_id}__{script}__{seed}/
@@ -90,13 +91,13 @@ PRESETS = {
         awr_lambda=0.3,
         awr_weights="exp",
         lambda_pearl=0.0,
-        kl_coef=1 / 256,  # Eq. 3 as written, a sum over 256 transitions: rewards are 0 or -1
+        kl_coef=1 / 256,  # Eq. 3 as written, a sum over rl_batch 256: rewards are 0 or -1
         eval_every=8_000,
     ),
     "PointDirection": SMALL  # a point mass, which is not in the paper
     | dict(
         rl_batch=128,
-        kl_coef=0.002,  # its rewards are .1 to .5
+        kl_coef=0.002,  # its rewards are of size .3
         offline_steps=3_000,
         online_iterations=24,
         updates_per_iteration=400,
@@ -334,6 +335,9 @@ def reward_loss(agent, batch, z):
     return (predicted - batch["rewards"]).square().mean()
 
 
+# ===== Labels
+
+
 @torch.no_grad()
 def generate_rewards(agent, path, h_offline, args, rng):
     """Eq. 4: r_generated = r_phi_d(s, a, z), with one z ~ q(z | h_offline) for the trajectory.
@@ -354,7 +358,7 @@ def generate_rewards(agent, path, h_offline, args, rng):
 def sample_batch(buffer, args, rng):
     """[Alg. 1, l. 3 and 10] Buffers D_i ~ D, of each two histories h and h', and all noise.
 
-    h' is of the RL buffer of D_i, h of its encoder buffer, which holds less [C.2].
+    h' is of the RL buffer of D_i, h of its encoder buffer, which may hold other data [C.2].
     """
     has_data = buffer.sizes["encoder"] > 0
     draws = torch.rand(args.meta_batch, len(has_data), generator=rng, device=rng.device)

@@ -67,8 +67,12 @@ class Run:
         return phases
 
     def scored_steps(self, phase, group=TEST):
-        """Gradient steps of the last three evaluations of a phase, or of as many as it has."""
-        steps = sorted(step for step in self.curves.get(group, {}) if step > 0)
+        """Gradient steps of the last three evaluations of a phase, or of as many as it has.
+
+        None falls in BOReL's first stage, which trains no policy.
+        """
+        first_stage = self.flags.get("vae_steps", 0)
+        steps = sorted(step for step in self.curves.get(group, {}) if step > first_stage)
         if phase == SECOND:
             return [step for step in steps if step > self.offline_end][-EVALUATIONS:]
         steps = [step for step in steps if step <= self.offline_end]

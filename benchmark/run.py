@@ -162,8 +162,8 @@ def others(smac, flags):
     return rows
 
 
-def fifty_scenes():
-    """Sawyer with the paper's fifty scenes."""
+def fifty_tasks():
+    """Sawyer with fifty training tasks, as in the paper."""
     flags = "--env-id SawyerManipulation --preset short"
     smac = f"smac_offline_online.py {flags}"
     return {
@@ -195,8 +195,8 @@ def eight_behaviours():
     }
 
 
-def scenes():
-    """All methods with --preset short on Sawyer with 200 scenes; true rewards are the oracle."""
+def more_tasks():
+    """All methods with --preset short on Sawyer with 200 training tasks; true rewards are the oracle."""
     flags = (
         "--env-id SawyerManipulation --preset short --dataset datasets/SawyerManipulation200.npz"
     )
@@ -271,9 +271,9 @@ SHORT_BENCHMARKS = {
     "short/PointDirection": {  # its own sizes, see point_direction, are short anyway
         "smac": (f"{POINT} --preset short", THREE),
     },
-    "short/SawyerManipulation": fifty_scenes(),
+    "short/SawyerManipulation": fifty_tasks(),
     "short/SawyerManipulation8": eight_behaviours(),
-    "short/SawyerManipulation200": scenes(),
+    "short/SawyerManipulation200": more_tasks(),
 }
 for _env_id in envs.SHIPPED:
     if f"short/{_env_id}" not in SHORT_BENCHMARKS:

@@ -72,14 +72,14 @@ NAMES = {  # label of a run: its name in pictures and texts, in this order
     "csro_goal_data": "CSRO, goal-directed data",
     "unicorn_goal_data": "UNICORN, goal-directed data",
 }
-SCENES = "SawyerManipulation, 200 scenes"  # the default data have fifty
+MORE_TASKS = "SawyerManipulation, 200 tasks"  # the default data have fifty
 FOLDERS = {  # of an environment's runs with --preset short; PointDirection's own sizes are small
     "HopperParam": "short/HopperParam",
     "WalkerParam": "short/WalkerParam",
     "CheetahVelocity": "short/CheetahVelocity",
     "AntDirection": "short/AntDirection",
     "HumanoidDirection": "short/HumanoidDirection",
-    SCENES: "short/SawyerManipulation200",
+    MORE_TASKS: "short/SawyerManipulation200",
     "SawyerManipulation": "short/SawyerManipulation",
     "SawyerManipulation8": "short/SawyerManipulation8",
     "PointDirection": "point_direction",
@@ -90,8 +90,8 @@ SHORT_NAMES = {  # of the columns of wide tables
     "CheetahVelocity": "Cheetah",
     "AntDirection": "Ant",
     "HumanoidDirection": "Humanoid",
-    SCENES: "Sawyer (200 scenes)",
-    "SawyerManipulation": "Sawyer (50 scenes)",
+    MORE_TASKS: "Sawyer (200 tasks)",
+    "SawyerManipulation": "Sawyer (50 tasks)",
     "SawyerManipulation8": "Sawyer (8 behaviours)",
     "PointDirection": "point mass",
 }
@@ -147,16 +147,17 @@ def best(found, labels, phase="last", group=TEST):
 
 
 @functools.cache
-def scale(folder):
+def scale(folder, group=TEST):
     """Two returns, the zero and the one of normalised returns: the data's, and of the best method.
 
-    On Sawyer the data are of a script that knows its task, so there zero is the return of never
+    The methods are SMAC, its control, the rivals and the oracle, without variants of SMAC. On
+    Sawyer the data are of a script that knows its task, so there zero is the return of never
     achieving the behaviour.
     """
     found = evidence.load(folder)
     environment = "Sawyer" if "Sawyer" in folder else ""
     labels = ["smac", *CONTROL, *sum(ALL_RIVALS.values(), []), *oracle(environment)]
-    _, values = best(found, labels)
+    _, values = best(found, labels, group=group)
     if environment == "Sawyer":
         zero = NEVER
     else:
@@ -332,7 +333,8 @@ def normalised_means(labels=OVERALL):
 def interval_words(value, interval):
     if value is None:
         return ""
-    width = "" if interval is None else f" [{interval[0]:.2f}, {interval[1]:.2f}]"
+    is_point = interval is None or interval[0] == interval[1]  # as where all seeds beat all others
+    width = "" if is_point else f" [{interval[0]:.2f}, {interval[1]:.2f}]"
     return f"{value:.2f}{width}"
 
 
@@ -537,7 +539,7 @@ def judge(claim, environment):
     differences = paired(*sides)
     margin = 0.0
     if claim.near and len(differences):
-        zero, one = scale(folder)
+        zero, one = scale(folder, claim.group)
         margin = NEAR * (one - zero)
     return verdict(differences, margin), differences
 
@@ -975,7 +977,7 @@ def table(name):
     if name in TABLES:
         return TABLES[name]()
     if kind in TABLES_OF:
-        return TABLES_OF[kind](SCENES if rest == "SawyerManipulation200" else rest)
+        return TABLES_OF[kind](MORE_TASKS if rest == "SawyerManipulation200" else rest)
     raise InputError(f"there is no table {name}")
 
 

@@ -84,6 +84,9 @@ def load(path, env_id=None, dataset=None):
         file, lambda x, *has: x in text and check_array(f"{file}: {x}", *has, *text[x])
     )
     name = [*path.resolve().name.split("__"), ""][1] if run else words.get("script")
+    if name not in SCRIPTS and run and name:
+        known = ", ".join(f"{script}.py" for script in SCRIPTS)
+        raise InputError(f"{path} is a run of {name}.py by its name, and not of one of {known}")
     if name not in SCRIPTS:
         raise InputError(f"{path} is no {'folder of a run, by its name' if run else 'agent file'}")
     script = importlib.import_module(name)
@@ -92,7 +95,8 @@ def load(path, env_id=None, dataset=None):
         args = dataclasses.replace(args, dataset=str(dataset))
     if ":" in args.env_id and args.env_id != env_id:  # a file must not run code
         raise InputError(
-            f"the agent's environment is of a module: give --env-id {args.env_id} as well"
+            f"the agent's environment is of a module: give --env-id {args.env_id} as well, which "
+            "benchmark/watch.py and agents.py have"
         )
     spec = envs.lookup(args.env_id)
     with torch.device("meta"):  # takes no memory, whatever the sizes in the file

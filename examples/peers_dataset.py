@@ -1,4 +1,4 @@
-"""An offline dataset to the folders that FOCAL, CSRO and UNICORN read, and back.
+"""An offline dataset to the folders that FOCAL and CSRO read, and back.
 
     python examples/peers_dataset.py PointDirection export FOLDER datasets/PointDirection.npz
     python examples/peers_dataset.py PointDirection import FOLDER new.npz --i-trust-these-files

@@ -29,10 +29,12 @@ MAY_BE_ZERO = {
     "online_iterations",
     "lambda_pearl",
     "kl_coef",
-    "prior_steps",  # with posterior_steps 0 as well no data are collected
+    "prior_steps",  # of SMAC; with posterior_steps 0 as well no data are collected
     "posterior_steps",
     "policy_reg",
     "alpha",
+    "csro_weight",
+    "unicorn_weight",
 }
 AT_LEAST = {"rl_batch": 2, "context_batch": 2}  # a mean and a deviation are taken over them
 AT_MOST = {
@@ -135,6 +137,21 @@ def check_products(values):
             raise InputError(f"{product} must be at most {most} (PRODUCTS in plumbing/flags.py)")
 
 
+def check_together(values):
+    """Raise an InputError for flags that are right alone and mean nothing together."""
+    if values.get("oracle_frozen") and not values["oracle_rewards"]:
+        raise InputError("--oracle-frozen needs --oracle-rewards")
+    no_prior = values.get("prior_steps") == 0
+    if no_prior and "initial_steps" in values:  # PEARL empties its encoder buffers before
+        raise InputError("--prior-steps must be above 0: what z is inferred from is collected so")
+    in_empty_buffers = values.get("explore_tasks") == "test" and values["oracle_rewards"]
+    if no_prior and in_empty_buffers and values["posterior_steps"] > 0:
+        raise InputError(
+            "--prior-steps 0 with --explore-tasks test --oracle-rewards: the test tasks have no "
+            "data from which z could be inferred"
+        )
+
+
 def check_writable(flag, path):
     """Raise an InputError unless a file of this name can be written, or replaced."""
     file = Path(os.path.expanduser(path)).absolute()
@@ -174,6 +191,7 @@ def check_flags(args, resumed=None) -> None:
             raise InputError(f"{was} and cannot become {shown(value)}")
         check_size(name, value, max_weights)
     check_products(values)
+    check_together(values)
     if values.get("save_dataset"):
         check_writable("--save-dataset", args.save_dataset)
     if args.compile and not shutil.which("g++"):

@@ -1,6 +1,6 @@
 """Does it matter how an agent explores at test time? Prior, random actions, IDAQ, side by side.
 
-python benchmark/experiments/explore.py agents/PointDirection.npz runs/PointDirection__focal__1
+python benchmark/experiments/explore.py agents/PointDirection.npz runs/PointDirection__focal__1 --out x.md
 
 Each agent, of SMAC, meta-BC or focal.py, plays meta-episodes on all test tasks, once for each way to
 explore (`explore` in focal.py says what they are) and number of exploration episodes, and once with

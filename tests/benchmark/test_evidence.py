@@ -81,6 +81,13 @@ def test_a_second_phase_that_collects_nothing_is_known_by_its_flags(results):
     assert found["smac_more_offline"][1].offline_end == 4
 
 
+def test_an_evaluation_before_borel_trains_a_policy_does_not_count(results):
+    rows = [(1, 0, 99.0), (2, 0, 1.0), (3, 0, 3.0)]
+    write_run(results / "point", "borel", 1, rows, vae_steps=1, offline_steps=2)
+    borel = evidence.load("point")["borel"][1]
+    assert borel.scored_steps("offline") == [2, 3] and borel.score("offline") == 2
+
+
 def test_a_run_that_goes_on_is_no_seed(results):
     write_run(results / "point", "smac", 1, [(1, 0, 1.0), (2, 5, 2.0)])
     write_run(results / "point", "smac", 2, [(1, 0, 1.0)])

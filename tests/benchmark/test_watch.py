@@ -316,12 +316,14 @@ def test_a_foreign_or_damaged_file_is_refused(what, agent_file):
 def test_what_is_no_agent_at_all(agent_file, runs, data, tmp_path, capsys):
     (tmp_path / "text.npz").write_text("no agent")
     shutil.copytree(runs[smac], tmp_path / "renamed")
+    shutil.copytree(runs[smac], tmp_path / "PointDirection__mine__1")
     half = tmp_path / "half.npz"
     half.write_bytes(agent_file.read_bytes()[:-200])
     for path, words in (
         (tmp_path / "nowhere.npz", "there is no file"), (tmp_path / "text.npz", "cannot be read"),
         (half, "cannot be read"), (data, "is no agent file"), (tmp_path, "there is no file"),
         (tmp_path / "renamed", "is no folder of a run, by its name"),
+        (tmp_path / "PointDirection__mine__1", "is a run of mine.py by its name, and not of one of smac_offline"),
         (runs[smac] / "agent_4.npz", "has no agent to watch: give a run's folder, or a file that benchmark/agents.py"),
     ):  # fmt: skip
         with pytest.raises(SystemExit) as stop:

@@ -72,7 +72,10 @@ def test_the_command_of_a_run_gives_its_flags(script, variant, tmp_path, monkeyp
             continue
         default = getattr(script.Args(), name)
         for value in {other(getattr(args, name), kind), default} - {getattr(args, name)}:
-            new = type(args)(**vars(args) | {name: value})
+            flags = vars(args) | {name: value}
+            if name == "oracle_frozen":
+                flags["oracle_rewards"] = True  # which it needs
+            new = type(args)(**flags)
             assert parsed(script, new) == new
             changed += 1
     assert changed > 15

@@ -351,6 +351,9 @@ BAD_FLAGS = [
     (smac, dict(q_hidden=[16]), "--q-hidden is [16], which is not of its type"),
     (smac, dict(device="tpu"), "--device is 'tpu', which is not of its type"),
     (smac, dict(tasks_per_iteration=33), "--tasks-per-iteration is 33, it must be above 0 and at most 32"),
+    (smac, dict(oracle_frozen=True), "--oracle-frozen needs --oracle-rewards"),
+    (smac, dict(explore_tasks="test", oracle_rewards=True, prior_steps=0), "the test tasks have no data"),
+    (pearl, dict(prior_steps=0), "--prior-steps must be above 0"),
 ]  # fmt: skip
 
 
