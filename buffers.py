@@ -113,19 +113,22 @@ class ReplayBuffer:
         for name in ("rl", "encoder", "offline"):
             self.sizes[name] = torch.zeros(num_tasks, dtype=torch.int64, device=device)
 
-    def add(self, task: int, path: dict, rl: bool = True, encoder: bool = True) -> None:
+    def add(self, task: int, path: dict, encoder: bool = True) -> None:
         """Append one trajectory to D_task.
 
         Args:
             path: obs (T+1, o), actions (T, a), rewards (T,), terminals (T,).
-            rl, encoder: which of the two lists its transitions enter.
+            encoder: whether its transitions enter the encoder buffer beside the RL buffer.
 
         Raises IndexError: the buffer is full.
         """
-        self.extend([(task, path)], rl, encoder)
+        self.extend([(task, path)], encoder=encoder)
 
     def extend(self, entries: list, rl: bool = True, encoder: bool = True) -> None:
-        """`add` for a list of (task, path)."""
+        """`add` for a list of (task, path).
+
+        rl, encoder: which of the two buffers their transitions enter.
+        """
         paths = []
         owners = []  # the task of each transition
         for task, path in entries:

@@ -294,11 +294,8 @@ def test_a_batch_has_the_transitions_of_one_buffer_and_the_context_of_the_other(
     for task in tasks:
         for sign, where in ((1, {"encoder": False}), (-1, {"rl": False})):
             path = {"obs": torch.full((6, 1), sign * (task + 1.0)), "actions": torch.zeros(5, 1)}
-            buffer.add(
-                task,
-                path | {"rewards": torch.full((5,), 9.0), "terminals": torch.zeros(5)},
-                **where,
-            )
+            path |= {"rewards": torch.full((5,), 9.0), "terminals": torch.zeros(5)}
+            buffer.extend([(task, path)], **where)
     args, seen, asked = (
         script.Args(rl_batch=3, context_batch=2, meta_batch=4, latent_dim=2),
         set(),

@@ -106,7 +106,7 @@ def test_each_source_draws_from_its_own_transitions():
     buffer = ReplayBuffer(2, OBS, ACTION, 100)
     for task in (0, 1):
         buffer.add(task, make_path(task, 1, 3), encoder=False)
-        buffer.add(task, make_path(task, 2, 3), rl=False)
+        buffer.extend([(task, make_path(task, 2, 3))], rl=False)
         buffer.add(task, make_path(task, 3, 3))
     buffer.mark_offline()
     buffer.add(0, make_path(0, 4, 3))
@@ -173,7 +173,7 @@ def test_paths_may_begin_or_end_in_the_middle_of_a_trajectory():
 
 def test_paths_of_the_encoder_buffer():
     buffer = make_buffer()
-    buffer.add(0, make_path(0, 50, 2), rl=False)
+    buffer.extend([(0, make_path(0, 50, 2))], rl=False)
     assert [len(p["actions"]) for p in buffer.paths(0, "last", 3, "encoder")] == [1, 2]
     assert [len(p["actions"]) for p in buffer.paths(0, "last", 3, "rl")] == [3]
 
