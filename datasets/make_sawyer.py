@@ -2,8 +2,9 @@
 
 A script that does not know the rewarded behaviour acts in each of 50 training tasks, for 50 trajectories of 75 steps.
 With another number of tasks, which are then others, the trajectories of a task are fewer or more, so that there are as
-many transitions. The test tasks stay, and none of them is among the training tasks: there are only a few hundred tasks,
-so that two draws are often the same. Two processes share the tasks; what they write does not depend on that.
+many transitions. There are only a few hundred tasks, so that two draws are often the same: there the test tasks are the
+first that differ, and the training tasks the next that are none of these. Two processes share the tasks; what they write
+does not depend on that.
 """
 
 import multiprocessing
@@ -53,6 +54,8 @@ def draw_tasks(env_id, number=None):
     train_tasks, test_tasks = np.split(tasks, [spec.num_train_tasks])
     if number:
         drawn = envs.sample_tasks(env_id, 10 * number, seed=1)
+        _, firsts = np.unique(drawn, axis=0, return_index=True)
+        test_tasks = drawn[np.sort(firsts)[: spec.num_test_tasks]]
         is_test_task = (drawn[:, None] == test_tasks).all(2).any(1)  # (10 * number,)
         train_tasks = drawn[~is_test_task][:number]
     return train_tasks, test_tasks

@@ -18,11 +18,16 @@ def description_file(path) -> str:
     return os.path.expanduser(path).removesuffix(".npz") + ".json"
 
 
-def returns_by_task(data) -> np.ndarray:
-    """The mean return of each training task's trajectories in the RL part: (N,)."""
+def returns_by_task(data, horizon) -> np.ndarray:
+    """The mean return of each training task's trajectories in the RL part, up to the horizon: (N,).
+
+    Sawyer's go on beyond it.
+    """
     lengths = data["rl_lengths"].astype(np.int64)
     starts = np.cumsum(lengths) - lengths
-    returns = np.add.reduceat(data["rl_rewards"].astype(np.float64), starts)  # (P,)
+    times = np.arange(len(data["rl_rewards"])) - np.repeat(starts, lengths)
+    rewards = np.where(times < horizon, data["rl_rewards"], 0)
+    returns = np.add.reduceat(rewards.astype(np.float64), starts)  # (P,)
     sums = np.bincount(data["rl_tasks"], returns)  # (N,)
     return sums / np.bincount(data["rl_tasks"])
 
@@ -39,7 +44,8 @@ def describe_dataset(path, env_id, data, with_versions=True) -> dict:
     """
     found = versions() if with_versions else {}
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    means = returns_by_task(data)
+    spec = envs.lookup(env_id)
+    means = returns_by_task(data, spec.horizon)
     return {
         "file": os.path.basename(path),
         "env_id": str(data["env_id"]),
@@ -48,8 +54,8 @@ def describe_dataset(path, env_id, data, with_versions=True) -> dict:
         # of packages that are installed; None is unknown, or not installed
         "versions": {name: found.get(name) for name in VERSIONS},
         "cpu": found.get("cpu"),
-        "sha256_of_contents": digest(data, dataset_rules(envs.lookup(env_id))),
-        # a mean over tasks of the mean return of a task's trajectories
+        "sha256_of_contents": digest(data, dataset_rules(spec)),
+        # a mean over tasks of the mean return of a task's trajectories, up to the horizon
         "mean_return": round(float(means.mean()), 3),
         "mean_return_by_task": [round(float(mean), 3) for mean in means],
         "reference": None,  # what SMAC reaches with these data, where that has been measured

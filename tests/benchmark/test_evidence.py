@@ -445,6 +445,21 @@ def test_plot_all_run_again_changes_nothing(tmp_path, monkeypatch):
         assert committed.shape == made.shape and np.abs(committed - made).mean() < 1, name
 
 
+@pytest.mark.parametrize("folder", tables.FOLDERS.values())
+def test_results_are_of_the_data_in_the_repository(folder):
+    """Where a run says which data it had; runs of the earliest commits do not."""
+    checked = 0
+    for file in (ROOT / "benchmark" / "results" / folder).glob("*__*.json"):
+        flags = json.loads(file.read_text())
+        name = Path(flags.get("dataset") or f"datasets/{flags['env_id']}.npz")
+        if not flags.get("dataset_sha256") or "dataset" not in flags:
+            continue
+        described = json.loads((ROOT / name.with_suffix(".json")).read_text())
+        assert flags["dataset_sha256"] == described["sha256_of_contents"], file.name
+        checked += 1
+    assert checked
+
+
 def test_the_index_is_short_and_its_links_lead_somewhere():
     index = (ROOT / "benchmark" / "results" / "README.md").read_text()
     assert len(index.splitlines()) <= 150

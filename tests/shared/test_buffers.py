@@ -494,12 +494,12 @@ def test_shipped_dataset_is_valid(file, capsys, monkeypatch):
     assert not capsys.readouterr().err  # no test task is a training task
     tasks = envs.sample_tasks(env_id, spec.num_train_tasks + spec.num_test_tasks)
     train_tasks, test_tasks = np.split(tasks, [spec.num_train_tasks])
-    if env_id.startswith("Sawyer"):  # SawyerManipulation200 has other training tasks
+    if env_id.startswith("Sawyer"):  # SawyerManipulation200 has other tasks
         monkeypatch.syspath_prepend(str(file.parent))
         import make_sawyer
 
         number = int(file.stem.removeprefix(env_id) or 0)
-        train_tasks, _ = make_sawyer.draw_tasks(env_id, number)
+        train_tasks, test_tasks = make_sawyer.draw_tasks(env_id, number)
     np.testing.assert_allclose(dataset["train_tasks"], train_tasks)
     np.testing.assert_allclose(dataset["test_tasks"], test_tasks)
     assert dataset["command"].startswith("python ")
