@@ -55,7 +55,6 @@ STYLES = {
     "smac_lambda_10_no_pearl": ("tab:gray", ":"),
     "smac_lambda_10_no_pearl_no_new_data": ("tab:gray", "-."),
     "smac_lambda_10_more_offline": ("tab:gray", "--"),
-    "smac_lambda_pearl": ("indigo", "-"),
     "smac_small_kl": ("slategray", "-"),
     "smac_small_kl_more_offline": ("slategray", "--"),
     "smac_small_kl_lambda_10": ("slategray", "-."),
@@ -126,12 +125,7 @@ PANELS = {  # of the picture of one benchmark
     ],
     "what enters the encoder's buffer": ["smac", "smac_encoder_prior"],
     "critics": ["smac", "smac_two_critics"],
-    "how much it collects; the actor": [
-        "smac",
-        "smac_one_task",
-        "smac_five_tasks",
-        "smac_lambda_pearl",
-    ],
+    "how much it collects": ["smac", "smac_one_task", "smac_five_tasks"],
     "data that give the task away": [
         "smac",
         "smac_goal_data",

@@ -208,8 +208,6 @@ def more_tasks():
         "smac_oracle_rewards": (f"{smac} --oracle-rewards", FOUR),
         **others(smac, flags),
         **context_methods(flags, 35_000, FOUR, 7_500),
-        "smac_five_tasks": (f"{smac} {FIVE_TASKS}", (3,)),
-        "smac_lambda_pearl": (f"{smac} --lambda-pearl 1", ONE),
     }
 
 

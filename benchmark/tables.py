@@ -46,7 +46,6 @@ NAMES = {  # label of a run: its name in pictures and texts, in this order
     "smac_lambda_10_no_pearl": "lambda 10, lambda_pearl 0",
     "smac_lambda_10_no_pearl_no_new_data": "lambda 10, lambda_pearl 0, on the old data",
     "smac_lambda_10_more_offline": "lambda 10, as many steps, all offline",
-    "smac_lambda_pearl": "lambda_pearl 1",
     "smac_small_kl": "KL weight .004",
     "smac_small_kl_more_offline": "KL weight .004, as many steps, all offline",
     "smac_small_kl_lambda_10": "KL weight .004, lambda 10",
