@@ -248,7 +248,7 @@ def test_a_batch_has_two_histories_of_each_task_from_the_encoder_buffer():
                 "rewards": torch.full((5,), 9.0),
                 "terminals": torch.zeros(5),
             }
-            buffer.add(task, path, **where)
+            buffer.extend([(task, path)], **where)
     args = focal.Args(rl_batch=3, context_batch=2, meta_batch=4)
     seen = set()
     for seed in range(8):

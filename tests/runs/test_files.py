@@ -185,7 +185,8 @@ def test_returns_by_task_have_the_order_of_the_tasks():
         "rl_tasks": np.array([1, 0, 1], np.int32),
         "rl_rewards": np.array([5, 1, 1, 7], np.float32),
     }
-    assert returns_by_task(data).tolist() == [2, 6]
+    assert returns_by_task(data, 2).tolist() == [2, 6]
+    assert returns_by_task(data, 1).tolist() == [1, 6]  # what is beyond the horizon does not count
 
 
 SHIPPED = sorted((ROOT / "datasets").glob("*.npz"))

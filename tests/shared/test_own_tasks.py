@@ -749,7 +749,7 @@ def test_the_rooms_of_the_tasks_hold_whatever_comes_in_whatever_order(seed):
             "rewards": numbers,
             "terminals": numbers,
         }
-        buffer.add(task, path, rl=bool(where & 1), encoder=bool(where & 2))
+        buffer.extend([(task, path)], rl=bool(where & 1), encoder=bool(where & 2))
         for bit, name in ((1, "rl"), (2, "encoder")):
             if where & bit:
                 expected.setdefault((name, task), []).extend(numbers.tolist())
