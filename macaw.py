@@ -38,8 +38,8 @@ class Args:
     preset: Literal["original", "matched", "short"] = "original"  # [M], SMAC's sizes, or few steps
     seed: int = 1  # seed of the networks, of exploration and of sampling
     dataset: Optional[str] = None  # offline dataset; by default datasets/{env_id}.npz
-    # PAPER: 1,000,000 steps (code; SMAC's authors' fork 100,000). CODE: about as many transitions as
-    # SMAC draws offline, and with --preset short the same learning rates with fewer steps.
+    # PAPER: 1,000,000 steps (code; SMAC's authors' fork 100,000). CODE: about as many transitions
+    # as SMAC draws offline, and with --preset short the same learning rates with fewer steps.
     offline_steps: int = 25_000  # gradient steps: 64 million transitions (SMAC offline: 51)
     eval_every: int = 4_000  # gradient steps between two evaluations, each with a checkpoint
     keep_agents: bool = False  # keep the agent of every evaluation, agent_{step}.npz
