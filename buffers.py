@@ -349,10 +349,8 @@ def load_dataset(env_id: str, file=None) -> dict:
 
     data = read_npz(file, accept)
     check_dataset(file, env_id, data)
-    train_tasks = {tuple(task) for task in data["train_tasks"]}
-    seen = [tuple(task) in train_tasks for task in data["test_tasks"]]
-    if any(seen):
-        words = f"{sum(seen)} of {len(seen)} test tasks in {file} are training tasks, too"
+    if seen := files.seen_test_tasks(data):
+        words = f"{seen} of {len(data['test_tasks'])} test tasks in {file} are training tasks, too"
         print_safely(f"warning: {words}", "stderr")
     dataset = {name: data[name] for name in ("train_tasks", "test_tasks", "command")}
     for part in ("rl", "encoder"):

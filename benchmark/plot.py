@@ -290,7 +290,8 @@ def draw_methods():
     for level in (0, 1):
         axes.axvline(level, color="0.8", linewidth=1, zorder=0)
     axes.set_xlabel(
-        "normalised return on test tasks\n(0: the data, 1: the best of these and of FOCAL, CSRO, UNICORN there)\n"
+        "normalised return on test tasks\n"
+        "(0: the data, 1: the best of these and of FOCAL, CSRO, UNICORN there)\n"
         "interquartile mean over six environments, bar: its 95 % interval\n"
         "(hollow, no bar: a single seed on some environment)",
         fontsize=9,

@@ -196,7 +196,7 @@ def eight_behaviours():
 
 
 def more_tasks():
-    """All methods with --preset short on Sawyer with 200 training tasks; true rewards are the oracle."""
+    """All methods with --preset short on Sawyer with 200 tasks; true rewards are the oracle."""
     flags = (
         "--env-id SawyerManipulation --preset short --dataset datasets/SawyerManipulation200.npz"
     )

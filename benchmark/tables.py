@@ -150,8 +150,8 @@ def scale(folder, group=TEST):
     """Two returns, the zero and the one of normalised returns: the data's, and of the best method.
 
     The methods are SMAC, its control, the rivals and the oracle, without variants of SMAC. On
-    Sawyer the data are of a script that knows its task, so there zero is the return of never
-    achieving the behaviour.
+    Sawyer the data are of a script, which no learner has to beat; there zero is the return of
+    never achieving the behaviour.
     """
     found = evidence.load(folder)
     environment = "Sawyer" if "Sawyer" in folder else ""

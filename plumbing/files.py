@@ -290,6 +290,12 @@ def check_tasks(path, env_id, spec, data):
     env.close()
 
 
+def seen_test_tasks(data) -> int:
+    """How many test tasks of a dataset are training tasks, too."""
+    train_tasks = set(map(tuple, data["train_tasks"]))
+    return sum(tuple(task) in train_tasks for task in data["test_tasks"])
+
+
 def check_part(path, spec, part, data):
     """Raise an InputError for what is wrong with the RL or the encoder part of a dataset."""
     tasks = data[f"{part}_tasks"]

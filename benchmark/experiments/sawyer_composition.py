@@ -73,5 +73,9 @@ if __name__ == "__main__":
             lines.append((name, split, *row(env_id, dataset[f"{split}_tasks"], entries)))
             print(*lines[-1], flush=True)
     table = "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
-    text = f"Returns of {envs.SPECS['SawyerManipulation'].horizon} steps.\n\n{table}\n"
+    text = f"""`python benchmark/experiments/sawyer_composition.py`: mean returns of 50 steps; behaviours
+in the order of `sawyer.BEHAVIOURS`.
+
+{table}
+"""
     (ROOT / "benchmark" / "results" / "sawyer" / "composition.md").write_text(text)
