@@ -50,7 +50,7 @@ class Args:
 
     # --- Loss of the encoder
     context_loss: Literal["focal", "csro", "unicorn"] = "focal"  # what trains the encoder
-    csro_weight: float = 2.5  # weight of CLUB beside the metric (CSRO's code: 2, 5 or 10)
+    csro_weight: float = 5.0  # weight of CLUB beside the metric (CSRO's code: 2, 5 or 10)
     critic_to_encoder: bool = False  # the critic's loss trains it too (an option of CSRO's code)
     unicorn_weight: float = 0.15  # weight of UNICORN's metric; it must fit the rewards
 
@@ -63,8 +63,8 @@ class Args:
     # history, 65,000 steps and more (code). CODE: SMAC's sizes, so that all methods have the same.
     latent_dim: int = 5  # size of z [Table 1]
     num_critics: Literal[1, 2] = 2  # one Q-function (the text), or the smaller of two (the code)
-    # PAPER: the encoder sees s' on Hopper and Walker, UNICORN's everywhere (code). CODE: as SMAC's,
-    # it does not.
+    # PAPER: UNICORN's encoder sees s' everywhere (code). CODE: as those of FOCAL and CSRO, where the
+    # dynamics differ; SMAC's does not.
     next_obs_in_context: bool = False  # the encoder sees s'
 
     # --- Gradient step
@@ -86,8 +86,13 @@ class Args:
 
 # --- What differs from these defaults in an environment, and with --preset short
 SMALL = dict(q_hidden=(128, 128), policy_hidden=(128, 128), encoder_hidden=(128, 128), lr=1e-3)
+DYNAMICS = dict(next_obs_in_context=True, unicorn_weight=1.5)  # as those papers have it
 PRESETS = {
-    "AntDirection": dict(eval_every=8_000),
+    "HopperParam": DYNAMICS,
+    "WalkerParam": DYNAMICS,
+    "CheetahVelocity": dict(csro_weight=2.0),
+    "HumanoidDirection": dict(csro_weight=10.0),
+    "AntDirection": dict(csro_weight=10.0, eval_every=8_000),
     "SawyerManipulation": dict(
         num_critics=1,
         reward_scale=1.0,
@@ -458,8 +463,8 @@ def update(agent, optimizer, batch, args):
         l_encoder = l_metric
     if args.context_loss == "csro":
         l_club, l_psi = club_losses(agent, batch["context"], obs_dim, action_dim)
-        # PAPER: lambda of 10 to 50 by environment, beside 10 times the metric and without CLUB's
-        # half (code), here 2 to 10. CODE: 2.5.
+        # PAPER: lambda of 10, 25 or 50, beside 10 times the metric and without CLUB's half (code).
+        # CODE: the same weights, which are 2, 5 and 10 here.
         l_encoder = l_metric + args.csro_weight * l_club + l_psi
         info |= {"losses/club": l_club, "losses/psi": l_psi}
     if args.context_loss == "unicorn":
