@@ -569,6 +569,13 @@ def claims_table():
     return markdown(head, [*rows, row])
 
 
+def verdict_cell(word, differences, environment):
+    """A verdict and the paired differences that it is on; empty if there are none."""
+    if not len(differences):
+        return ""
+    return f"{word}<br>{mean_words(differences, places(environment), '+')}"
+
+
 def claims_rows(claims, environments):
     """For each claim its title, and on each environment the verdict and the difference."""
     rows = []
@@ -578,9 +585,7 @@ def claims_rows(claims, environments):
             cell = ""
             if environment in claim.environments:
                 word, differences = judge(claim, environment)
-                if len(differences):
-                    numbers = mean_words(differences, places(environment), "+")
-                    cell = f"{word}<br>{numbers}"
+                cell = verdict_cell(word, differences, environment)
             row.append(cell)
         rows.append(row)
     return rows
@@ -735,6 +740,7 @@ for _label in (
 ):
     CONTEXT_VARIANTS[NAMES[_label]] = ([_label], OFFLINE)
 OWN_CONTEXT = "prior, 2"  # how SMAC explores, in the tables of experiments/explore.py
+WAYS_TO_EXPLORE = "prior", "random", "task", "idaq"  # as there
 
 
 def context_scores(environment, labels, phase):
@@ -778,11 +784,95 @@ def context_claims_table():
     return markdown(head, claims_rows(CONTEXT_CLAIMS, COMPARED))
 
 
+def played_agent(name):
+    """(environment, label, seed) of an agent in the tables of experiments/explore.py.
+
+    None: it is a shipped agent, agents/{environment}.npz.
+    """
+    environment, _, file = name.partition("/")
+    label, _, seed = Path(file).stem.rpartition("__")
+    return (environment, label, int(seed)) if label else None
+
+
+def explored_by_seed():
+    """What agents of several seeds return: {(environment, label, steps): {way: {seed: return}}}."""
+    found = {}
+    for row in evidence.explored():
+        played = played_agent(row["agent"])
+        if not played:
+            continue
+        environment, label, seed = played
+        ways = found.setdefault((environment, label, int(row["gradient steps"])), {})
+        for way in list(row)[2:]:
+            ways.setdefault(way, {})[seed] = after_exploring(row, way)[0]
+    return {key: ways for key, ways in found.items() if len(ways[OWN_CONTEXT]) > 1}
+
+
 def explored_table():
-    """Every row of the tables of experiments/explore.py."""
-    rows = evidence.explored()
+    """The rows of the tables of experiments/explore.py that are of one seed."""
+    by_seed = {(environment, label) for environment, label, _ in explored_by_seed()}
+    rows = []
+    for row in evidence.explored():
+        played = played_agent(row["agent"])
+        if not played or played[:2] not in by_seed:
+            rows.append(row)
     head = list(dict.fromkeys(column for row in rows for column in row))
     return markdown(head, [[row.get(column, "") for column in head] for row in rows])
+
+
+def smac_by_way(environment):
+    """What SMAC returns before and after its second phase, by the way it explores.
+
+    Returns two {way: {seed: return}}, or None if agents of several seeds were not played.
+    """
+    steps = {}
+    for (where_played, label, step), ways in explored_by_seed().items():
+        if where_played == environment and label == "smac":
+            steps[step] = ways
+    if len(steps) != 2:
+        return None
+    before, after = (steps[step] for step in sorted(steps))
+    return before, after
+
+
+def ways_table():
+    """The same ways to explore, of agents of several seeds."""
+    found = explored_by_seed()
+    if not found:
+        return "None of them has been played yet."
+    names = list(next(iter(found.values())))
+    rows = []
+    for (environment, label, step), ways in found.items():
+        digits = places(environment)
+        row = [SHORT_NAMES[environment], NAMES[label], f"{step:,}"]
+        row += [mean_words(ways.get(way, {}).values(), digits) for way in names]
+        rows.append(row)
+    return markdown(["environment", "agents", "gradient steps", *names], rows)
+
+
+def ways_claims_table():
+    """Is a way to explore better than SMAC's own, and is the second phase better than that way?"""
+    environments = [name for name in COMPARED if smac_by_way(name)]
+    if not environments:
+        return "None of them has been played yet."
+    ways = [f"{way}, {number}" for way in WAYS_TO_EXPLORE for number in (2, 10)]
+    ways.remove(OWN_CONTEXT)
+    rows = []
+    for way in ways:
+        cells = []
+        for environment in environments:
+            before, _ = smac_by_way(environment)
+            differences = paired(before[way], before[OWN_CONTEXT])
+            cells.append(verdict_cell(verdict(differences), differences, environment))
+        rows.append([f"before: {way} > {OWN_CONTEXT}", *cells])
+    for way in [OWN_CONTEXT, *ways]:
+        cells = []
+        for environment in environments:
+            before, after = smac_by_way(environment)
+            differences = paired(after[OWN_CONTEXT], before[way])
+            cells.append(verdict_cell(verdict(differences), differences, environment))
+        rows.append([f"after, {OWN_CONTEXT} > before, {way}", *cells])
+    return markdown(["", *(SHORT_NAMES[name] for name in environments)], rows)
 
 
 def after_exploring(row, column):
@@ -799,7 +889,8 @@ def choosing():
     """
     phases = {}
     for row in evidence.explored():
-        phases.setdefault(row["agent"], []).append(row)
+        if not played_agent(row["agent"]):
+            phases.setdefault(row["agent"], []).append(row)
     found = {}
     for agent, rows in phases.items():
         if len(rows) != 2:  # it has no second phase
@@ -951,6 +1042,8 @@ TABLES = {
     "context_claims": context_claims_table,
     "explored": explored_table,
     "choosing": choosing_table,
+    "ways": ways_table,
+    "ways_claims": ways_claims_table,
 }
 TABLES_OF = {
     "runs": runs_table,

@@ -339,6 +339,38 @@ def test_ways_to_explore_are_read_from_their_files(results):
     assert tables.number("second_phase/not-more") == "A"
 
 
+def test_ways_to_explore_of_several_seeds_are_paired_by_seed(results):
+    """Two seeds of SMAC before and after its second phase, and one of FOCAL, which stays a row."""
+    (results / "context").mkdir()
+    names = [f"{way}, {number}" for way in tables.WAYS_TO_EXPLORE for number in (2, 10)]
+    lines = [f"| agent | gradient steps | {' | '.join(names)} | offline context |", "| --- |"]
+    of_seeds = {  # (seed, steps): what it returns after its own exploration, and after the others
+        (1, 5): (10.0, 30.0),
+        (1, 9): (50.0, 0.0),
+        (2, 5): (20.0, 42.0),
+        (2, 9): (60.0, 0.0),
+    }
+    for (seed, steps), (own, other) in of_seeds.items():
+        returns = " | ".join([f"0.0 → {own} ± 0.5", *[f"0.0 → {other} ± 0.5"] * 7])
+        lines.append(f"| AntDirection/smac__{seed}.npz | {steps} | {returns} | 7.0 ± 0.5 |")
+    focal = "| AntDirection/focal_more_offline__1.npz | 9 | " + " | ".join(["0.0 → 1.0 ± 0.5"] * 8)
+    lines.append(focal + " | 7.0 ± 0.5 |")
+    (results / "context" / "explore_AntDirection_seeds.md").write_text("\n".join(lines))
+
+    claims = tables.table("ways_claims")
+    # 30 - 10 and 42 - 20; 50 - 10 and 60 - 20; 50 - 30 and 60 - 42
+    assert cells(claims, "before: idaq, 2 > prior, 2") == ["holds<br>+21 ± 13 (2)"]
+    assert cells(claims, "after, prior, 2 > before, prior, 2") == ["holds<br>+40 ± 0 (2)"]
+    assert cells(claims, "after, prior, 2 > before, random, 10") == ["holds<br>+19 ± 13 (2)"]
+    ways = tables.table("ways").splitlines()
+    assert len(ways) == 4
+    assert ways[2].startswith("| Ant | SMAC | 5 | 15 ± 64 (2) | 36 ± 76 (2) |")
+    assert [line.split(" | ")[0] for line in tables.table("explored").splitlines()[2:]] == [
+        "| AntDirection/focal_more_offline__1.npz"
+    ]
+    assert len(tables.table("choosing").splitlines()) == 2  # no shipped agent
+
+
 def test_normalised_returns_are_between_the_data_and_the_best_method(results):
     for environment in tables.SIX:
         write_method(results, environment, "smac", [10.0, 20.0], phases=2)
