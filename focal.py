@@ -2,8 +2,8 @@
 
 Three other answers to the shift of context, which SMAC's second phase is meant to repair. Policy,
 Q-functions and their losses are those of smac_offline_online.py. What differs is the loss of the
-encoder, with two histories of each task; z, which is deterministic and has no KL term; and how it
-explores. The losses of the encoder:
+encoder, with two histories of each task; z, which is deterministic and has no KL term; that the
+encoder sees s' on Hopper and Walker; and how it explores. The losses of the encoder:
 
 - focal: a distance metric between tasks. Li, Yang, Luo, "FOCAL: Efficient Fully-Offline
   Meta-Reinforcement Learning via Distance Metric Learning and Behavior Regularization", ICLR 2021,
@@ -50,7 +50,7 @@ class Args:
 
     # --- Loss of the encoder
     context_loss: Literal["focal", "csro", "unicorn"] = "focal"  # what trains the encoder
-    csro_weight: float = 5.0  # weight of CLUB beside the metric (CSRO's code: 2, 5 or 10)
+    csro_weight: float = 5.0  # weight of CLUB beside the metric (CSRO's in these units: 2, 5, 10)
     critic_to_encoder: bool = False  # the critic's loss trains it too (an option of CSRO's code)
     unicorn_weight: float = 0.15  # weight of UNICORN's metric; it must fit the rewards
 
@@ -63,8 +63,8 @@ class Args:
     # history, 65,000 steps and more (code). CODE: SMAC's sizes, so that all methods have the same.
     latent_dim: int = 5  # size of z [Table 1]
     num_critics: Literal[1, 2] = 2  # one Q-function (the text), or the smaller of two (the code)
-    # PAPER: UNICORN's encoder sees s' everywhere (code). CODE: as those of FOCAL and CSRO, where the
-    # dynamics differ; SMAC's does not.
+    # PAPER: UNICORN's encoder sees s' everywhere (code). CODE: on Hopper and Walker, where the
+    # dynamics differ, as in FOCAL's and CSRO's code. SMAC's encoder never does.
     next_obs_in_context: bool = False  # the encoder sees s'
 
     # --- Gradient step
@@ -86,7 +86,7 @@ class Args:
 
 # --- What differs from these defaults in an environment, and with --preset short
 SMALL = dict(q_hidden=(128, 128), policy_hidden=(128, 128), encoder_hidden=(128, 128), lr=1e-3)
-DYNAMICS = dict(next_obs_in_context=True, unicorn_weight=1.5)  # as those papers have it
+DYNAMICS = dict(next_obs_in_context=True, unicorn_weight=1.5)  # on these two, as in the papers
 PRESETS = {
     "HopperParam": DYNAMICS,
     "WalkerParam": DYNAMICS,
@@ -469,7 +469,8 @@ def update(agent, optimizer, batch, args):
         info |= {"losses/club": l_club, "losses/psi": l_psi}
     if args.context_loss == "unicorn":
         l_decoder = transition_loss(agent, flat, z)
-        # PAPER: a weight of .15 to 1.5. CODE: .15, less where the rewards are small.
+        # PAPER: a weight of .15, 1.5 on Hopper and Walker. CODE: the same, less where the rewards
+        # are small.
         l_encoder = args.unicorn_weight * l_metric + l_decoder
         info |= {"losses/decoder": l_decoder}
 
