@@ -136,13 +136,14 @@ def _load(results, name):
 
 
 def add_first_part(found, label):
-    """Add what a run of focal.py was after as many steps as SMAC's offline phase has.
+    """Add what a run without a second phase was after as many steps as SMAC's offline phase has.
 
     With another budget nothing else changes, so that a run with the steps of both phases,
     {label}_more_offline, has the shorter one in it.
     """
     name = label.removesuffix("_more_offline")
-    if name == label or name.startswith("smac") or "smac" not in found:
+    has_second_phase = name.startswith("smac") and name != "smac_tiny_kl"
+    if name == label or has_second_phase or "smac" not in found:
         return
     steps = next(iter(found["smac"].values())).flags["offline_steps"]
     runs = dict(found.get(name, {}))

@@ -59,6 +59,8 @@ STYLES = {
     "smac_small_kl_more_offline": ("slategray", "--"),
     "smac_small_kl_lambda_10": ("slategray", "-."),
     "smac_small_kl_lambda_10_more_offline": ("slategray", ":"),
+    "smac_tiny_kl": ("slategray", "--"),
+    "smac_tiny_kl_more_offline": ("slategray", ":"),
     "smac_wide_more_offline": ("slategray", (0, (1, 1))),
     "smac_no_pearl": ("indigo", "--"),
     "smac_test_tasks": ("tab:green", "-"),

@@ -50,6 +50,8 @@ NAMES = {  # label of a run: its name in pictures and texts, in this order
     "smac_small_kl_more_offline": "KL weight .004, as many steps, all offline",
     "smac_small_kl_lambda_10": "KL weight .004, lambda 10",
     "smac_small_kl_lambda_10_more_offline": "the same, as many steps, all offline",
+    "smac_tiny_kl": "SMAC, KL weight .0001, offline",
+    "smac_tiny_kl_more_offline": "control, KL weight .0001",
     "smac_wide_more_offline": "KL weight .001, larger policy, all offline",
     "smac_no_pearl": "lambda_pearl 0",
     "smac_test_tasks": "explores test tasks",
@@ -737,6 +739,8 @@ for _label in (
     "unicorn_more_offline",
     "focal_critic",
     "focal_critic_more_offline",
+    "smac_tiny_kl",
+    "smac_tiny_kl_more_offline",
 ):
     CONTEXT_VARIANTS[NAMES[_label]] = ([_label], OFFLINE)
 OWN_CONTEXT = "prior, 2"  # how SMAC explores, in the tables of experiments/explore.py
