@@ -68,6 +68,7 @@ STYLES = {
     "smac_test_tasks_oracle_rewards": ("black", "-."),
     "smac_test_tasks_oracle_rewards_five_tasks": ("black", (0, (5, 2, 1, 2, 1, 2))),
     "smac_goal_data": ("saddlebrown", "-"),
+    "smac_goal_data_more_offline": ("tab:orange", ":"),
     "smac_goal_data_slow": ("saddlebrown", "--"),
     "smac_goal_data_oracle_rewards": ("black", ":"),
     "focal": ("tab:purple", "-"),
@@ -131,6 +132,7 @@ PANELS = {  # of the picture of one benchmark
     "data that give the task away": [
         "smac",
         "smac_goal_data",
+        "smac_goal_data_more_offline",
         "smac_goal_data_slow",
         "smac_goal_data_oracle_rewards",
         "focal_goal_data",

@@ -320,6 +320,7 @@ BENCHMARKS = {
         "smac_test_tasks": (f"{POINT} --explore-tasks test", THREE),
         "smac_test_tasks_oracle_rewards": (f"{POINT} --explore-tasks test --oracle-rewards", THREE),
         "smac_goal_data": (GOAL_DATA, THREE),
+        "smac_goal_data_more_offline": (control(GOAL_DATA, 12_600), THREE),
         "smac_goal_data_slow": (f"{GOAL_DATA} --lr 3e-4", THREE),
         "smac_goal_data_oracle_rewards": (f"{GOAL_DATA} --oracle-rewards", THREE),
         "macaw": ("macaw.py --env-id PointDirection", TEN),

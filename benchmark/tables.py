@@ -59,6 +59,7 @@ NAMES = {  # label of a run: its name in pictures and texts, in this order
     "smac_test_tasks_oracle_rewards": "explores test tasks, true rewards",
     "smac_test_tasks_oracle_rewards_five_tasks": "explores test tasks, true rewards, five tasks",
     "smac_goal_data": "goal-directed data",
+    "smac_goal_data_more_offline": "control: goal-directed data, all offline",
     "smac_goal_data_slow": "goal-directed data, lr 3e-4",
     "smac_goal_data_oracle_rewards": "goal-directed data, true rewards",
     "focal": "FOCAL",
