@@ -58,10 +58,10 @@ NAMES = {  # label of a run: its name in pictures and texts, in this order
     "smac_test_tasks_five_tasks": "explores test tasks, five tasks",
     "smac_test_tasks_oracle_rewards": "explores test tasks, true rewards",
     "smac_test_tasks_oracle_rewards_five_tasks": "explores test tasks, true rewards, five tasks",
-    "smac_goal_data": "goal-directed data",
-    "smac_goal_data_more_offline": "control: goal-directed data, all offline",
-    "smac_goal_data_slow": "goal-directed data, lr 3e-4",
-    "smac_goal_data_oracle_rewards": "goal-directed data, true rewards",
+    "smac_goal_data": "SMAC, goal-directed data",
+    "smac_goal_data_more_offline": "control, goal-directed data",
+    "smac_goal_data_slow": "SMAC, goal-directed data, lr 3e-4",
+    "smac_goal_data_oracle_rewards": "SMAC, goal-directed data, true rewards",
     "focal": "FOCAL",
     "focal_more_offline": "FOCAL, as many steps as SMAC",
     "focal_critic": "FOCAL, the critic trains the encoder",
@@ -744,6 +744,30 @@ for _label in (
     "smac_tiny_kl_more_offline",
 ):
     CONTEXT_VARIANTS[NAMES[_label]] = ([_label], OFFLINE)
+GOAL_METHODS = {  # on data whose actions give the task away
+    "SMAC, offline": (["smac_goal_data"], OFFLINE),
+    "SMAC, after": (["smac_goal_data"], SECOND),
+    "control": (["smac_goal_data_more_offline"], OFFLINE),
+    "FOCAL": (["focal_goal_data"], OFFLINE),
+    "CSRO": (["csro_goal_data"], OFFLINE),
+    "UNICORN": (["unicorn_goal_data"], OFFLINE),
+}
+GOAL_CLAIMS = []
+for _first, _second, _group in (
+    ("SMAC, after", "SMAC, offline", TEST),
+    ("SMAC, after", "control", TEST),
+    ("SMAC, after", "control", ("train", "offline")),
+    ("FOCAL", "SMAC, after", TEST),
+    ("CSRO", "SMAC, after", TEST),
+    ("UNICORN", "SMAC, after", TEST),
+    ("UNICORN", "control", TEST),
+    ("UNICORN", "control", ("train", "offline")),
+):
+    _title = f"{_first} > {_second}"
+    if _group != TEST:
+        _title += ", both with offline context"
+    _sides = GOAL_METHODS[_first], GOAL_METHODS[_second]
+    GOAL_CLAIMS.append(Claim("goal", _title, *_sides, group=_group))
 OWN_CONTEXT = "prior, 2"  # how SMAC explores, in the tables of experiments/explore.py
 WAYS_TO_EXPLORE = "prior", "random", "task", "idaq"  # as there
 
@@ -755,10 +779,10 @@ def context_scores(environment, labels, phase):
     return {group: scores(runs, phase, group) for group in GROUPS}
 
 
-def context_rows(methods):
+def context_rows(methods, environments):
     """For each environment and method its returns with both contexts, and the gap between them."""
     rows = []
-    for environment in COMPARED:
+    for environment in environments:
         digits = places(environment)
         for name, (labels, phase) in methods.items():
             found = context_scores(environment, labels, phase)
@@ -776,12 +800,23 @@ CONTEXT_HEAD += ["offline context, training tasks", "gap", "gap, training tasks"
 
 
 def context_table():
-    return markdown(CONTEXT_HEAD, context_rows(CONTEXT_METHODS))
+    return markdown(CONTEXT_HEAD, context_rows(CONTEXT_METHODS, COMPARED))
 
 
 def context_variants_table():
-    rows = [row for row in context_rows(CONTEXT_VARIANTS) if any(row[2:])]
+    rows = [row for row in context_rows(CONTEXT_VARIANTS, COMPARED) if any(row[2:])]
     return markdown(CONTEXT_HEAD, rows) if rows else "None of them has been run yet."
+
+
+def goal_table():
+    """Both contexts on the goal-directed data of PointDirection."""
+    rows = context_rows(GOAL_METHODS, ["PointDirection"])
+    return markdown(CONTEXT_HEAD[1:], [row[1:] for row in rows])
+
+
+def goal_claims_table():
+    rows = claims_rows(GOAL_CLAIMS, ["PointDirection"])
+    return markdown(["", "goal-directed data"], rows)
 
 
 def context_claims_table():
@@ -878,6 +913,23 @@ def ways_claims_table():
             cells.append(verdict_cell(verdict(differences), differences, environment))
         rows.append([f"after, {OWN_CONTEXT} > before, {way}", *cells])
     return markdown(["", *(SHORT_NAMES[name] for name in environments)], rows)
+
+
+def idaq_table():
+    """Is IDAQ with ten episodes better than how the agent explores in its evaluations?"""
+    rows = []
+    for (environment, label, step), ways in explored_by_seed().items():
+        if "idaq, 10" not in ways:
+            continue
+        runs = evidence.load(FOLDERS[environment])[label]
+        flags = next(iter(runs.values())).flags
+        own = f"{flags.get('explore', 'prior')}, 2"
+        differences = paired(ways["idaq, 10"], ways[own])
+        cell = verdict_cell(verdict(differences), differences, environment)
+        name = NAMES[label]
+        rows.append([SHORT_NAMES[environment], name, f"{step:,}", own, cell.replace("<br>", ", ")])
+    head = "environment", "agents", "gradient steps", "as it explores", "idaq, 10 is better"
+    return markdown(head, rows) if rows else "None of them has been played yet."
 
 
 def after_exploring(row, column):
@@ -1045,10 +1097,13 @@ TABLES = {
     "context": context_table,
     "context_variants": context_variants_table,
     "context_claims": context_claims_table,
+    "goal": goal_table,
+    "goal_claims": goal_claims_table,
     "explored": explored_table,
     "choosing": choosing_table,
     "ways": ways_table,
     "ways_claims": ways_claims_table,
+    "idaq": idaq_table,
 }
 TABLES_OF = {
     "runs": runs_table,

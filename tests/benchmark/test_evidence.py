@@ -370,6 +370,10 @@ def test_ways_to_explore_of_several_seeds_are_paired_by_seed(results):
     ]
     assert len(tables.table("choosing").splitlines()) == 2  # no shipped agent
 
+    write_method(results, "AntDirection", "smac", [10.0, 20.0], phases=2)  # how it explores
+    rows = tables.table("idaq").splitlines()
+    assert rows[2] == "| Ant | SMAC | 5 | prior, 2 | holds, +21 ± 13 (2) |"
+
 
 def test_normalised_returns_are_between_the_data_and_the_best_method(results):
     for environment in tables.SIX:
