@@ -825,13 +825,16 @@ def context_claims_table():
 
 
 def played_agent(name):
-    """(environment, label, seed) of an agent in the tables of experiments/explore.py.
+    """(environment, label, seed) of an agent {folder}/{label}__{seed}.npz of experiments/explore.py.
 
     None: it is a shipped agent, agents/{environment}.npz.
     """
-    environment, _, file = name.partition("/")
+    folder, _, file = name.partition("/")
     label, _, seed = Path(file).stem.rpartition("__")
-    return (environment, label, int(seed)) if label else None
+    if not label:
+        return None
+    environments = {Path(path).name: environment for environment, path in FOLDERS.items()}
+    return environments.get(folder, folder), label, int(seed)
 
 
 def explored_by_seed():
