@@ -176,7 +176,6 @@ def fifty_tasks():
         "smac": (smac, FOUR),
         "smac_more_offline": (control(smac, 35_000), FOUR),
         "smac_five_tasks": (f"{smac} {FIVE_TASKS}", TWO),
-        **context_methods(flags, 35_000, FOUR, 7_500),
     }
 
 
@@ -197,7 +196,6 @@ def eight_behaviours():
         "smac_five_tasks": (five_tasks, TWO),
         "smac_test_tasks_five_tasks": (f"{five_tasks} {test}", TWO),
         "smac_test_tasks_oracle_rewards_five_tasks": (f"{five_tasks} {oracle}", TWO),
-        **context_methods(flags, 35_000, FOUR, 7_500),
     }
 
 
