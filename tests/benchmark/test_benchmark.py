@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 import buffers
 import meta_bc
 import smac_offline_online as smac
-from benchmark import run, watch
+from benchmark import run, tables, watch
 from benchmark.speed import gpu
 from plumbing.flags import parse_args
 
@@ -179,9 +179,7 @@ def test_rivals_of_the_context_have_the_steps_of_smac():
         script = importlib.import_module(script.removesuffix(".py"))
         return parse_args(script.Args, script.PRESETS, flags)
 
-    names = ["point_direction", *run.SHORT_BENCHMARKS]
-    names.remove("short/PointDirection")
-    for name in names:
+    for name in [tables.FOLDERS[environment] for environment in tables.COMPARED]:
         rows = run.BENCHMARKS[name]
         smac = flags_of(rows["smac"][0])
         online_steps = smac.online_iterations * smac.updates_per_iteration
