@@ -883,7 +883,8 @@ def ways_table():
     found = explored_by_seed()
     if not found:
         return "None of them has been played yet."
-    names = list(next(iter(found.values())))
+    names = [f"{way}, {number}" for way in WAYS_TO_EXPLORE for number in (2, 10)]
+    names.append("offline context")
     rows = []
     for (environment, label, step), ways in found.items():
         digits = places(environment)
