@@ -142,8 +142,9 @@ def add_first_part(found, label):
     {label}_more_offline, has the shorter one in it.
     """
     name = label.removesuffix("_more_offline")
-    has_second_phase = name.startswith("smac") and name != "smac_tiny_kl"
-    if name == label or has_second_phase or "smac" not in found:
+    # SMAC's shorter budget is its own offline phase; this label is run without a second one alone
+    is_smac = name.startswith("smac") and name != "smac_tiny_kl"
+    if name == label or is_smac or "smac" not in found:
         return
     steps = next(iter(found["smac"].values())).flags["offline_steps"]
     runs = dict(found.get(name, {}))
