@@ -142,7 +142,7 @@ def add_first_part(found, label):
     {label}_more_offline, has the shorter one in it.
     """
     name = label.removesuffix("_more_offline")
-    # SMAC's shorter budget is its own offline phase; this label is run without a second one alone
+    # SMAC has runs of its offline phase already, but none with this KL weight
     is_smac = name.startswith("smac") and name != "smac_tiny_kl"
     if name == label or is_smac or "smac" not in found:
         return
