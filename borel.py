@@ -43,10 +43,10 @@ class Args:
     preset: Literal["original", "matched", "short"] = "original"  # [B], SMAC's sizes, or small ones
     seed: int = 1  # seed of the networks, of exploration and of sampling
     dataset: Optional[str] = None  # offline dataset; by default datasets/{env_id}.npz
-    vae_steps: int = 5_000  # gradient steps of stage 1 (100 epochs of 100 tasks: 2,500)
+    vae_steps: int = 5_000  # gradient steps of stage 1 (100 epochs of 100 tasks, 4 a step: 2,500)
     # PAPER: 1,000,000 steps (code; SMAC's authors' fork 400,000). CODE: as many as MACAW here.
     offline_steps: int = 25_000  # gradient steps of stage 2: 102 million transitions (SMAC: 51)
-    eval_every: int = 4_000  # steps between two evaluations of stage 2, each with a checkpoint
+    eval_every: int = 4_000  # a checkpoint at multiples, stage 1 included; in stage 2 evaluated
     keep_agents: bool = False  # keep the agent of every evaluation, agent_{step}.npz
     run_dir: str = "runs"  # results go to RUN_DIR/{env_id}__{script}__{seed}/
     resume: Optional[str] = None  # folder of a run: continue it from its checkpoint
@@ -75,7 +75,7 @@ class Args:
     alpha: float = 0.2  # weight of the policy's entropy [B]
 
 
-# --- What differs from these defaults in an environment, and with --preset matched or short
+# --- What differs from these defaults with a preset, and in an environment, whose row wins
 # SMAC's paper ran BOReL with its own values and with SMAC's (`matched`), and reports the better
 # result (Section 6).
 SMALL = dict(q_hidden=(128, 128), policy_hidden=(128, 128), lr=1e-3)

@@ -84,7 +84,7 @@ class Args:
     explore_episodes: int = 2  # exploration episodes before the scored one
 
 
-# --- What differs from these defaults in an environment, and with --preset short
+# --- What differs from these defaults with --preset short, and in an environment, whose row wins
 SMALL = dict(q_hidden=(128, 128), policy_hidden=(128, 128), encoder_hidden=(128, 128), lr=1e-3)
 DYNAMICS = dict(next_obs_in_context=True, unicorn_weight=1.5)  # on these two, as in the papers
 PRESETS = {
@@ -323,8 +323,8 @@ def actor_loss(agent, batch, z, q, args, lambda_pearl):
     log_prob = tanh_gaussian_log_prob(data_u, mean, log_std)  # (N,)
     loss = 0.0 if args.actor_ablation else -(weights * log_prob).mean()
 
-    # --- PEARL's: D_KL(pi(a | s, z) || exp Q / Z) up to a constant. As in the text log pi,
-    # PEARL's entropy, is a part of it; the authors' code leaves it out.
+    # --- PEARL's: D_KL(pi(a | s, z) || exp Q / Z) up to a constant. As in the text it contains
+    # log pi, the entropy term; the authors' code leaves that out.
     if lambda_pearl:
         new_log_prob = tanh_gaussian_log_prob(u, mean, log_std)
         loss = loss + lambda_pearl * (new_log_prob - q_new).mean()
@@ -405,7 +405,7 @@ def sample_batch(buffer, args, rng):
     """Tasks, of each two histories h and transitions for critic and actor, and all noise."""
     # PAPER: in the code of FOCAL and CSRO the tasks of a batch differ and have one history each, so
     # that no two z are of one task. CODE: two histories of each task.
-    num_tasks = len(buffer.sizes["encoder"])
+    num_tasks = len(buffer.sizes["rl"])
     tasks = torch.randint(num_tasks, (args.meta_batch,), generator=rng, device=rng.device)  # (T,)
 
     batch = buffer.sample(tasks, args.rl_batch, rng)
@@ -461,13 +461,13 @@ def update(agent, optimizer, batch, args):
     info = {"losses/metric": l_metric}
     if args.context_loss == "focal":
         l_encoder = l_metric
-    if args.context_loss == "csro":
+    elif args.context_loss == "csro":
         l_club, l_psi = club_losses(agent, batch["context"], obs_dim, action_dim)
         # PAPER: lambda of 10, 25 or 50, beside 10 times the metric and without CLUB's half (code).
         # CODE: the same weights, which are 2, 5 and 10 here.
         l_encoder = l_metric + args.csro_weight * l_club + l_psi
         info |= {"losses/club": l_club, "losses/psi": l_psi}
-    if args.context_loss == "unicorn":
+    elif args.context_loss == "unicorn":
         l_decoder = transition_loss(agent, flat, z)
         # PAPER: a weight of .15, 1.5 on Hopper and Walker. CODE: the same, less where the rewards
         # are small.
@@ -555,10 +555,16 @@ def training_z(agent, buffer, args, rng):
 
     Each is from `rl_batch` transitions: the more, the less noisy.
     """
-    tasks = torch.nonzero(buffer.sizes["offline"])[:, 0]
+    tasks = torch.arange(len(buffer.sizes["offline"]), device=buffer.device)
     h_offline = buffer.sample(tasks, args.rl_batch, rng, "offline")
     mu, _ = agent.encoder(make_context(h_offline, args))
     return mu
+
+
+def random_z(z_train, rng):
+    """The z of five random training tasks in each environment: (E, N, dz) -> (E, 5, dz)."""
+    numbers = torch.randint(z_train.shape[1], (len(z_train), 5), generator=rng)  # (E, 5)
+    return z_train[torch.arange(len(z_train))[:, None], numbers]
 
 
 def farthest_z(z_train, played, rng):
@@ -566,14 +572,12 @@ def farthest_z(z_train, played, rng):
 
     z_train (E, N, dz), played: a list of (E, dz); if it is empty, any of the five -> (E, dz).
     """
-    numbers = torch.randint(z_train.shape[1], (len(z_train), 5), generator=rng)  # (E, 5)
-    rows = torch.arange(len(z_train))
-    candidates = z_train[rows[:, None], numbers]  # (E, 5, dz)
+    candidates = random_z(z_train, rng)  # (E, 5, dz)
     if not played:
         return candidates[:, 0]
     difference = candidates[:, :, None] - torch.stack(played, 1)[:, None]  # (E, 5, played, dz)
     to_nearest = difference.square().sum(-1).amin(2)  # (E, 5)
-    return candidates[rows, to_nearest.argmax(1).cpu()]
+    return candidates[torch.arange(len(candidates)), to_nearest.argmax(1).cpu()]
 
 
 @torch.no_grad()
@@ -635,7 +639,7 @@ def explore(env_list, agent, args, rng, z_train):
     for _ in range(args.explore_episodes):
         mu, sigma = prior(len(env_list), args, z_train.device)
         if args.explore == "task":
-            mu = farthest_z(z_train, [], rng)  # far from nothing: z of a random task
+            mu = random_z(z_train, rng)[:, 0]
             sigma = torch.zeros_like(mu)
         if args.explore == "random":
             paths = envs.random_episodes(env_list, rng)
@@ -680,8 +684,7 @@ def evaluate(agent, buffer, eval_envs, args):
     for split in ("test", "train"):
         tasks, env_list = eval_envs[split]
         z_each = z_train.expand(len(tasks), -1, -1)  # (E, N, dz)
-        results = buffers.on_cores(adapt, env_list, agent, args, rng, z_each)
-        final, exploration, mu_own, _ = results
+        final, exploration, mu_own, _ = buffers.on_cores(adapt, env_list, agent, args, rng, z_each)
         evaluations.append(buffers.Evaluation(split, "own", tasks, final, exploration))
 
     # --- Offline context: the same training tasks with z from h_offline, which has as many
@@ -716,7 +719,7 @@ def main(args):
     spec = envs.lookup(args.env_id)
     device = buffers.choose_device(args)
     torch.manual_seed(args.seed)
-    train_rng = torch.Generator(device).manual_seed(args.seed)
+    rng = torch.Generator(device).manual_seed(args.seed)
 
     dataset = buffers.load_dataset(args.env_id, args.dataset)
     buffer = buffers.from_dataset(dataset, args.env_id, device)
@@ -725,13 +728,13 @@ def main(args):
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.lr, fused=True, capturable=on_gpu)
 
     eval_envs = envs.make_evaluation(args.env_id, dataset["train_tasks"], dataset["test_tasks"])
-    state = dict(agent=agent, optimizer=optimizer, rng=train_rng)
+    state = dict(agent=agent, optimizer=optimizer, rng=rng)
     with buffers.Run(args, __file__, dataset["sha256"], **state) as run:
         # The same functions, faster: a CUDA graph on a GPU, the best exact precision on a CPU
         sample = run.fast(sample_batch)
         learn = run.fast(update, args.compile)
         for _ in run.steps(args.offline_steps, "offline"):
-            batch = sample(buffer, args, train_rng)
+            batch = sample(buffer, args, rng)
             info = learn(agent, optimizer, batch, args)
             run.log(info)
             if run.evaluation_due:

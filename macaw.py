@@ -57,7 +57,7 @@ class Args:
     # --- Gradient step
     rl_batch: int = 256  # transitions a task for the outer losses, D_ts [M]
     context_batch: int = 256  # transitions a task for the inner steps, D_tr [M]
-    meta_batch: int = 5  # tasks a gradient step [M]
+    meta_batch: int = 5  # tasks a gradient step, or all if there are fewer [M]
     gamma: float = 0.99  # discount [M]
     policy_lr: float = 1e-4  # alpha_2: Adam's learning rate, policy [M]
     value_lr: float = 1e-5  # eta_2: Adam's learning rate, value function [M]
@@ -66,7 +66,7 @@ class Args:
     adv_coef: float = 0.01  # lambda, the weight of L_ADV, at the start: it is learned too [M]
 
 
-# --- What differs from these defaults in an environment, and with --preset matched or short
+# --- What differs from these defaults with a preset, and in an environment, whose row wins
 # `matched` has SMAC's network sizes, learning rate and batch.
 PRESETS = {
     "AntDirection": dict(eval_every=8_000),
@@ -124,6 +124,7 @@ class WeightTransform(nn.Module):
         super().__init__()
         self.latent = nn.Parameter(torch.randn(LATENT_DIM) / n_out)
         self.generate = nn.Linear(LATENT_DIM, (n_in + 1) * n_out)
+        # softplus(log x) = log(1 + x), as in the authors' code: nearly x, if x is small
         self.raw_lr = nn.Parameter(torch.full((3,), math.log(inner_lr)))
 
     def forward(self):
@@ -333,6 +334,7 @@ def outer_losses(agent, inner, outer):
     theta_adapted, phi_adapted = inner_steps(agent, inner)
     l_value = value_loss(phi_adapted, outer).mean()
 
+    # The adapted advantage head is not used, so that its inner learning rates stay as they are
     mean, _ = policy_of(theta_adapted, outer["obs"])
     adv = advantages(phi_adapted, outer)
     l_actor = awr_loss(mean, outer, adv).mean()

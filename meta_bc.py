@@ -54,7 +54,7 @@ class Args:
     kl_coef: float = 0.1  # weight of the KL term of Eq. 3 (authors' code); it must fit the rewards
 
 
-# --- What differs from these defaults in an environment, and with --preset short
+# --- What differs from these defaults with --preset short, and in an environment, whose row wins
 SMALL = dict(policy_hidden=(128, 128), encoder_hidden=(128, 128), lr=1e-3)
 PRESETS = {
     "AntDirection": dict(eval_every=8_000),
@@ -350,7 +350,7 @@ def evaluate(agent, buffer, eval_envs, args):
     The generators are its own: evaluating changes nothing in training.
 
     Returns what `Run.write` takes: a list of `Evaluation`, scalars to log, and the trajectories of
-    the dataset in the training tasks, to be plotted.
+    the dataset in the training tasks, to be drawn.
     """
     rng = torch.Generator().manual_seed(args.seed)
     buffer_rng = torch.Generator(buffer.device).manual_seed(args.seed)
@@ -373,8 +373,8 @@ def evaluate(agent, buffer, eval_envs, args):
     for pair in exploration:
         lengths.append(sum(len(path["actions"]) for path in pair))
         explored_paths += pair
+    mean_length = round(sum(lengths) / len(lengths))
     lengths = torch.tensor(lengths, device=buffer.device)  # (E,)
-    mean_length = round(lengths.float().mean().item())
     h_offline = buffer.sample(tasks, mean_length, buffer_rng, "offline")
     mu, sigma = agent.encoder(make_context(h_offline, args))  # (E, dz)
     final = buffers.on_cores(rollout, env_list, agent, mu, sigma, rng, deterministic=True)

@@ -68,7 +68,7 @@ class Args:
     updates_per_iteration: int = 4_000  # gradient steps an iteration [PEARL's code]
 
 
-# --- What differs from these defaults in an environment, and with --preset short
+# --- What differs from these defaults with --preset short, and in an environment, whose row wins
 SMALL = dict(q_hidden=(128, 128), policy_hidden=(128, 128), encoder_hidden=(128, 128), lr=1e-3)
 PRESETS = {
     "HopperParam": dict(next_obs_in_context=True),
@@ -407,7 +407,8 @@ def rollout(env_list, agent, mu, sigma, rng, deterministic=False):
 def collect(env_list, tasks, num_steps, from_prior, agent, buffer, args, act_rng, train_rng):
     """Explore, with true rewards, and store.
 
-    Whole episodes in E tasks side by side, until each task has `num_steps` new transitions.
+    Whole episodes in E environments side by side, until each has given at least `num_steps`
+    transitions.
 
     Args:
         env_list: at least E environments, the first E already set to their tasks.
@@ -491,7 +492,7 @@ def evaluate(agent, eval_envs, args):
 
 def empty_buffer(spec, args, device):
     """A replay buffer with room for all that a run collects in the training tasks."""
-    # Collecting ends with a whole episode, and may go beyond the wanted number by almost one.
+    # Collecting ends with a whole episode: each portion may exceed its size by almost one.
     initial = spec.num_train_tasks * (args.initial_steps + spec.horizon)
     longest_visit = args.prior_steps + args.posterior_steps + 2 * spec.horizon
     visits = args.online_iterations * args.tasks_per_iteration

@@ -231,7 +231,13 @@ TRAY = [
     ((0.00875, 0.175, 0.0875), (-TRAY_HALF, 0, 0)),
     ((0.00875, 0.175, 0.0875), (TRAY_HALF, 0, 0)),
 ]
-BUTTON = Link(0.1, [((0.025, 0.0125), (0, 0, 0))], 1000, "PRISMATIC", limits=(-0.0125, 0.0125))
+BUTTON = Link(
+    0.1,
+    [((0.025, 0.0125), (0, 0, 0))],
+    friction=1000,
+    joint="PRISMATIC",
+    limits=(-0.0125, 0.0125),
+)
 BODIES = {  # (red, green, blue), links
     "arm": (
         (0.6, 0.15, 0.15),
@@ -245,7 +251,7 @@ BODIES = {  # (red, green, blue), links
     ),
     "table": (
         (0.8, 0.7, 0.6),
-        [Link(0, [((1, 1.5, 0.05), (0, 0, -0.025))], 1)],
+        [Link(0, [((1, 1.5, 0.05), (0, 0, -0.025))], friction=1)],
     ),
     "bottom_drawer": (
         (0.4, 0.5, 0.7),
@@ -253,7 +259,7 @@ BODIES = {  # (red, green, blue), links
     ),
     "brick": (
         (0.1, 0.2, 0.9),
-        [Link(0.1, [((0.0448, 0.0448, 0.0322), (0, 0, 0))], 1)],
+        [Link(0.1, [((0.0448, 0.0448, 0.0322), (0, 0, 0))], friction=1)],
     ),
     "top_drawer": (
         (0.5, 0.6, 0.4),
@@ -261,7 +267,7 @@ BODIES = {  # (red, green, blue), links
     ),
     "button": (
         (0.8, 0.2, 0.2),
-        [Link(0, [((0.1, 0.1, 0.025), (0, 0, -0.025))], 10), BUTTON],
+        [Link(0, [((0.1, 0.1, 0.025), (0, 0, -0.025))], friction=10), BUTTON],
     ),
     "tray": (
         (0.3, 0.3, 0.3),
@@ -313,7 +319,10 @@ def task_choices(num_behaviours, task):
 
 
 def free_places(column, bottom, top, button):
-    """The rows of PLACES for the "tray" or the "object" that drawers and button leave free."""
+    """The rows of PLACES for the "tray" or the "object" that drawers and button leave free.
+
+    Both may get the same one; then the object starts in the tray.
+    """
     if column == "object" and (bottom or top):
         return [2]
     if bottom:

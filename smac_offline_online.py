@@ -68,7 +68,7 @@ class Args:
     prior_steps: int = 400  # new transitions of each task, z from the prior [authors' code]
     posterior_steps: int = 600  # new transitions of each task, z from the posterior
     updates_per_iteration: int = 4_000  # gradient steps an iteration [PEARL's code]
-    encoder_buffer: Literal["prior", "all", "frozen"] = "prior"  # new data in it [C.2]
+    encoder_buffer: Literal["prior", "all", "frozen"] = "prior"  # new data: z ~ p(z), all, none
 
     # --- Ablations and oracle of the paper
     explore_tasks: Literal["train", "test"] = "train"  # where the second phase collects [Figure 9]
@@ -78,7 +78,7 @@ class Args:
     encoder_loss: Literal["reward", "reward_then_q", "q"] = "reward"  # trains encoder [Figure 7]
 
 
-# --- What differs from these defaults in an environment, and with --preset short
+# --- What differs from these defaults with --preset short, and in an environment, whose row wins
 SMALL = dict(q_hidden=(128, 128), policy_hidden=(128, 128), encoder_hidden=(128, 128), lr=1e-3)
 PRESETS = {
     "CheetahVelocity": dict(encoder_buffer="frozen"),  # [C.2]
@@ -316,8 +316,8 @@ def actor_loss(agent, batch, z, q, args, lambda_pearl):
     log_prob = tanh_gaussian_log_prob(data_u, mean, log_std)  # (N,)
     loss = 0.0 if args.actor_ablation else -(weights * log_prob).mean()
 
-    # --- PEARL's: D_KL(pi(a | s, z) || exp Q / Z) up to a constant. As in the text log pi,
-    # PEARL's entropy, is a part of it; the authors' code leaves it out.
+    # --- PEARL's: D_KL(pi(a | s, z) || exp Q / Z) up to a constant. As in the text it contains
+    # log pi, the entropy term; the authors' code leaves that out.
     if lambda_pearl:
         new_log_prob = tanh_gaussian_log_prob(u, mean, log_std)
         loss = loss + lambda_pearl * (new_log_prob - q_new).mean()
@@ -360,9 +360,9 @@ def sample_batch(buffer, args, rng):
 
     h' is of the RL buffer of D_i, h of its encoder buffer, which may hold other data [C.2].
     """
-    has_data = buffer.sizes["encoder"] > 0
+    has_data = buffer.sizes["encoder"] > 0  # a test task has none before it is explored
     draws = torch.rand(args.meta_batch, len(has_data), generator=rng, device=rng.device)
-    tasks = (draws * has_data).argmax(1)  # (T,), uniform over the tasks that have data
+    tasks = (draws * has_data).argmax(1)  # (T,), uniform over the tasks with data
 
     batch = buffer.sample(tasks, args.rl_batch, rng)  # h'
     h = buffer.sample(tasks, args.context_batch, rng, "encoder")
@@ -400,10 +400,10 @@ def update(agent, optimizer, batch, args, self_supervised):
     if args.encoder_loss == "reward":  # SMAC
         reward_loss_to_encoder = train_decoder
         q_loss_to_encoder = False
-    elif args.encoder_loss == "reward_then_q":
+    elif args.encoder_loss == "reward_then_q":  # both losses offline, then the Q-loss alone
         reward_loss_to_encoder = not self_supervised
         q_loss_to_encoder = True
-    else:
+    else:  # "q": the Q-loss alone, in both phases
         reward_loss_to_encoder = False
         q_loss_to_encoder = True
     train_encoder = reward_loss_to_encoder or q_loss_to_encoder
@@ -500,7 +500,8 @@ def rollout(env_list, agent, mu, sigma, rng, deterministic=False, read_rewards=T
 def collect(env_list, tasks, num_steps, from_prior, agent, buffer, args, act_rng, train_rng):
     """Explore without rewards (unless --oracle-rewards), label, and store [Alg. 1, l. 7 to 9].
 
-    Whole episodes in E tasks side by side, until each has at least `num_steps` new transitions.
+    Whole episodes in E environments side by side, until each has given at least `num_steps`
+    transitions.
 
     Args:
         env_list: E environments, already set to their tasks.
@@ -518,10 +519,11 @@ def collect(env_list, tasks, num_steps, from_prior, agent, buffer, args, act_rng
         if args.explore_tasks == "train":
             owners = explored
         else:
-            # A test task has no D_i: as in the text, any. h below is of that D_i, too.
+            # A test task has no D_i: as in the text, any of them takes the trajectory. With z from
+            # the posterior h, too, is of that D_i.
             owners = torch.randint(num_train, (len(live),), generator=act_rng).tolist()
             if args.oracle_rewards:  # with true rewards it gets a buffer of its own
-                owners = [num_train + task for task in explored]
+                owners = [num_train + task for task in explored]  # in place of the draw above
 
         # --- l. 7: one trajectory in each task. Its rewards are not read, unless --oracle-rewards.
         # PAPER: z ~ p(z) only. CODE: by default z ~ q(z | h) in 600 of 1000 transitions.
@@ -594,7 +596,7 @@ def evaluate(agent, buffer, eval_envs, args):
     The generators are its own: evaluating changes nothing in training.
 
     Returns what `Run.write` takes: a list of `Evaluation`, scalars to log, and the trajectories of
-    the dataset in the training tasks, to be plotted.
+    the dataset in the training tasks, to be drawn.
     """
     rng = torch.Generator().manual_seed(args.seed)
     buffer_rng = torch.Generator(buffer.device).manual_seed(args.seed)
@@ -617,8 +619,8 @@ def evaluate(agent, buffer, eval_envs, args):
     for pair in exploration:
         lengths.append(sum(len(path["actions"]) for path in pair))
         explored_paths += pair
+    mean_length = round(sum(lengths) / len(lengths))
     lengths = torch.tensor(lengths, device=buffer.device)  # (E,)
-    mean_length = round(lengths.float().mean().item())
     h_offline = buffer.sample(tasks, mean_length, buffer_rng, "offline")
     mu, sigma = agent.encoder(make_context(h_offline, args))  # (E, dz)
     final = buffers.on_cores(rollout, env_list, agent, mu, sigma, rng, deterministic=True)

@@ -31,10 +31,10 @@ PR_SET_PDEATHSIG = 1  # of Linux: the signal that a process gets when its parent
 def on_cores(function, env_list, *arguments, **flags):
     """`function(env_list, *arguments, **flags)`, in as many processes as PyTorch may use threads.
 
-    Each process plays a part of the environments. They are forked, so on Linux only; elsewhere,
-    with one thread, in a process that may start none, and for environments with
-    `one_process = True`, the function is just called. A process closes its environments when it
-    has played, so one that starts a program does that in its first reset, not before.
+    Each process plays a part of the environments, four of them at least. They are forked, so on
+    Linux only; elsewhere, with one thread, in a process that may start none, and for environments
+    with `one_process = True`, the function is just called. A process closes its environments when
+    it has played, so one that starts a program does that in its first reset, not before.
 
     Args:
         arguments: modules and tensors, also in a list, act on the CPU, and tensors are cut as

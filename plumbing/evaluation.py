@@ -19,7 +19,7 @@ class Evaluation:
     split: str  # "test" or "train"
     context: str  # "own": the agent's own exploration; "offline": from the dataset
     tasks: list  # E numbers of tasks
-    final: list  # E trajectories of the third, scored episode
+    final: list  # E trajectories of the scored episode, the last
     exploration: list  # for each environment its exploration trajectories
     kl: Optional[torch.Tensor] = None  # (E,) KL of the posterior to the prior, if there is one
 

@@ -427,7 +427,7 @@ def table_text(table) -> str:
 
 
 def flatten(tree, prefix=""):
-    """Nested dicts -> {"a/b/c": value}; not an optimizer's flags, which are those of the command line."""
+    """Nested dicts -> {"a/b/c": value}, but for an optimizer's flags: args.json has these."""
     flat = {}
     for key, value in tree.items():
         if isinstance(value, dict):

@@ -381,7 +381,8 @@ class Run:
     def write(self, evaluations, scalars, data=()):
         """Write an evaluation to eval.csv and TensorBoard.
 
-        At the end of a phase also figures_{step}.npz and agent_{step}.npz.
+        At the end of a phase also figures_{step}.npz and agent_{step}.npz; with --keep-agents the
+        agent at every evaluation.
 
         Args:
             evaluations: a list of `Evaluation`.

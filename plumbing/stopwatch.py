@@ -52,9 +52,10 @@ class Stopwatch:
         online_steps = flags.get("online_iterations", 0) * updates
         total = flags.get("vae_steps", 0) + flags.get("offline_steps", 0) + online_steps
         steps = total - step
+        collects = flags.get("prior_steps", 1) + flags.get("posterior_steps", 1) > 0
         return {
             "step": steps,
-            "collection": min(steps, online_steps) / updates,
+            "collection": min(steps, online_steps) / updates if collects else 0,
             "evaluation": steps / flags["eval_every"],
         }
 
