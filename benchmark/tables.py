@@ -1051,7 +1051,11 @@ def verdicts_on(key):
     elif key == "both":
         second = verdicts_on("no_data")
         for environment, word in verdicts_on("control").items():
-            verdicts[environment] = HOLDS if word == second[environment] == HOLDS else UNKNOWN
+            words = {word, second[environment]}
+            if len(words) == 1:
+                verdicts[environment] = word
+            else:
+                verdicts[environment] = NOT_RUN if NOT_RUN in words else UNKNOWN
     else:
         claim = next(claim for claim in CLAIMS + CONTEXT_CLAIMS if claim.key == key)
         for environment in claim.environments:
@@ -1062,13 +1066,41 @@ def verdicts_on(key):
 
 def where(key, word):
     """The environments on which the verdict on a claim is a word, or on which it was not run."""
-    names = [SHORT_NAMES[name] for name, found in verdicts_on(key).items() if found == word]
+    return listed([name for name, found in verdicts_on(key).items() if found == word])
+
+
+def listed(environments):
+    """Their short names, in words."""
+    names = [SHORT_NAMES[name] for name in environments]
     if len(names) < 2:
         return names[0] if names else "none"
     return f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 WORDS = {"holds": HOLDS, "does-not": DOES_NOT, "unknown": UNKNOWN, "not-run": NOT_RUN}
+
+
+def verdicts_table():
+    """Where SMAC, after its second phase, is better than what it is compared with, and where not."""
+    titles = {
+        "after": "its own offline phase",
+        "control": "the control",
+        "no_data": "the second control",
+        "both": "both controls",
+        "control_10": "the control with lambda 10",
+        "actor": "its actor ablation",
+        "meta_bc": "meta-BC",
+        "macaw": "MACAW",
+        "borel": "BOReL",
+    }
+    rows = []
+    for key, title in titles.items():
+        found = verdicts_on(key)
+        not_run = [name for name in FOLDERS if found.get(name, NOT_RUN) == NOT_RUN]
+        cells = [where(key, word) for word in (HOLDS, DOES_NOT, UNKNOWN)]
+        rows.append([title, *cells, listed(not_run)])
+    header = ["SMAC, after its second phase, is better than", "on", "worse, on"]
+    return markdown([*header, "cannot be told, on", "not run, on"], rows)
 
 
 def lambda_where_table():
@@ -1098,6 +1130,7 @@ TABLES = {
     "labels": labels_table,
     "lambda": lambda_table,
     "lambda_where": lambda_where_table,
+    "verdicts": verdicts_table,
     "context": context_table,
     "context_variants": context_variants_table,
     "context_claims": context_claims_table,
