@@ -234,6 +234,10 @@ def test_claims_by_hand(results):
     assert cells(table, "> meta-BC") == ["not run", "", "", ""]
     assert tables.where("control", "holds") == "Ant"
     assert tables.where("both", "holds") == "none"  # the second control was not run
+    verdicts = tables.table("verdicts")
+    assert cells(verdicts, "the control")[0] == "Ant"
+    assert cells(verdicts, "both controls")[:3] == ["none", "none", "none"]
+    assert cells(verdicts, "MACAW")[1] == "Ant"
     assert tables.where("control_10", "does not") == "Ant"  # -90 and -92
     assert tables.where("both_10", "does not") == "Ant"
     row = "| AntDirection | 10 |  | 0 ± 0 (2) | 396 ± 76 (2) | 2 ± 6 (2) |  |"

@@ -195,6 +195,8 @@ def test_the_end_of_a_run_by_hand(monkeypatch):
     ]
     offline_only = dict(offline_steps=300, eval_every=50)
     assert watch.seconds_left(200, offline_only) == 100 + 2 * 20
+    nothing_new = flags | dict(prior_steps=0, posterior_steps=0)  # the second control
+    assert Stopwatch().missing(nothing_new) == "evaluations"
 
 
 def test_a_long_run_says_when_it_ends(tmp_path, monkeypatch, capsys):
