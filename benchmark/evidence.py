@@ -231,7 +231,7 @@ def data_of(flags):
     """
     env_id = flags["env_id"]
     file = RESULTS.parent.parent / (flags.get("dataset") or f"datasets/{env_id}.npz")
-    if "dataset" not in flags or not file.exists():
+    if "dataset" not in flags or env_id not in envs.SPECS or not file.exists():
         return math.nan, math.nan, math.nan
     return _data(file, envs.SPECS[env_id].horizon)
 

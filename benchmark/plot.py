@@ -109,6 +109,7 @@ GROUND = {  # pictures of Figures 2, 6 and 8: the folder of seed 1 of SMAC
 CURVES = ["point_direction", "hopper_param", "hopper_small", "cheetah_small", "sawyer_small"]
 PANELS = {  # of the picture of one benchmark
     "methods": METHODS,
+    "the controls": ["smac", "smac_more_offline", "smac_no_new_data"],
     "what trains the encoder": ENCODERS,
     "another loss for the encoder": [
         "smac",
@@ -265,7 +266,7 @@ def draw_benchmark(name):
         for label in drawn:
             known = label in NAMES
             texts.append(f"{NAMES[label]} ({seed_words([numbers[label]])})" if known else label)
-        place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.14), "ncols": 2}
+        place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.14), "ncols": 1}
         axes.legend(handles, texts, fontsize=8, **place)
         axes.set_ylabel("return on test tasks")
     save(figure, evidence.RESULTS / name / "curve.png")
@@ -295,7 +296,7 @@ def draw_methods():
         axes.axvline(level, color="0.8", linewidth=1, zorder=0)
     axes.set_xlabel(
         "normalised return on test tasks\n"
-        "(0: the data, 1: the best of these and of FOCAL, CSRO, UNICORN there)\n"
+        "(0: the data; Sawyer: never achieved. 1: the best of these and of FOCAL, CSRO, UNICORN)\n"
         "interquartile mean over six environments, bar: its 95 % interval\n"
         "(hollow, no bar: a single seed on some environment)",
         fontsize=9,
@@ -426,7 +427,8 @@ def main(name):
 
 if __name__ == "__main__":
     try:
-        main(sys.argv[1] if len(sys.argv) == 2 else "all")
+        for name in sys.argv[1:] or ["all"]:
+            main(name)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

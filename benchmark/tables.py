@@ -49,7 +49,7 @@ NAMES = {  # label of a run: its name in pictures and texts, in this order
     "smac_small_kl": "KL weight .004",
     "smac_small_kl_more_offline": "KL weight .004, as many steps, all offline",
     "smac_small_kl_lambda_10": "KL weight .004, lambda 10",
-    "smac_small_kl_lambda_10_more_offline": "the same, as many steps, all offline",
+    "smac_small_kl_lambda_10_more_offline": "KL weight .004, lambda 10, as many steps, all offline",
     "smac_tiny_kl": "SMAC, KL weight .0001, offline",
     "smac_tiny_kl_more_offline": "control, KL weight .0001",
     "smac_wide_more_offline": "KL weight .001, larger policy, all offline",
@@ -65,7 +65,7 @@ NAMES = {  # label of a run: its name in pictures and texts, in this order
     "focal": "FOCAL",
     "focal_more_offline": "FOCAL, as many steps as SMAC",
     "focal_critic": "FOCAL, the critic trains the encoder",
-    "focal_critic_more_offline": "the same, as many steps as SMAC",
+    "focal_critic_more_offline": "FOCAL, the critic trains the encoder, as many steps as SMAC",
     "csro": "CSRO",
     "csro_more_offline": "CSRO, as many steps as SMAC",
     "unicorn": "UNICORN",
@@ -163,8 +163,7 @@ def scale(folder, group=TEST):
     if environment == "Sawyer":
         zero = NEVER
     else:
-        levels = [data_of(next(iter(runs.values())).flags)[0] for runs in found.values()]
-        zero = next(level for level in levels if not math.isnan(level))
+        zero = data_level(found)
     return zero, float(np.mean(list(values.values())))
 
 
@@ -208,12 +207,18 @@ def markdown(head, rows):
 # ===== Tables of methods
 
 
-def data_words(found, digits):
-    for runs in found.values():
-        level = data_of(next(iter(runs.values())).flags)[0]
+def data_level(found):
+    """The return of the dataset of the first label, in the order of NAMES, that has one, or NaN."""
+    for label in sorted(found, key=[*NAMES, *found].index):
+        level = data_of(next(iter(found[label].values())).flags)[0]
         if not math.isnan(level):
-            return rounded(level, digits)
-    return ""
+            return level
+    return math.nan
+
+
+def data_words(found, digits):
+    level = data_level(found)
+    return "" if math.isnan(level) else rounded(level, digits)
 
 
 def rival_words(found, digits):
@@ -256,7 +261,7 @@ def methods_table():
         digits = places(environment)
         row = [environment]
         for phase in (OFFLINE, SECOND):
-            row.append(mean_words(scores(found["smac"], phase).values(), digits))
+            row.append(mean_words(scores(found.get("smac", {}), phase).values(), digits))
         for labels in (*controls.values(), *RIVALS.values(), oracle(environment)):
             row.append(mean_words(best(found, labels)[1].values(), digits))
         rows.append(row)
@@ -660,7 +665,7 @@ def labels_table():
     head += "mean Q, first to last of the second phase", "seeds"
     rows = []
     for environment, folder in FOLDERS.items():
-        runs = evidence.load(folder)["smac"]
+        runs = evidence.load(folder).get("smac", {})
         on_data, explored, first_q, last_q = [], [], [], []
         for seed, run in runs.items():
             offline = evidence.diagnostics(folder, "smac", seed, DATA_ERROR)
@@ -827,14 +832,15 @@ def context_claims_table():
 def played_agent(name):
     """(environment, label, seed) of an agent {folder}/{label}__{seed}.npz of experiments/explore.py.
 
-    None: it is a shipped agent, agents/{environment}.npz.
+    None: it is another one, as those in agents/.
     """
     folder, _, file = name.partition("/")
     label, _, seed = Path(file).stem.rpartition("__")
-    if not label:
-        return None
     environments = {Path(path).name: environment for environment, path in FOLDERS.items()}
-    return environments.get(folder, folder), label, int(seed)
+    environments |= {environment: environment for environment in SHORT_NAMES}
+    if folder not in environments or label not in NAMES:
+        return None
+    return environments[folder], label, int(seed)
 
 
 def explored_by_seed():
@@ -848,7 +854,7 @@ def explored_by_seed():
         ways = found.setdefault((environment, label, int(row["gradient steps"])), {})
         for way in list(row)[2:]:
             ways.setdefault(way, {})[seed] = after_exploring(row, way)[0]
-    return {key: ways for key, ways in found.items() if len(ways[OWN_CONTEXT]) > 1}
+    return {key: ways for key, ways in found.items() if len(ways.get(OWN_CONTEXT, {})) > 1}
 
 
 def explored_table():
@@ -906,14 +912,14 @@ def ways_claims_table():
         cells = []
         for environment in environments:
             before, _ = smac_by_way(environment)
-            differences = paired(before[way], before[OWN_CONTEXT])
+            differences = paired(before.get(way, {}), before[OWN_CONTEXT])
             cells.append(verdict_cell(verdict(differences), differences, environment))
         rows.append([f"before: {way} > {OWN_CONTEXT}", *cells])
     for way in [OWN_CONTEXT, *ways]:
         cells = []
         for environment in environments:
             before, after = smac_by_way(environment)
-            differences = paired(after[OWN_CONTEXT], before[way])
+            differences = paired(after[OWN_CONTEXT], before.get(way, {}))
             cells.append(verdict_cell(verdict(differences), differences, environment))
         rows.append([f"after, {OWN_CONTEXT} > before, {way}", *cells])
     return markdown(["", *(SHORT_NAMES[name] for name in environments)], rows)
@@ -928,7 +934,7 @@ def idaq_table():
         runs = evidence.load(FOLDERS[environment])[label]
         flags = next(iter(runs.values())).flags
         own = f"{flags.get('explore', 'prior')}, 2"
-        differences = paired(ways["idaq, 10"], ways[own])
+        differences = paired(ways["idaq, 10"], ways.get(own, {}))
         cell = verdict_cell(verdict(differences), differences, environment)
         name = NAMES[label]
         rows.append([SHORT_NAMES[environment], name, f"{step:,}", own, cell.replace("<br>", ", ")])
@@ -1052,10 +1058,8 @@ def verdicts_on(key):
         second = verdicts_on("no_data")
         for environment, word in verdicts_on("control").items():
             words = {word, second[environment]}
-            if len(words) == 1:
-                verdicts[environment] = word
-            else:
-                verdicts[environment] = NOT_RUN if NOT_RUN in words else UNKNOWN
+            worst = [found for found in (DOES_NOT, NOT_RUN, UNKNOWN) if found in words]
+            verdicts[environment] = worst[0] if worst else HOLDS
     else:
         claim = next(claim for claim in CLAIMS + CONTEXT_CLAIMS if claim.key == key)
         for environment in claim.environments:

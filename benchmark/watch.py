@@ -3,7 +3,7 @@
 RUN_OR_FILE is the folder of a run of any of the six scripts, ended or stopped (its checkpoint is read), or an agent
 file as benchmark/agents.py writes it. Plays meta-episodes on test tasks and prints the returns: of the two exploration
 episodes (a mean), of the third, after adaptation, and of the third with z from elsewhere, which is the exploration of
-the task above in the table, or the prior, where the agent has a posterior over z (SMAC, PEARL, meta-BC). What the
+the task above in the table, or the prior, where the agent has a posterior over z (SMAC, PEARL, meta-BC, FOCAL). What the
 second is above the last two is adaptation. --explore adds two other ways to explore: random
 actions, and IDAQ's choice of what to read. --video films one meta-episode on each of the first three test tasks.
 """
@@ -225,13 +225,11 @@ def measure(script, agent, args, tasks, num_tasks, episodes, sampled=False, ways
         "after adaptation": final,
     }
     if posterior:
-        contexts = {
-            "another task's context": [part.roll(episodes, 0) for part in posterior]
-        }  # tasks stand together
-        contexts["the prior"] = script.prior(len(env_list), args, "cpu")
-        for name, z in list(contexts.items())[
-            len(numbers) == episodes :
-        ]:  # a single task has no other
+        contexts = {"the prior": script.prior(len(env_list), args, "cpu")}
+        if len(numbers) > episodes:  # a single task has no other
+            others = [part.roll(episodes, 0) for part in posterior]  # tasks stand together
+            contexts = {"another task's context": others} | contexts
+        for name, z in contexts.items():
             paths[name] = script.rollout(env_list, agent, *z, rng, deterministic=True)
         if sampled:
             paths["sampled actions"] = script.rollout(env_list, agent, *posterior, rng)
@@ -276,6 +274,21 @@ def show(labels, returns):
             f"{label:<{width}}"
             + "".join(f"{word:>{len(name) + 3}}" for word, name in zip(words, returns))
         )
+
+
+def name_in_tables(path):
+    """An agent's name: its path below the results, or below the runs of run.py, or the end of it.
+
+    The folder `agents` of run.py --agents does not count: HopperParam/smac__1.npz is of HopperParam.
+    """
+    path = path.resolve()
+    parts = path.parts[-3:]
+    for folder in (ROOT / "benchmark" / "results", ROOT / "runs" / "benchmark"):
+        if path.is_relative_to(folder):
+            parts = path.relative_to(folder).parts
+    if "__" in path.stem:
+        parts = [part for part in parts if part != "agents"]
+    return "/".join(parts)
 
 
 def write_row(file, name, step, returns):
@@ -323,7 +336,7 @@ def main(args):
         )
         show([describe(flags.env_id, number, tasks[number]) for number in numbers], returns)
         if args.out:
-            write_row(args.out, "/".join(args.agent.resolve().parts[-3:]), step, returns)
+            write_row(args.out, name_in_tables(args.agent), step, returns)
         if args.video:
             columns.append([])
             when = f"after {step} steps"

@@ -9,7 +9,7 @@ and decoder must learn what actions cost that the trot does not take (README.md)
 With --own-share 0 no trajectory knows its task, with 1 all do: the two other datasets of the study
 of when the self-supervised phase helps. They are not kept in the repository:
 
-    python datasets/make_ant.py --own-share 0 --out AntDirection0.npz
+    python datasets/make_ant.py --own-share 0 --out runs/AntDirection0.npz
 """
 
 import dataclasses
@@ -17,11 +17,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import buffers
 import envs
+from plumbing.flags import launch_tool
 
 TRANSITIONS = 1200  # of each task
 DIRECTION_ERROR = 0.5  # rad, standard deviation of a heading around the task's
@@ -87,6 +87,7 @@ def play(env, heading, stride, phase, noise, seed, most_steps, rng):
 
 def main(args):
     """Write the dataset. Raises InputError."""
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     env = envs.make("AntDirection")
     spec = envs.lookup("AntDirection")
@@ -119,8 +120,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Args, description=__doc__))
-    except buffers.InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    launch_tool(main, Args)

@@ -7,11 +7,14 @@ first that differ, and the training tasks the next that are none of these. Two p
 does not depend on that.
 """
 
+import dataclasses
 import multiprocessing
 import sys
 from pathlib import Path
+from typing import Optional
 
 import numpy as np
+import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from sawyer_policy import SawyerPolicy
@@ -19,6 +22,7 @@ from sawyer_policy import SawyerPolicy
 import buffers
 import envs
 import sawyer
+from plumbing.flags import launch_tool
 
 TRAJECTORIES, STEPS = 50, 75  # Table 2: 3750 transitions a task
 
@@ -61,18 +65,23 @@ def draw_tasks(env_id, number=None):
     return train_tasks, test_tasks
 
 
-if __name__ == "__main__":
-    env_id = sys.argv[1] if len(sys.argv) > 1 else "SawyerManipulation"
-    number = sys.argv[2] if len(sys.argv) > 2 else ""
-    train_tasks, test_tasks = draw_tasks(env_id, int(number or 0))
-    trajectories = TRAJECTORIES * envs.lookup(env_id).num_train_tasks // len(train_tasks)
+@dataclasses.dataclass
+class Args:
+    env_id: tyro.conf.Positional[str] = "SawyerManipulation"  # or SawyerManipulation8
+    number: tyro.conf.Positional[Optional[int]] = None  # of training tasks, in place of 50
+
+
+def main(args):
+    """Write the dataset. Raises InputError."""
+    train_tasks, test_tasks = draw_tasks(args.env_id, args.number)
+    trajectories = TRAJECTORIES * envs.lookup(args.env_id).num_train_tasks // len(train_tasks)
     with multiprocessing.Pool(2) as pool:
-        jobs = [(env_id, i, task, trajectories) for i, task in enumerate(train_tasks)]
+        jobs = [(args.env_id, i, task, trajectories) for i, task in enumerate(train_tasks)]
         parts = pool.starmap(collect, jobs, chunksize=1)
     entries = [entry for part in parts for entry in part]
-    file = Path(__file__).parent / f"{env_id}{number}.npz"
+    file = Path(__file__).parent / f"{args.env_id}{args.number or ''}.npz"
     command = " ".join(["python datasets/make_sawyer.py", *sys.argv[1:]])
-    buffers.save_dataset(file, env_id, train_tasks, test_tasks, entries, [], command)
+    buffers.save_dataset(file, args.env_id, train_tasks, test_tasks, entries, [], command)
     solved = np.array(
         [np.mean([path["rewards"] == 0 for _, path in part]) for part in parts]
     )  # (50,) shares of steps
@@ -80,3 +89,7 @@ if __name__ == "__main__":
     for behaviour in np.unique(train_tasks[:, -1]).astype(int):
         of = train_tasks[:, -1] == behaviour
         print(f"  {sawyer.BEHAVIOURS[behaviour]}: {of.sum()} tasks, {solved[of].mean():.1%}")
+
+
+if __name__ == "__main__":
+    launch_tool(main, Args)

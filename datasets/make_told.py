@@ -26,7 +26,6 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 import torch
-import tyro
 from sb3_contrib import CrossQ
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import DummyVecEnv
@@ -34,6 +33,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import buffers
 import envs
+from plumbing.flags import launch_tool
 
 ENV_ID = "HumanoidDirection"
 SEEN = 45  # numbers of the observation that the policy sees: qpos[2:] (22) and qvel (23)
@@ -331,8 +331,4 @@ def main(args):
 
 if __name__ == "__main__":
     torch.set_float32_matmul_precision("medium")  # 1.25 times as fast where there is bfloat16
-    try:
-        main(tyro.cli(Args, description=__doc__))
-    except buffers.InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    launch_tool(main, Args)

@@ -81,7 +81,6 @@ def short(quick, monkeypatch):
 def small(quick, monkeypatch):
     """PointDirection with four training tasks and two test tasks, for the runs of small.py."""
     spec = envs.SPECS["PointDirection"]
-    monkeypatch.setattr("plumbing.pictures.draw_summary", lambda *_: Figure(figsize=(1, 1)))
     monkeypatch.setattr(
         envs, "make_evaluation", functools.partial(envs.make_evaluation, num_train=2, repeats=1)
     )

@@ -86,6 +86,8 @@ def main(cli):
     """Play and write the table. Raises InputError."""
     if cli.rounds < 2:
         raise buffers.InputError("--rounds must be at least 2: the table has standard errors")
+    if not cli.agents:
+        raise buffers.InputError("name at least one agent file or folder of a run")
     command = ["python", *sys.argv]
     lines = [
         f"    {shlex.join(command)}",
@@ -102,13 +104,16 @@ def main(cli):
     out = cli.out
     for file in cli.agents:
         script, args, tasks, agents = watch.load(file, dataset=cli.dataset)
+        if script.__name__ not in watch.CAN_EXPLORE:
+            raise buffers.InputError(f"{file} is of {script.__name__}.py, which cannot explore so")
         dataset = buffers.load_dataset(args.env_id, cli.dataset)
         buffer = buffers.from_dataset(dataset, args.env_id)
         for step, agent in agents.items():
             rng = torch.Generator().manual_seed(args.seed)
             with torch.no_grad():
                 z_train = focal.training_z(agent, buffer, args, rng)
-            cells = ["/".join(file.resolve().parts[-2:]), str(step)]
+            name = "/".join(watch.name_in_tables(file).split("/")[-2:])
+            cells = [name, str(step)]
             for way in WAYS:
                 for number in cli.episodes:
                     setting = (script, agent, args, tasks, z_train, way, number, cli.rounds)

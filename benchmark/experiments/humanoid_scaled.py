@@ -11,14 +11,17 @@ A dataset of HumanoidDirection becomes one of this family:
         --dataset runs/Scaled1200.npz --preset short
 """
 
+import dataclasses
 import sys
 from pathlib import Path
 
 import numpy as np
+import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import buffers
 import envs
+from plumbing.flags import launch_tool
 
 OFFSET = np.zeros(45, np.float32)
 OFFSET[0] = 1.25  # height
@@ -44,13 +47,20 @@ class HumanoidScaled(envs.HumanoidDirection):
 envs.register("HumanoidScaled", envs.Spec(HumanoidScaled, 45, 17, 1, 200, 50, 5))
 
 
-def main(source, target):
-    dataset = buffers.load_dataset("HumanoidDirection", source)
+@dataclasses.dataclass
+class Args:
+    source: tyro.conf.Positional[Path]  # dataset of HumanoidDirection
+    target: tyro.conf.Positional[Path]  # file to write
+
+
+def main(args):
+    """Write the dataset. Raises InputError."""
+    dataset = buffers.load_dataset("HumanoidDirection", args.source)
     for _, path in dataset["rl"]:
         path["obs"] = scaled(path["obs"])
     parts = dataset["train_tasks"], dataset["test_tasks"], dataset["rl"], []
-    buffers.save_dataset(target, "HumanoidScaled", *parts, dataset["command"])
+    buffers.save_dataset(args.target, "HumanoidScaled", *parts, dataset["command"])
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    launch_tool(main, Args)

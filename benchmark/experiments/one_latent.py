@@ -21,6 +21,7 @@ sys.path.insert(0, str(ROOT))
 import buffers
 import envs
 from benchmark import watch
+from plumbing.flags import launch_tool
 
 
 @dataclasses.dataclass
@@ -52,6 +53,9 @@ def play(script, agent, args, rounds):
 
 
 def main(cli):
+    """Play and write the table. Raises InputError."""
+    if not cli.agents:
+        raise buffers.InputError("name at least one agent file")
     lines = [
         f"Returns on training tasks with offline context, {cli.rounds} x 40 episodes; ± is the",
         "standard error of the difference over episodes.",
@@ -73,4 +77,4 @@ def main(cli):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    launch_tool(main, Args)

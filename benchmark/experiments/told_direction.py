@@ -6,17 +6,20 @@ is change from row to row. Then it plays an episode in each training task, with 
 Writes benchmark/results/told/direction.md.
 """
 
+import dataclasses
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
+import tyro
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import buffers
 import envs
 import smac_offline_online as smac
+from plumbing.flags import launch_tool
 
 ENV_ID = "HumanoidDirection"
 STEPS = 20_000
@@ -94,8 +97,15 @@ def play(policy, angles, scale, numbers, as_z, seed):
     return np.mean(rows, axis=0)
 
 
-def main(file):
-    dataset = buffers.load_dataset(ENV_ID, file)
+@dataclasses.dataclass
+class Args:
+    dataset: tyro.conf.Positional[Path]  # as make_told.py writes it
+
+
+def main(cli):
+    """Train, play, write the table. Raises InputError."""
+    torch.set_num_threads(1)
+    dataset = buffers.load_dataset(ENV_ID, cli.dataset)
     buffer = buffers.from_dataset(dataset, ENV_ID)
     angles = dataset["train_tasks"][:, 0]
     circle = np.stack([np.cos(angles), np.sin(angles)], axis=1)
@@ -117,12 +127,11 @@ def main(file):
             cells.append(f"{mean_of} ({low} to {high})")
         lines.append(f"| {words} | {' | '.join(cells)} |")
         print(lines[-1], flush=True)
-    command = f"`python benchmark/experiments/told_direction.py {file}`"
+    command = f"`python benchmark/experiments/told_direction.py {cli.dataset}`"
     steps = f"{STEPS:,} gradient steps of behaviour cloning, an episode in each of 50 tasks"
     head = f"{command}: {steps}; {len(SEEDS)} seeds, their mean and (lowest to highest)."
     OUT.write_text("\n".join([head, "", *lines, ""]))
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main(sys.argv[1])
+    launch_tool(main, Args)

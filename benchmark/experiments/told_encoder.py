@@ -7,11 +7,13 @@ and the task's, by the cosine between where the trajectory went and the task. An
 rewards would know the task of one that went the opposite way, too. OUT is the file to write.
 """
 
+import dataclasses
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
+import tyro
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -19,6 +21,7 @@ import buffers
 import envs
 import smac_offline_online as smac
 from benchmark.experiments import humanoid_scaled  # registers the family
+from plumbing.flags import launch_tool
 
 ENV_ID = humanoid_scaled.HumanoidScaled.env_id
 SPEC = envs.lookup(ENV_ID)
@@ -102,8 +105,16 @@ def cosines(agent, entries, directions, weights, args):
     return np.array(rows)
 
 
-def main(file, out):
-    dataset = buffers.load_dataset(ENV_ID, file)
+@dataclasses.dataclass
+class Args:
+    dataset: tyro.conf.Positional[Path]  # as humanoid_scaled.py writes it
+    out: tyro.conf.Positional[Path]  # file to write
+
+
+def main(cli):
+    """Train and write the table. Raises InputError."""
+    torch.set_num_threads(1)
+    dataset = buffers.load_dataset(ENV_ID, cli.dataset)
     args = smac.Args(encoder_hidden=(128, 128), lr=1e-3)
     angles = dataset["train_tasks"][:, 0]
     directions = np.stack([np.cos(angles), np.sin(angles)], axis=1)
@@ -124,12 +135,11 @@ def main(file, out):
             means.append(rows[inside, 1].mean())
         spread = f"{np.mean(means):.2f} ({np.min(means):.2f} to {np.max(means):.2f})"
         lines.append(f"| {low} to {high} | {inside.sum()} | {spread} |")
-    command = f"`python benchmark/experiments/told_encoder.py {file} {out}`"
+    command = f"`python benchmark/experiments/told_encoder.py {cli.dataset} {cli.out}`"
     method = f"{STEPS:,} gradient steps of Eq. 3; {len(SEEDS)} seeds, their mean and (lowest to highest)."
-    Path(out).write_text("\n".join([f"{command}: {method}", "", *lines, ""]))
+    cli.out.write_text("\n".join([f"{command}: {method}", "", *lines, ""]))
     print("\n".join(lines))
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main(*sys.argv[1:])
+    launch_tool(main, Args)

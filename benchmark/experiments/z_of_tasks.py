@@ -93,6 +93,8 @@ def main(cli):
         f"| {' | '.join(COLUMNS)} |",
         "| --- " * len(COLUMNS) + "|",
     ]
+    if not cli.runs:
+        raise buffers.InputError("name at least one folder of a run")
     for run in cli.runs:
         script, args, _, agents = watch.load(run)
         if args.env_id != "PointDirection":

@@ -434,7 +434,7 @@ def sentences():
     yield Attack("no library that draws", command, "can ?not be drawn here")
 
 
-def curves():
+def stopped():
     """11 stopped, pasted"""
     command = SMAC + r""" --run-dir "runs/a b's \"c\" d" """.rstrip()
     yield stops("Ctrl-C; blanks and quotes", command, signal.SIGINT)
@@ -643,6 +643,6 @@ def rows():
 
 
 KINDS = (
-    other_data, writes, harmful, nan, closed, unchanged, locks, no_bullet, flags, sentences, curves, redirected, twice,
+    other_data, writes, harmful, nan, closed, unchanged, locks, no_bullet, flags, sentences, stopped, redirected, twice,
     exits, no_files, left_behind, silence, dataset_of_a_run, settings, tables, failing, drawing, rows,
 )  # fmt: skip

@@ -275,12 +275,23 @@ def test_the_readme_names_functions_that_exist():
     assert len(named) > 8 and named <= {name for pair in defined for name in pair}
 
 
-def test_the_readmes_links_lead_somewhere():
-    for file in ("README.md", "PAPER.md", "datasets/README.md", "benchmark/results/README.md"):
-        for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", source(file)):
-            assert (
-                target.startswith("https://") or (ROOT / file).parent.joinpath(target).exists()
-            ), (file, target)
+def heading_anchors(text):
+    """What GitHub makes of the headings of a text in Markdown."""
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_the_links_of_the_texts_lead_somewhere():
+    texts = [ROOT / "README.md", ROOT / "PAPER.md"]
+    for folder in ("benchmark", "datasets", "examples"):
+        texts += (ROOT / folder).glob("**/*.md")
+    for file in texts:
+        for target, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)]*))?\)", file.read_text()):
+            if target.startswith("https://"):
+                continue
+            there = file.parent / target if target else file
+            assert there.exists(), (file, target)
+            assert not anchor or anchor in heading_anchors(there.read_text()), (file, anchor)
 
 
 # ----- Batches, flags and data

@@ -852,7 +852,7 @@ def test_refuses_to_overwrite_a_run_and_to_resume_with_other_flags(dataset, tmp_
 
 
 def test_refuses_damaged_checkpoints(dataset, tmp_path, short):
-    """Hostile ones: see test_robust.py."""
+    """Hostile ones: see test_hostile.py."""
     run, _ = start(dataset, tmp_path)
     file, before = run / "checkpoint.npz", {file.name: file.read_bytes() for file in run.iterdir()}
     for content in (before[file.name][: len(before[file.name]) // 2], b"", b"not a checkpoint"):

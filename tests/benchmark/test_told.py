@@ -35,7 +35,7 @@ def test_the_scaled_humanoid_is_the_humanoid(tmp_path):
     source, target = tmp_path / "source.npz", tmp_path / "target.npz"
     tasks = np.zeros((1, 1)), np.ones((1, 1))
     buffers.save_dataset(source, "HumanoidDirection", *tasks, [(0, path)], [], "by hand")
-    humanoid_scaled.main(source, target)
+    humanoid_scaled.main(humanoid_scaled.Args(source, target))
     env_id = "benchmark.experiments.humanoid_scaled:HumanoidScaled"
     ((_, found),) = buffers.load_dataset(env_id, target)["rl"]
     np.testing.assert_allclose(found["obs"], shown, rtol=1e-5, atol=1e-6)
