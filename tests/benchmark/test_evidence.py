@@ -243,8 +243,15 @@ def test_claims_by_hand(results):
     assert row in tables.table("lambda").splitlines()
     assert tables.where("macaw", "does not") == "Ant" and tables.where("macaw", "holds") == "none"
     assert "Walker, Cheetah" in tables.where("after", "not run")
+
+
+def test_beating_one_control_is_not_enough(results):
+    write_method(results, "AntDirection", "smac", [300.0, 310.0, 320.0], phases=2)
+    write_method(results, "AntDirection", "smac_more_offline", [100.0, 111.0, 121.0])
     write_method(results, "AntDirection", "smac_no_new_data", [500.0, 512.0, 523.0], phases=2)
-    assert cells(tables.table("verdicts"), "both controls")[:2] == ["none", "Ant"]
+    verdicts = tables.table("verdicts")
+    assert cells(verdicts, "the control")[:2] == ["Ant", "none"]
+    assert cells(verdicts, "both controls")[:2] == ["none", "Ant"]
 
 
 def test_agents_are_named_as_tables_read_them():
