@@ -10,6 +10,7 @@ import numpy as np
 import borel
 import buffers
 import envs
+import focal
 import macaw
 import meta_bc
 import pearl_online_oracle as pearl
@@ -169,6 +170,11 @@ RUNS = {  # name: (script, flags); no learning rate is a default
     "meta_bc": (
         meta_bc,
         f"--policy-hidden 8 --encoder-hidden 8 --decoder-hidden 8 --latent-dim 2 {BATCHES} "
+        "--offline-steps 9 --lr 0.0123",
+    ),
+    "focal": (
+        focal,
+        f"{NETWORKS} --encoder-hidden 8 --context-loss unicorn --explore prior --decoder-hidden 8 {BATCHES} "
         "--offline-steps 9 --lr 0.0123",
     ),
     "macaw": (

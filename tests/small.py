@@ -1,4 +1,4 @@
-"""Small runs of the five scripts on PointDirection, and what tests do with them.
+"""Small runs of the six scripts on PointDirection, and what tests do with them.
 
 The fixtures `small`, `dataset` and `whole` are in conftest.py.
 """
@@ -16,6 +16,7 @@ import pytest
 import borel
 import buffers
 import envs
+import focal
 import macaw
 import meta_bc
 import pearl_online_oracle as pearl
@@ -41,6 +42,7 @@ RUNS = {  # short runs of 13 to 16 gradient steps
     smac: SHORT | ENCODER | ONLINE | dict(offline_steps=8, online_iterations=2, updates_per_iteration=4),
     pearl: SHORT | ENCODER | ONLINE | dict(online_iterations=3, updates_per_iteration=5, initial_steps=50),
     meta_bc: SHORT | ENCODER | dict(offline_steps=13),
+    focal: SHORT | ENCODER | dict(q_hidden=(16,), offline_steps=13),
     macaw: SHORT | dict(value_hidden=(16,), context_batch=8, weight_transform=False, offline_steps=13),
     borel: SHORT | dict(q_hidden=(16,), latent_dim=3, vae_steps=6, vae_tasks=2, elbo_terms=8, offline_steps=8),
 }  # fmt: skip

@@ -35,6 +35,7 @@ from signed import (
 import borel
 import buffers
 import envs
+import focal
 import macaw
 import pearl_online_oracle as pearl
 import smac_offline_online as smac
@@ -394,7 +395,9 @@ def test_an_evaluation_adapts_to_each_task_by_what_was_seen_of_it(flow):
         assert (own & of_split).sum() == times * ENVIRONMENTS * after[split]
 
 
-@over(name for name in RUNS if name != "borel")
+@over(
+    name for name in RUNS if name not in ("borel", "focal")
+)  # FOCAL also reads all training tasks
 def test_the_history_of_an_evaluation_is_two_episodes_of_the_task_or_its_offline_data(flow):
     own, offline = [], []
     for history in (h for place, h in flow.histories if place == "evaluate"):
@@ -454,7 +457,8 @@ def test_a_gradient_step_has_as_many_tasks_and_transitions_as_the_flags_say(flow
                 4,
             )
         elif flow.script is not macaw and flow.script is not borel:
-            assert batch["context"].shape == (3, 4, len(signed.COLUMNS) + 1 + 1)
+            histories = 6 if flow.script is focal else 3  # FOCAL's metric compares two of each task
+            assert batch["context"].shape == (histories, 4, len(signed.COLUMNS) + 1 + 1)
 
 
 @over(RUNS)

@@ -35,7 +35,7 @@ from plumbing.files import table_text
 from plumbing.flags import PATHS, check_flags, parse_args, preset
 
 SMALL = pytest.mark.usefixtures("small")  # runs on PointDirection, see small.py
-SCRIPTS = ("smac", "pearl", "meta_bc", "macaw", "borel")
+SCRIPTS = ("smac", "pearl", "meta_bc", "focal", "macaw", "borel")
 ENDS = {
     "smac": [4, 13],
     "borel": [6, 13],
@@ -174,9 +174,11 @@ def test_a_run_leaves_its_flags_table_curves_agents_figures_and_picture(name, wh
     )
     with np.load(run / f"figures_{ends[-1]}.npz") as file:
         arrays = dict(file)
-    assert arrays.keys() == {"macaw": set(), "pearl": kls - {"kl_train_offline_context"}}.get(
-        name, kls
-    )
+    assert arrays.keys() == {
+        "macaw": set(),
+        "focal": set(),
+        "pearl": kls - {"kl_train_offline_context"},
+    }.get(name, kls)
     for tag, values in arrays.items():  # of each environment: three tasks, twice each
         assert values.shape == (6,) and values.mean() == pytest.approx(
             points[f"eval/{tag}", ends[-1]], rel=1e-5
@@ -205,7 +207,7 @@ def test_the_agent_of_the_first_phase_is_kept(wholes, tmp_path, monkeypatch, no_
 
 
 STOPS = [("smac", step) for step in (2, 4, 5, 7, 9)] + [("pearl", step) for step in (1, 3, 5)]
-STOPS += [("meta_bc", 7), ("macaw", 6)] + [("borel", step) for step in (3, 6, 9)]
+STOPS += [("meta_bc", 7), ("focal", 6), ("macaw", 6)] + [("borel", step) for step in (3, 6, 9)]
 
 
 @pytest.mark.parametrize("name, step", STOPS)

@@ -18,6 +18,7 @@ from torch import nn
 import borel
 import buffers
 import envs
+import focal
 import macaw
 import meta_bc
 import pearl_online_oracle as pearl
@@ -44,6 +45,7 @@ FLAGS = {
         posterior_steps=9,
     ),
     meta_bc: TINY | dict(offline_steps=2),
+    focal: TINY | dict(offline_steps=2),
     macaw: TINY | dict(offline_steps=2, value_hidden=(8,)),
     borel: TINY | dict(vae_steps=1, offline_steps=2, vae_tasks=2, elbo_terms=2),
 }

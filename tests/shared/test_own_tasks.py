@@ -22,6 +22,7 @@ from tqdm import tqdm
 import borel
 import buffers
 import envs
+import focal
 import macaw
 import meta_bc
 import pearl_online_oracle as pearl
@@ -31,7 +32,7 @@ from plumbing.errors import InputError
 from plumbing.flags import parse_args
 
 ROOT = Path(envs.__file__).resolve().parent
-SCRIPTS = [smac, pearl, meta_bc, macaw, borel]
+SCRIPTS = [smac, pearl, meta_bc, focal, macaw, borel]
 SIZES = dict(obs_dim=3, action_dim=2, task_dim=1, horizon=4, num_train_tasks=3, num_test_tasks=2)
 TINY = {  # flags that make a run as short as it can be
     "policy_hidden": (8,),
@@ -274,6 +275,7 @@ def test_every_script_takes_float64_observations_and_rewards_of_shape_1(
     assert len(rows) > 5 and all(np.isfinite(float(row.split(",")[5])) for row in rows[1:])
 
 
+@pytest.mark.filterwarnings("ignore:var")  # one task has no spread
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
 def test_the_smallest_family_runs(register, tmp_path, quick, script):
     """One training task, one test task, and episodes of one step that fall and pay nothing."""
