@@ -395,9 +395,8 @@ def test_an_evaluation_adapts_to_each_task_by_what_was_seen_of_it(flow):
         assert (own & of_split).sum() == times * ENVIRONMENTS * after[split]
 
 
-@over(
-    name for name in RUNS if name not in ("borel", "focal")
-)  # FOCAL also reads all training tasks
+# (FOCAL also reads histories of all training tasks, to explore with their z)
+@over(name for name in RUNS if name not in ("borel", "focal"))
 def test_the_history_of_an_evaluation_is_two_episodes_of_the_task_or_its_offline_data(flow):
     own, offline = [], []
     for history in (h for place, h in flow.histories if place == "evaluate"):

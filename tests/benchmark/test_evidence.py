@@ -12,7 +12,7 @@ pytest.importorskip("scipy", reason="pip install -r benchmark/requirements.txt")
 
 import imageio.v2 as imageio
 
-from benchmark import evidence, plot, run, tables, watch
+from benchmark import evidence, plot, run, studies, tables, watch
 from buffers import InputError
 from plumbing.files import CSV_COLUMNS
 
@@ -252,6 +252,56 @@ def test_beating_one_control_is_not_enough(results):
     verdicts = tables.table("verdicts")
     assert cells(verdicts, "the control")[:2] == ["Ant", "none"]
     assert cells(verdicts, "both controls")[:2] == ["none", "Ant"]
+
+
+def write_diagnostics(folder, label, seed, curves):
+    """The diagnostics of a run, {column: {gradient step: number}}."""
+    (folder / "diagnostics").mkdir(exist_ok=True)
+    lines = [",".join(["gradient_step", *curves])]
+    for step in next(iter(curves.values())):
+        lines.append(
+            ",".join(str(number) for number in [step, *(c[step] for c in curves.values())])
+        )
+    (folder / "diagnostics" / f"{label}__{seed}.csv").write_text("\n".join([*lines, ""]))
+
+
+def write_two_seeds(folder, label, scores, q_mean):
+    """Two evaluations of 1 and 3 in the offline phase, two of a score each in the second."""
+    curves = {
+        tables.DATA_ERROR: {1: 0.9, 2: 0.4, 3: 0.8, 4: 0.8},
+        tables.LABEL_ERROR: {1: 0.1, 2: 0.3, 3: 0.5, 4: 0.7},
+        "train/q_mean": {1: 1.0, 2: 3.0, 3: q_mean, 4: 2 * q_mean},
+    }
+    for seed, score in enumerate(scores, start=1):
+        rows = [(1, 0, 1.0), (2, 0, 3.0), (3, 5, score - 1), (4, 9, score + 1)]
+        write_run(folder, label, seed, rows, env_id="AntDirection")
+        write_diagnostics(folder, label, seed, curves)
+
+
+def test_studies_by_hand(results):
+    write_two_seeds(results / "own_share" / "60", "smac", [15.0, 17.0], q_mean=10.0)
+    write_two_seeds(results / "own_share" / "60", "smac_oracle_rewards", [16.0, 16.0], q_mean=1.0)
+    half = results / "offline_share" / "AntDirection"
+    write_two_seeds(half, "smac_offline_half", [25.0, 29.0], q_mean=40.0)
+    # 13 and 15: the mean and 12.7062 * 1
+    helps = cells(studies.comparisons_table(), "the second phase, with labels, helps")
+    assert helps == ["", "holds<br>+14 ± 13 (2)", ""]
+    reasons = cells(studies.reasons_table(), "60 %")
+    assert reasons[1:3] == ["0.20 ± 0.00 (2)", "0.60 ± 0.00 (2)"]  # labels, before and after
+    assert reasons[5:] == ["2 ± 0 (2)", "15 ± 0 (2)", "2"]  # Q
+    returns = cells(studies.returns_table(), "60 %")
+    assert returns[1:] == ["2 ± 0 (2)", "16 ± 13 (2)", "", "16 ± 0 (2)"]
+    share = cells(studies.offline_share_table(), "AntDirection")
+    assert share[:4] == ["2 ± 0 (2)", "16 ± 13 (2)", "27 ± 25 (2)", "+11 ± 13 (2)"]
+    assert share[5:] == ["15 ± 0 (2)", "60 ± 0 (2)"]
+
+
+def test_labels_by_hand(results):
+    write_two_seeds(results / tables.FOLDERS["AntDirection"], "smac", [15.0, 17.0], q_mean=10.0)
+    # On the data at the end of the offline phase; on exploration in the second phase
+    row = ["0.40", "0.50 to 0.70", "10 → 20", "2"]
+    assert cells(tables.labels_table(), "AntDirection") == row
+    assert cells(tables.labels_table(), "HopperParam")[-1] == "0"  # has not been run
 
 
 def test_agents_are_named_as_tables_read_them():
