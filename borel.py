@@ -75,7 +75,8 @@ class Args:
     alpha: float = 0.2  # weight of the policy's entropy [B]
 
 
-# --- What differs from these defaults with a preset, and in an environment, whose row wins
+# --- What differs from these defaults. Later rows win: the preset's, that of the environment,
+# "ENVIRONMENT PRESET".
 # SMAC's paper ran BOReL with its own values and with SMAC's (`matched`), and reports the better
 # result (Section 6).
 SMALL = dict(q_hidden=(128, 128), policy_hidden=(128, 128), lr=1e-3)
@@ -110,6 +111,7 @@ def mlp(sizes, last_init=3e-3):
     last = len(sizes) - 2
     for i in range(len(sizes) - 1):
         linear = nn.Linear(sizes[i], sizes[i + 1])
+        # By the number of outputs, not of inputs, as rlkit's `fanin_init`
         bound = last_init if i == last else 1 / math.sqrt(sizes[i + 1])
         nn.init.uniform_(linear.weight, -bound, bound)
         nn.init.zeros_(linear.bias)

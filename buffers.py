@@ -117,7 +117,7 @@ class ReplayBuffer:
         """Append one trajectory to D_task.
 
         Args:
-            path: obs (T+1, o), actions (T, a), rewards (T,), terminals (T,).
+            path: obs (L+1, o), actions (L, a), rewards (L,), terminals (L,).
             encoder: whether its transitions enter the encoder buffer beside the RL buffer.
 
         Raises IndexError: the buffer is full.
@@ -182,8 +182,9 @@ class ReplayBuffer:
         """Draw n transitions for each task, uniformly with replacement.
 
         Args:
-            tasks: (T,) task numbers.
-            source: "rl", "encoder", or "offline": what "encoder" held at `mark_offline`.
+            tasks: (T,) task numbers. None may be empty: it would give another task's transitions.
+            source: "rl" and "encoder" hold offline and new data. "offline" is what "encoder" held
+                at `mark_offline`: on Cheetah the dataset's encoder part, not its RL part.
 
         Returns obs (T, n, o), actions (T, n, a), rewards (T, n, 1), next_obs (T, n, o),
         terminals (T, n, 1).

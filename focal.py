@@ -62,7 +62,7 @@ class Args:
     # PAPER: mostly z of 20 to 40 numbers, 16 to 20 tasks a batch, 100 to 1024 transitions a
     # history, 65,000 steps and more (code). CODE: SMAC's sizes, so that all methods have the same.
     latent_dim: int = 5  # size of z [Table 1]
-    num_critics: Literal[1, 2] = 2  # one Q-function (the text), or the smaller of two (the code)
+    num_critics: Literal[1, 2] = 2  # one Q-function (paper), or the smaller of two (authors' code)
     # PAPER: UNICORN's encoder sees s' everywhere (code). CODE: on Hopper and Walker, where the
     # dynamics differ, as in FOCAL's and CSRO's code. SMAC's encoder never does.
     next_obs_in_context: bool = False  # the encoder sees s'
@@ -84,9 +84,10 @@ class Args:
     explore_episodes: int = 2  # exploration episodes before the scored one
 
 
-# --- What differs from these defaults with --preset short, and in an environment, whose row wins
+# --- What differs from these defaults. Later rows win: "short" (with --preset short), that of the
+# environment, "ENVIRONMENT short".
 SMALL = dict(q_hidden=(128, 128), policy_hidden=(128, 128), encoder_hidden=(128, 128), lr=1e-3)
-DYNAMICS = dict(next_obs_in_context=True, unicorn_weight=1.5)  # on these two, as in the papers
+DYNAMICS = dict(next_obs_in_context=True, unicorn_weight=1.5)  # their dynamics differ by task
 PRESETS = {
     "HopperParam": DYNAMICS,
     "WalkerParam": DYNAMICS,
@@ -128,6 +129,7 @@ def mlp(sizes, last_init=3e-3):
     last = len(sizes) - 2
     for i in range(len(sizes) - 1):
         linear = nn.Linear(sizes[i], sizes[i + 1])
+        # By the number of outputs, not of inputs, as rlkit's `fanin_init`
         bound = last_init if i == last else 1 / math.sqrt(sizes[i + 1])
         nn.init.uniform_(linear.weight, -bound, bound)
         nn.init.zeros_(linear.bias)
@@ -145,7 +147,7 @@ class Encoder(nn.Module):
         self.net = mlp([in_dim, *hidden, 2 * latent_dim])
 
     def forward(self, context):
-        """History h (T, C, in_dim), of any length C -> mean, standard deviation of z, (T, dz)."""
+        """History h (T, C, in_dim), of any length C -> mean, deviation (above 0) of z, (T, dz)."""
         mu, raw = self.net(context).chunk(2, dim=-1)  # (T, C, dz) each
         # As in C.3, softplus gives each factor's standard deviation; in the authors' code it
         # gives the variance.
@@ -300,7 +302,8 @@ def critic_loss(agent, batch, z, args):
 def actor_loss(agent, batch, z, q, args, lambda_pearl):
     """L_actor (Eq. 2) + lambda_pearl * L_actor^PEARL (C.3).
 
-    z (N, dz), q of the batch (num_critics, N) -> loss, weights of Eq. 2 (N,).
+    z (N, dz), q of the batch (num_critics, N) -> loss, weights of Eq. 2 (N,). lambda_pearl is what
+    `update` chooses for the phase, not the flag.
     """
     # --- A new action, a ~ pi(a | s, z), and its Q. Only PEARL's loss differentiates through it;
     # without that loss the graph is not needed.
@@ -312,7 +315,8 @@ def actor_loss(agent, batch, z, q, args, lambda_pearl):
 
     # --- Eq. 2: maximise exp((Q(s, a, z) - V(s, z)) / lambda) log pi(a | s, z)
     # PAPER: V(s', z). CODE: V(s, z), as the paper's next sentence and AWAC have it.
-    advantage = (q.amin(0) - q_new).detach()  # V is Q at the one new action
+    value = q_new  # V(s, z): its one sample is the new action
+    advantage = (q.amin(0) - value).detach()
     scaled = advantage / args.awr_lambda  # (N,)
     # PAPER: exp. CODE: softmax, times N: exp scaled to mean 1. On Sawyer exp, at most 20.
     if args.awr_weights == "softmax":
@@ -465,7 +469,7 @@ def update(agent, optimizer, batch, args):
         l_club, l_psi = club_losses(agent, batch["context"], obs_dim, action_dim)
         # PAPER: lambda of 10, 25 or 50, beside 10 times the metric and without CLUB's half (code).
         # CODE: the same weights, which are 2, 5 and 10 here.
-        l_encoder = l_metric + args.csro_weight * l_club + l_psi
+        l_encoder = l_metric + args.csro_weight * l_club + l_psi  # (l_psi trains psi alone)
         info |= {"losses/club": l_club, "losses/psi": l_psi}
     elif args.context_loss == "unicorn":
         l_decoder = transition_loss(agent, flat, z)
@@ -519,7 +523,7 @@ def prior(num, args, device):
 def rollout(env_list, agent, mu, sigma, rng, deterministic=False, read_rewards=True):
     """One episode in each of E environments, side by side.
 
-    A new z ~ N(mu, sigma^2) is drawn at every step; mu, sigma (E, dz).
+    A new z_t ~ N(mu, sigma^2) is drawn at every step [Alg. 1, l. 7]; mu, sigma (E, dz).
 
     Returns E trajectories: obs (L+1, o), actions (L, a), terminals (L,), and rewards (L,) if they
     may be read.
@@ -683,7 +687,7 @@ def evaluate(agent, buffer, eval_envs, args):
     # --- Own context: z from what the agent itself explores
     for split in ("test", "train"):
         tasks, env_list = eval_envs[split]
-        z_each = z_train.expand(len(tasks), -1, -1)  # (E, N, dz)
+        z_each = z_train.expand(len(tasks), -1, -1)  # (E, N, dz): `on_cores` cuts it as env_list
         final, exploration, mu_own, _ = buffers.on_cores(adapt, env_list, agent, args, rng, z_each)
         evaluations.append(buffers.Evaluation(split, "own", tasks, final, exploration))
 

@@ -66,7 +66,8 @@ class Args:
     adv_coef: float = 0.01  # lambda, the weight of L_ADV, at the start: it is learned too [M]
 
 
-# --- What differs from these defaults with a preset, and in an environment, whose row wins
+# --- What differs from these defaults. Later rows win: the preset's, that of the environment,
+# "ENVIRONMENT PRESET".
 # `matched` has SMAC's network sizes, learning rate and batch.
 PRESETS = {
     "AntDirection": dict(eval_every=8_000),

@@ -54,7 +54,8 @@ class Args:
     kl_coef: float = 0.1  # weight of the KL term of Eq. 3 (authors' code); it must fit the rewards
 
 
-# --- What differs from these defaults with --preset short, and in an environment, whose row wins
+# --- What differs from these defaults. Later rows win: "short" (with --preset short), that of the
+# environment, "ENVIRONMENT short".
 SMALL = dict(policy_hidden=(128, 128), encoder_hidden=(128, 128), lr=1e-3)
 PRESETS = {
     "AntDirection": dict(eval_every=8_000),
@@ -89,6 +90,7 @@ def mlp(sizes, last_init=3e-3):
     last = len(sizes) - 2
     for i in range(len(sizes) - 1):
         linear = nn.Linear(sizes[i], sizes[i + 1])
+        # By the number of outputs, not of inputs, as rlkit's `fanin_init`
         bound = last_init if i == last else 1 / math.sqrt(sizes[i + 1])
         nn.init.uniform_(linear.weight, -bound, bound)
         nn.init.zeros_(linear.bias)
@@ -106,7 +108,7 @@ class Encoder(nn.Module):
         self.net = mlp([in_dim, *hidden, 2 * latent_dim])
 
     def forward(self, context):
-        """History h (T, C, in_dim), of any length C -> mean, standard deviation of z, (T, dz)."""
+        """History h (T, C, in_dim), of any length C -> mean, deviation (above 0) of z, (T, dz)."""
         mu, raw = self.net(context).chunk(2, dim=-1)  # (T, C, dz) each
         # As in C.3, softplus gives each factor's standard deviation; in the authors' code it
         # gives the variance.
@@ -289,7 +291,7 @@ def prior(num, args, device):
 def rollout(env_list, agent, mu, sigma, rng, deterministic=False, read_rewards=True):
     """One episode in each of E environments, side by side.
 
-    A new z ~ N(mu, sigma^2) is drawn at every step; mu, sigma (E, dz).
+    A new z_t ~ N(mu, sigma^2) is drawn at every step [Alg. 1, l. 7]; mu, sigma (E, dz).
 
     Returns E trajectories: obs (L+1, o), actions (L, a), terminals (L,), and rewards (L,) if they
     may be read.
@@ -359,6 +361,7 @@ def evaluate(agent, buffer, eval_envs, args):
     # --- Own context: z from what the agent itself explores
     for split in ("test", "train"):
         tasks, env_list = eval_envs[split]
+        # `on_cores` cuts env_list, and every tensor (E, .), in parts, one for each process
         final, exploration, mu, sigma = buffers.on_cores(adapt, env_list, agent, args, rng)
         kl = kl_to_prior(mu, sigma)  # (E,)
         evaluations.append(buffers.Evaluation(split, "own", tasks, final, exploration, kl))
@@ -379,6 +382,7 @@ def evaluate(agent, buffer, eval_envs, args):
     mu, sigma = agent.encoder(make_context(h_offline, args))  # (E, dz)
     final = buffers.on_cores(rollout, env_list, agent, mu, sigma, rng, deterministic=True)
     kl = kl_to_prior(mu, sigma)
+    # (nothing was explored for it: `exploration` is that of the own context)
     evaluations.append(buffers.Evaluation("train", "offline", tasks, final, exploration, kl))
 
     # --- Decoder against true rewards, with the mean of z given h_offline, on offline data and on

@@ -68,7 +68,8 @@ class Args:
     updates_per_iteration: int = 4_000  # gradient steps an iteration [PEARL's code]
 
 
-# --- What differs from these defaults with --preset short, and in an environment, whose row wins
+# --- What differs from these defaults. Later rows win: "short" (with --preset short), that of the
+# environment, "ENVIRONMENT short".
 SMALL = dict(q_hidden=(128, 128), policy_hidden=(128, 128), encoder_hidden=(128, 128), lr=1e-3)
 PRESETS = {
     "HopperParam": dict(next_obs_in_context=True),
@@ -127,6 +128,7 @@ def mlp(sizes, last_init=3e-3):
     last = len(sizes) - 2
     for i in range(len(sizes) - 1):
         linear = nn.Linear(sizes[i], sizes[i + 1])
+        # By the number of outputs, not of inputs, as rlkit's `fanin_init`
         bound = last_init if i == last else 1 / math.sqrt(sizes[i + 1])
         nn.init.uniform_(linear.weight, -bound, bound)
         nn.init.zeros_(linear.bias)
@@ -144,7 +146,7 @@ class Encoder(nn.Module):
         self.net = mlp([in_dim, *hidden, 2 * latent_dim])
 
     def forward(self, context):
-        """History h (T, C, in_dim), of any length C -> mean, standard deviation of z, (T, dz)."""
+        """History h (T, C, in_dim), of any length C -> mean, deviation (above 0) of z, (T, dz)."""
         mu, raw = self.net(context).chunk(2, dim=-1)  # (T, C, dz) each
         # As in C.3, softplus gives each factor's standard deviation; in the authors' code it
         # gives the variance.

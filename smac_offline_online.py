@@ -47,7 +47,7 @@ class Args:
     encoder_hidden: tuple[int, ...] = (200, 200, 200)  # hidden sizes of the encoder [Table 1]
     decoder_hidden: tuple[int, ...] = (64, 64)  # hidden sizes of the reward decoder [Table 1]
     latent_dim: int = 5  # size of z [Table 1]
-    num_critics: Literal[1, 2] = 2  # one Q-function (the text), or the smaller of two (the code)
+    num_critics: Literal[1, 2] = 2  # one Q-function (paper), or the smaller of two (authors' code)
     next_obs_in_context: bool = False  # the encoder sees s' (in h in Section 3, not in C.3)
 
     # --- Gradient step
@@ -66,11 +66,11 @@ class Args:
     # --- Self-supervised phase
     tasks_per_iteration: int = 5  # tasks that collect data in one iteration, side by side
     prior_steps: int = 400  # new transitions of each task, z from the prior [authors' code]
-    posterior_steps: int = 600  # new transitions of each task, z from the posterior
-    updates_per_iteration: int = 4_000  # gradient steps an iteration [PEARL's code]
+    posterior_steps: int = 600  # the same with z from the posterior [authors' code]
+    updates_per_iteration: int = 4_000  # gradient steps an iteration [PEARL; Table 1: 20,000]
     encoder_buffer: Literal["prior", "all", "frozen"] = "prior"  # new data: z ~ p(z), all, none
 
-    # --- Ablations and oracle of the paper
+    # --- Ablations, and the oracle of Figure 9; that of Figure 5 is pearl_online_oracle.py
     explore_tasks: Literal["train", "test"] = "train"  # where the second phase collects [Figure 9]
     oracle_rewards: bool = False  # second phase with true rewards, all networks train [Figure 9]
     oracle_frozen: bool = False  # with --oracle-rewards: Eq. 3 stays frozen [a control of ours]
@@ -78,7 +78,8 @@ class Args:
     encoder_loss: Literal["reward", "reward_then_q", "q"] = "reward"  # trains encoder [Figure 7]
 
 
-# --- What differs from these defaults with --preset short, and in an environment, whose row wins
+# --- What differs from these defaults. Later rows win: "short" (with --preset short), that of the
+# environment, "ENVIRONMENT short".
 SMALL = dict(q_hidden=(128, 128), policy_hidden=(128, 128), encoder_hidden=(128, 128), lr=1e-3)
 PRESETS = {
     "CheetahVelocity": dict(encoder_buffer="frozen"),  # [C.2]
@@ -126,6 +127,8 @@ PRESETS["SawyerManipulation8"] = PRESETS["SawyerManipulation"]
 
 
 # ===== Networks: Table 1 and C.3
+# Shapes: T tasks of a batch (not the paper's T = 3 episodes), C transitions of a history h, B of
+# h', N = T * B; E environments, L steps of a trajectory; o, a, dz: sizes of s, a and z.
 
 
 def mlp(sizes, last_init=3e-3):
@@ -134,6 +137,7 @@ def mlp(sizes, last_init=3e-3):
     last = len(sizes) - 2
     for i in range(len(sizes) - 1):
         linear = nn.Linear(sizes[i], sizes[i + 1])
+        # By the number of outputs, not of inputs, as rlkit's `fanin_init`
         bound = last_init if i == last else 1 / math.sqrt(sizes[i + 1])
         nn.init.uniform_(linear.weight, -bound, bound)
         nn.init.zeros_(linear.bias)
@@ -151,7 +155,7 @@ class Encoder(nn.Module):
         self.net = mlp([in_dim, *hidden, 2 * latent_dim])
 
     def forward(self, context):
-        """History h (T, C, in_dim), of any length C -> mean, standard deviation of z, (T, dz)."""
+        """History h (T, C, in_dim), of any length C -> mean, deviation (above 0) of z, (T, dz)."""
         mu, raw = self.net(context).chunk(2, dim=-1)  # (T, C, dz) each
         # As in C.3, softplus gives each factor's standard deviation; in the authors' code it
         # gives the variance.
@@ -293,7 +297,8 @@ def critic_loss(agent, batch, z, args):
 def actor_loss(agent, batch, z, q, args, lambda_pearl):
     """L_actor (Eq. 2) + lambda_pearl * L_actor^PEARL (C.3).
 
-    z (N, dz), q of the batch (num_critics, N) -> loss, weights of Eq. 2 (N,).
+    z (N, dz), q of the batch (num_critics, N) -> loss, weights of Eq. 2 (N,). lambda_pearl is what
+    `update` chooses for the phase, not the flag.
     """
     # --- A new action, a ~ pi(a | s, z), and its Q. Only PEARL's loss differentiates through it;
     # without that loss the graph is not needed.
@@ -305,7 +310,8 @@ def actor_loss(agent, batch, z, q, args, lambda_pearl):
 
     # --- Eq. 2: maximise exp((Q(s, a, z) - V(s, z)) / lambda) log pi(a | s, z)
     # PAPER: V(s', z). CODE: V(s, z), as the paper's next sentence and AWAC have it.
-    advantage = (q.amin(0) - q_new).detach()  # V is Q at the one new action
+    value = q_new  # V(s, z): its one sample is the new action
+    advantage = (q.amin(0) - value).detach()
     scaled = advantage / args.awr_lambda  # (N,)
     # PAPER: exp. CODE: softmax, times N: exp scaled to mean 1. On Sawyer exp, at most 20.
     if args.awr_weights == "softmax":
@@ -406,6 +412,7 @@ def update(agent, optimizer, batch, args, self_supervised):
     else:  # "q": the Q-loss alone, in both phases
         reward_loss_to_encoder = False
         q_loss_to_encoder = True
+    # False: z is a constant, and no loss of it trains the encoder. True: the KL term does, too.
     train_encoder = reward_loss_to_encoder or q_loss_to_encoder
     if args.actor_ablation:
         lambda_pearl = 1.0
@@ -477,7 +484,7 @@ def prior(num, args, device):
 def rollout(env_list, agent, mu, sigma, rng, deterministic=False, read_rewards=True):
     """One episode in each of E environments, side by side.
 
-    A new z ~ N(mu, sigma^2) is drawn at every step; mu, sigma (E, dz).
+    A new z_t ~ N(mu, sigma^2) is drawn at every step [Alg. 1, l. 7]; mu, sigma (E, dz).
 
     Returns E trajectories: obs (L+1, o), actions (L, a), terminals (L,), and rewards (L,) if they
     may be read.
@@ -512,30 +519,30 @@ def collect(env_list, tasks, num_steps, from_prior, agent, buffer, args, act_rng
     """
     num_train = int((buffer.sizes["offline"] > 0).sum())  # training tasks alone have offline data
     new_steps = [0] * len(tasks)
-    while live := [e for e in range(len(tasks)) if new_steps[e] < num_steps]:
+    while unfinished := [e for e in range(len(tasks)) if new_steps[e] < num_steps]:
         # --- l. 8: the buffer D_i that each new trajectory enters
         # PAPER: D_i drawn anew. CODE: the one of the training task that is explored.
-        explored = [tasks[e] for e in live]
+        explored = [tasks[e] for e in unfinished]
         if args.explore_tasks == "train":
             owners = explored
         else:
             # A test task has no D_i: as in the text, any of them takes the trajectory. With z from
             # the posterior h, too, is of that D_i.
-            owners = torch.randint(num_train, (len(live),), generator=act_rng).tolist()
+            owners = torch.randint(num_train, (len(unfinished),), generator=act_rng).tolist()
             if args.oracle_rewards:  # with true rewards it gets a buffer of its own
                 owners = [num_train + task for task in explored]  # in place of the draw above
 
         # --- l. 7: one trajectory in each task. Its rewards are not read, unless --oracle-rewards.
         # PAPER: z ~ p(z) only. CODE: by default z ~ q(z | h) in 600 of 1000 transitions.
         if from_prior:
-            mu, sigma = prior(len(live), args, train_rng.device)  # (live, dz)
+            mu, sigma = prior(len(unfinished), args, train_rng.device)  # (unfinished, dz)
         else:
             h = buffer.sample(owners, args.context_batch, train_rng, "encoder")
             mu, sigma = agent.encoder(make_context(h, args))
-        live_envs = [env_list[e] for e in live]
-        paths = rollout(live_envs, agent, mu, sigma, act_rng, read_rewards=args.oracle_rewards)
+        chosen = [env_list[e] for e in unfinished]
+        paths = rollout(chosen, agent, mu, sigma, act_rng, read_rewards=args.oracle_rewards)
 
-        for e, i, path in zip(live, owners, paths):
+        for e, i, path in zip(unfinished, owners, paths):  # environment e, buffer D_i
             if not args.oracle_rewards:
                 # l. 8: h_offline ~ D_i, of the offline transitions in its encoder buffer
                 h_offline = buffer.sample([i], args.context_batch, train_rng, "offline")
@@ -605,6 +612,7 @@ def evaluate(agent, buffer, eval_envs, args):
     # --- Own context: z from what the agent itself explores
     for split in ("test", "train"):
         tasks, env_list = eval_envs[split]
+        # `on_cores` cuts env_list, and every tensor (E, .), in parts, one for each process
         final, exploration, mu, sigma = buffers.on_cores(adapt, env_list, agent, args, rng)
         kl = kl_to_prior(mu, sigma)  # (E,)
         evaluations.append(buffers.Evaluation(split, "own", tasks, final, exploration, kl))
@@ -625,6 +633,7 @@ def evaluate(agent, buffer, eval_envs, args):
     mu, sigma = agent.encoder(make_context(h_offline, args))  # (E, dz)
     final = buffers.on_cores(rollout, env_list, agent, mu, sigma, rng, deterministic=True)
     kl = kl_to_prior(mu, sigma)
+    # (nothing was explored for it: `exploration` is that of the own context)
     evaluations.append(buffers.Evaluation("train", "offline", tasks, final, exploration, kl))
 
     # --- Decoder against true rewards, with the mean of z given h_offline, on offline data and on
@@ -655,7 +664,7 @@ def evaluate(agent, buffer, eval_envs, args):
 
 def main(args):
     """Algorithm 1. Returns the trained agent. Raises InputError."""
-    spec = envs.lookup(args.env_id)
+    spec = envs.lookup(args.env_id)  # sizes, horizon, numbers of tasks [Table 2]
     device = buffers.choose_device(args)
     torch.manual_seed(args.seed)
     act_rng = torch.Generator().manual_seed(args.seed)  # for acting, on the CPU
@@ -666,7 +675,8 @@ def main(args):
     explored_tasks = dataset[f"{args.explore_tasks}_tasks"]
     own_buffers = args.explore_tasks == "test" and args.oracle_rewards
     extra_tasks = len(explored_tasks) if own_buffers else 0
-    # In an iteration a task gets two portions of data. Each may exceed its size by an episode.
+    # In an iteration a task gets two portions of data, one for each call of `collect`. Each may
+    # exceed its size by an episode.
     longest_visit = args.prior_steps + args.posterior_steps + 2 * spec.horizon
     extra_steps = args.online_iterations * args.tasks_per_iteration * longest_visit
     buffer = buffers.from_dataset(dataset, args.env_id, device, extra_tasks, extra_steps)
@@ -681,7 +691,9 @@ def main(args):
     state = dict(agent=agent, optimizer=optimizer, buffer=buffer, act_rng=act_rng, rng=train_rng)
     common = dict(agent=agent, buffer=buffer, args=args, act_rng=act_rng, train_rng=train_rng)
     with buffers.Run(args, __file__, dataset["sha256"], **state) as run:
-        # The same functions, faster: a CUDA graph on a GPU, the best exact precision on a CPU
+        # The same functions, faster. On a GPU a CUDA graph replays them: a second `sample`
+        # overwrites the first batch, `learn` sees no tensor but those of `sample`, and args and lr
+        # stay those of the recording. --no-cuda-graph for a change of any of this.
         sample = run.fast(sample_batch)
         learn = run.fast(update, args.compile)
 
@@ -690,12 +702,13 @@ def main(args):
             batch = sample(buffer, args, train_rng)  # l. 3: D_i ~ D, histories h and h' of each
             info = learn(agent, optimizer, batch, args, self_supervised=False)  # l. 4 and 5
             run.log(info)
-            if run.evaluation_due:
+            if run.evaluation_due:  # every eval_every steps, and at the end of a phase
                 run.write(*evaluate(agent, buffer, eval_envs, args))
 
         # ----- Self-supervised phase: new data have no true rewards, unless --oracle-rewards
         online_steps = args.online_iterations * args.updates_per_iteration
-        for step in run.steps(args.offline_steps + online_steps, "self-supervised"):  # l. 6
+        last_step = args.offline_steps + online_steps  # `step` counts on
+        for step in run.steps(last_step, "self-supervised"):  # l. 6
             if (step - args.offline_steps) % args.updates_per_iteration == 0:
                 # PAPER: 4 gradient steps for each new transition (Table 1). CODE: 0.8, since five
                 # tasks collect and not one; 4 on Sawyer. With --preset short 0.2 and 1.

@@ -5,8 +5,8 @@ A dataset is one .npz file for each environment:
     format_version ()              env_id ()                   command ()  the command that made it
     train_tasks (N, k)             test_tasks (M, k)           k numbers describe one task
     {rl,encoder}_tasks (P,)        task number of each trajectory, in time order within a task
-    {rl,encoder}_lengths (P,)      its number of transitions T
-    {rl,encoder}_obs (sum(T+1), o), _actions (sum(T), a), _rewards (sum(T),), _terminals (sum(T),)
+    {rl,encoder}_lengths (P,)      its number of transitions L
+    {rl,encoder}_obs (sum(L+1), o), _actions (sum(L), a), _rewards (sum(L),), _terminals (sum(L),)
 
 With no encoder trajectories (P = 0) the RL trajectories serve as both buffers.
 """
@@ -332,8 +332,8 @@ def check_entries(path, env_id, rl, encoder) -> None:
     """Raise an InputError for the first trajectory that no dataset can hold.
 
     Args:
-        rl, encoder: lists of (task number, {"obs" (T+1, o), "actions" (T, a), "rewards" (T,),
-            "terminals" (T,)}), as `save_dataset` takes them.
+        rl, encoder: lists of (task number, {"obs" (L+1, o), "actions" (L, a), "rewards" (L,),
+            "terminals" (L,)}), as `save_dataset` takes them.
     """
     if not len(rl):
         raise InputError(f"{path}: rl has no trajectory, and every task needs some")
