@@ -122,6 +122,12 @@ def context_methods(flags, steps, seeds, every):
     return rows
 
 
+def context_methods_lambda_10():
+    """The same on the point mass, with weights of Eq. 2 that differ by more."""
+    rows = context_methods("--env-id PointDirection --awr-lambda 10", 12_600, FOUR, 600)
+    return {label.replace("_more", "_lambda_10_more"): command for label, command in rows.items()}
+
+
 def encoder_ablations(smac):
     """The two of Figure 7, of a command of SMAC."""
     return {
@@ -328,6 +334,7 @@ BENCHMARKS = {
             f"{FOCAL_POINT} --critic-to-encoder --offline-steps 12600 --eval-every 600",
             FOUR,
         ),
+        **context_methods_lambda_10(),
         "focal_goal_data": (f"{FOCAL_GOAL} --context-loss focal", THREE),
         "csro_goal_data": (f"{FOCAL_GOAL} --context-loss csro", THREE),
         "unicorn_goal_data": (f"{FOCAL_GOAL} --context-loss unicorn", THREE),

@@ -66,6 +66,9 @@ NAMES = {  # label of a run: its name in pictures and texts, in this order
     "focal_more_offline": "FOCAL, as many steps as SMAC",
     "focal_critic": "FOCAL, the critic trains the encoder",
     "focal_critic_more_offline": "FOCAL, the critic trains the encoder, as many steps as SMAC",
+    "focal_lambda_10_more_offline": "FOCAL, lambda 10, as many steps as SMAC",
+    "csro_lambda_10_more_offline": "CSRO, lambda 10, as many steps as SMAC",
+    "unicorn_lambda_10_more_offline": "UNICORN, lambda 10, as many steps as SMAC",
     "csro": "CSRO",
     "csro_more_offline": "CSRO, as many steps as SMAC",
     "unicorn": "UNICORN",
@@ -707,6 +710,30 @@ def lambda_table():
     return markdown(head, rows)
 
 
+def lambda_rivals_table():
+    """SMAC's control and the other losses of the encoder on the point mass, lambda 100 and 10."""
+    head = "as many steps as SMAC, all offline", "lambda 100", "lambda 10"
+    head += "10 > 100", "control > it, both with 10"
+    found = evidence.load(FOLDERS["PointDirection"])
+
+    def scores_of(label):
+        return scores(found.get(label, {}), OFFLINE)
+
+    def cell(differences):
+        return verdict_cell(verdict(differences), differences, "PointDirection")
+
+    control = scores_of("smac_lambda_10_more_offline")
+    keys = {"SMAC's control": "smac", "FOCAL": "focal", "CSRO": "csro", "UNICORN": "unicorn"}
+    rows = []
+    for name, key in keys.items():
+        large, small = scores_of(f"{key}_more_offline"), scores_of(f"{key}_lambda_10_more_offline")
+        row = [name, mean_words(large.values()), mean_words(small.values())]
+        row.append(cell(paired(small, large)))
+        row.append("" if key == "smac" else cell(paired(control, small)))
+        rows.append(row)
+    return markdown(head, rows)
+
+
 def success_table(name):
     """Sawyer: the share of third episodes that end with the behaviour achieved, as a score."""
     titles = [f"{tasks} tasks, {context} context" for tasks, context in GROUPS]
@@ -1134,6 +1161,7 @@ TABLES = {
     "labels": labels_table,
     "lambda": lambda_table,
     "lambda_where": lambda_where_table,
+    "lambda_rivals": lambda_rivals_table,
     "verdicts": verdicts_table,
     "context": context_table,
     "context_variants": context_variants_table,
