@@ -46,7 +46,7 @@ class Args:
     vae_steps: int = 5_000  # gradient steps of stage 1 (100 epochs of 100 tasks, 4 a step: 2,500)
     # PAPER: 1,000,000 steps (code; SMAC's authors' fork 400,000). CODE: as many as MACAW here.
     offline_steps: int = 25_000  # gradient steps of stage 2: 102 million transitions (SMAC: 51)
-    eval_every: int = 4_000  # a checkpoint at multiples, stage 1 included; in stage 2 evaluated
+    eval_every: int = 4_000  # steps between checkpoints; in stage 2 each comes with an evaluation
     keep_agents: bool = False  # keep the agent of every evaluation, agent_{step}.npz
     run_dir: str = "runs"  # results go to RUN_DIR/{env_id}__{script}__{seed}/
     resume: Optional[str] = None  # folder of a run: continue it from its checkpoint

@@ -108,7 +108,7 @@ class Encoder(nn.Module):
         self.net = mlp([in_dim, *hidden, 2 * latent_dim])
 
     def forward(self, context):
-        """History h (T, C, in_dim), of any length C -> mean, deviation (above 0) of z, (T, dz)."""
+        """History h (T, C, in_dim), of any length C -> mean, standard deviation of z, (T, dz)."""
         mu, raw = self.net(context).chunk(2, dim=-1)  # (T, C, dz) each
         # As in C.3, softplus gives each factor's standard deviation; in the authors' code it
         # gives the variance.
