@@ -45,6 +45,7 @@ def main(args):
         )
     script, flags, tasks, _ = watch.load(args.run, args.env_id, args.dataset)
     arrays, returns = {"script": script.__name__, "test_tasks": tasks}, {}
+    arrays["sha256"] = watch.data_hash(args.run) or ""
     kept = watch.SCRIPTS[script.__name__]
     for step in sorted({getattr(flags, "offline_steps", max(files)), max(files)} & set(files)):
         found = read_npz(files[step], lambda name, *_: name.startswith((*kept, "flags", "returns")))

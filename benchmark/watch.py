@@ -66,10 +66,41 @@ class Args:
         None  # table in Markdown that gets a line for the agent: all test tasks, standard errors
     )
     env_id: Optional[str] = None  # module:Name, if the agent is of a family of one's own
-    dataset: Optional[Path] = None  # the dataset of a run; default datasets/{env_id}.npz
+    dataset: Optional[Path] = None  # the dataset of the agent; default datasets/{env_id}.npz
 
 
 # ===== Reading
+
+
+def data_hash(path):
+    """The hash of the data that an agent was trained on; None or "" where it is unknown.
+
+    PEARL has no data. path: the folder of a run, or an agent file. Raises InputError.
+    """
+    file = path / "checkpoint.npz" if path.is_dir() else path
+
+    def accept(name, dtype, shape):
+        return name == "sha256" and check_array(f"{file}: {name}", dtype, shape, "U", (), MAX_TEXT)
+
+    return read_npz(file, accept).get("sha256")
+
+
+def load_dataset(path, env_id, dataset=None):
+    """The dataset that an agent was trained on, as `buffers.load_dataset` returns it.
+
+    Args:
+        path: the folder of a run, or an agent file.
+        dataset: its file; by default datasets/{env_id}.npz.
+    Raises:
+        InputError: that dataset holds other data, or cannot be read.
+    """
+    data = buffers.load_dataset(env_id, dataset)
+    trained_on = data_hash(path)
+    if trained_on and trained_on != data["sha256"]:
+        raise InputError(
+            f"the data of {path} are others than in this dataset: name theirs with --dataset"
+        )
+    return data
 
 
 def load(path, env_id=None, dataset=None):
@@ -79,9 +110,9 @@ def load(path, env_id=None, dataset=None):
     """
     run = path.is_dir()
     file = path / "checkpoint.npz" if run else path
-    text = dict.fromkeys(("script", "sha256"), ("U", (), MAX_TEXT))
+    text = "U", (), MAX_TEXT
     words = read_npz(
-        file, lambda x, *has: x in text and check_array(f"{file}: {x}", *has, *text[x])
+        file, lambda x, *has: x == "script" and check_array(f"{file}: {x}", *has, *text)
     )
     name = [*path.resolve().name.split("__"), ""][1] if run else words.get("script")
     if name not in SCRIPTS and run and name:
@@ -147,12 +178,7 @@ def load(path, env_id=None, dataset=None):
             args.env_id, spec.num_train_tasks + spec.num_test_tasks, args.task_seed
         )
         return script, args, tasks[spec.num_train_tasks :], agents
-    data = buffers.load_dataset(args.env_id, dataset)
-    if data["sha256"] != words.get("sha256"):
-        raise InputError(
-            f"the data of {path} are others than in this dataset: name theirs with --dataset"
-        )
-    return script, args, data["test_tasks"], agents
+    return script, args, load_dataset(path, args.env_id, dataset)["test_tasks"], agents
 
 
 def check_tasks(file, env_id, tasks):
@@ -322,6 +348,8 @@ def main(args):
     if args.explore and script.__name__ not in CAN_EXPLORE:
         raise InputError(f"--explore is for agents of {', '.join(CAN_EXPLORE)}")
     ways = WAYS if args.explore else ()
+    if ways:  # which read the data
+        load_dataset(args.agent, flags.env_id, args.dataset)
     num_tasks, columns = len(tasks) if args.out else min(args.tasks, len(tasks)), []
     if num_tasks * args.episodes > MAX_PLAYED:
         raise InputError(

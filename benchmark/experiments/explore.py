@@ -106,7 +106,7 @@ def main(cli):
         script, args, tasks, agents = watch.load(file, dataset=cli.dataset)
         if script.__name__ not in watch.CAN_EXPLORE:
             raise buffers.InputError(f"{file} is of {script.__name__}.py, which cannot explore so")
-        dataset = buffers.load_dataset(args.env_id, cli.dataset)
+        dataset = watch.load_dataset(file, args.env_id, cli.dataset)
         buffer = buffers.from_dataset(dataset, args.env_id)
         for step, agent in agents.items():
             rng = torch.Generator().manual_seed(args.seed)

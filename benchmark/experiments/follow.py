@@ -113,7 +113,7 @@ def cosines(means, own_means, angles):
 def main(options):
     """Add the lines. Raises InputError."""
     script, args, tasks, agents = watch.load(options.agent, options.env_id, options.dataset)
-    dataset = buffers.load_dataset(args.env_id, options.dataset)
+    dataset = watch.load_dataset(options.agent, args.env_id, options.dataset)
     lines = []
     if not OUT.exists():
         lines += [

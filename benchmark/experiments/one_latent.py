@@ -32,9 +32,8 @@ class Args:
 
 
 @torch.no_grad()
-def play(script, agent, args, rounds):
+def play(script, agent, args, dataset, rounds):
     """Returns the returns of both ways, (rounds, E) each."""
-    dataset = buffers.load_dataset(args.env_id)
     buffer = buffers.from_dataset(dataset, args.env_id)
     train_tasks = dataset["train_tasks"]
     evaluation = envs.make_evaluation(args.env_id, train_tasks, dataset["test_tasks"])
@@ -65,8 +64,9 @@ def main(cli):
     ]
     for file in cli.agents:
         script, args, _, agents = watch.load(file)
+        dataset = watch.load_dataset(file, args.env_id)
         for step, agent in agents.items():
-            every_step, once = play(script, agent, args, cli.rounds)
+            every_step, once = play(script, agent, args, dataset, cli.rounds)
             difference = once - every_step
             error = difference.std(ddof=1) / np.sqrt(difference.size)
             cells = [args.env_id, step, f"{every_step.mean():.1f}", f"{once.mean():.1f}"]

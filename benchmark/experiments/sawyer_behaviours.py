@@ -60,7 +60,7 @@ def main(args):
         "meta_bc",
     ):
         raise buffers.InputError(f"{args.agent} is no SMAC or meta-BC agent of a Sawyer family")
-    data = buffers.load_dataset(flags.env_id, args.dataset)
+    data = watch.load_dataset(args.agent, flags.env_id, args.dataset)
     buffer = buffers.from_dataset(data, flags.env_id)
     pairs = envs.make_evaluation(
         flags.env_id,

@@ -100,7 +100,7 @@ def main(cli):
         if args.env_id != "PointDirection":
             raise buffers.InputError(f"{run} is of {args.env_id}, expected PointDirection")
         agent = whole_agent(script, args, run)
-        dataset = buffers.load_dataset(args.env_id, args.dataset)
+        dataset = watch.load_dataset(run, args.env_id, args.dataset)
         buffer = buffers.from_dataset(dataset, args.env_id)
         angles = dataset["train_tasks"][:, 0]
         directions = np.stack([np.cos(angles), np.sin(angles)], axis=1)

@@ -26,6 +26,7 @@ import meta_bc
 import pearl_online_oracle as pearl
 import smac_offline_online as smac
 from benchmark import agents, figures, film, watch
+from benchmark.experiments import explore
 from plumbing.flags import one_sentence
 from plumbing.pictures import draw_summary, read_figures
 
@@ -330,10 +331,17 @@ def test_what_is_no_agent_at_all(agent_file, runs, data, tmp_path, capsys):
             with one_sentence():
                 watch.main(watch.Args(path))
         assert stop.value.code == 2 and words in capsys.readouterr().err
-    with pytest.raises(
-        buffers.InputError, match="are others than in this dataset: name theirs with --dataset"
-    ):
+    others = "are others than in this dataset: name theirs with --dataset"
+    with pytest.raises(buffers.InputError, match=others):
         watch.load(runs[smac])
+    # The file has the agent's tasks; its data are read where exploring needs them.
+    watch.main(watch.Args(agent_file))
+    with pytest.raises(buffers.InputError, match=others):
+        watch.main(watch.Args(agent_file, explore=True))
+    with pytest.raises(buffers.InputError, match=others):
+        explore.main(explore.Args(agents=(agent_file,), out=tmp_path / "table.md"))
+    assert not (tmp_path / "table.md").exists()
+    watch.main(watch.Args(agent_file, explore=True, dataset=data))
     with pytest.raises(buffers.InputError, match="none of its phases has ended"):
         agents.main(agents.Args(tmp_path))
     for flags in (dict(tasks=0), dict(episodes=0), dict(every=0), dict(out=tmp_path / "table.md")):
