@@ -3,15 +3,13 @@
 Writes {name}.json beside each {name}.npz, which stays as it is. `save_dataset` has written most of
 it. What is unknown of older data is null: with which versions, and on which processor, they were
 made; their date is that of the commit that brought them. To this comes what SMAC reaches with
-the data, by the results in benchmark/results/.
+the data, by the results in benchmark/results/, read as benchmark/plot.py reads them
+(benchmark/requirements.txt).
 """
 
-import csv
-import glob
 import json
 import subprocess
 import sys
-from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +18,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path.insert(0, str(ROOT))
 import envs
+from benchmark import evidence
 from plumbing.files import dataset_rules, read_npz
 from plumbing.provenance import describe_dataset, description_file, write_description
 
@@ -28,30 +27,15 @@ REFERENCES = {
     "PointDirection": "point_direction/smac__*.csv",
     "PointDirectionGoal": "point_direction/smac_goal_data__*.csv",
 }
-LAST = 3  # evaluations of which a score is the mean
-
-
-def score(file):
-    """The mean return on test tasks, with the agent's own context, of a run's last evaluations.
-
-    Those after the first new transition alone, if there are any.
-    """
-    with open(file, newline="") as lines:
-        rows = [row for row in csv.DictReader(lines) if row["split"] == "test"]
-    rows = [row for row in rows if row["context"] != "offline"]
-    returns = defaultdict(list)  # {gradient step: a return for each task}
-    for row in [row for row in rows if int(row["env_steps"]) > 0] or rows:
-        returns[int(row["gradient_step"])].append(float(row["return"]))
-    return np.mean([np.mean(returns[step]) for step in sorted(returns)[-LAST:]])
 
 
 def reference(name):
     """What SMAC reaches with a dataset, and where that is written."""
     pattern = REFERENCES.get(name, f"short/{name}/smac__*.csv")
-    files = sorted(glob.glob(str(ROOT / "benchmark" / "results" / pattern)))
+    files = sorted((ROOT / "benchmark" / "results").glob(pattern))
     if not files:
         return None
-    scores = [score(file) for file in files]
+    scores = [evidence.read(file).score(evidence.SECOND) for file in files]
     return {
         "what": "SMAC, return on test tasks: mean over seeds of each run's last three evaluations "
         "of the second phase",

@@ -1,5 +1,6 @@
 """What benchmark/evidence.py, tables.py and plot.py make of runs."""
 
+import importlib.util
 import json
 import math
 import shutil
@@ -571,3 +572,12 @@ def test_results_are_of_the_data_in_the_repository(folder):
         assert flags["dataset_sha256"] == described["sha256_of_contents"], file.name
         checked += 1
     assert checked
+
+
+def test_beside_each_dataset_stands_what_smac_reaches_with_it():
+    spec = importlib.util.spec_from_file_location("describe", ROOT / "datasets" / "describe.py")
+    describe = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(describe)
+    for file in (ROOT / "datasets").glob("*.npz"):
+        written = json.loads(file.with_suffix(".json").read_text())
+        assert written["reference"] == describe.reference(file.stem) is not None, file.name

@@ -1,6 +1,5 @@
 """Files: what is replaced and what is refused; trajectories that no dataset holds; provenance."""
 
-import importlib.util
 import json
 import os
 import re
@@ -192,16 +191,8 @@ def test_returns_by_task_have_the_order_of_the_tasks():
 SHIPPED = sorted((ROOT / "datasets").glob("*.npz"))
 
 
-@pytest.fixture(scope="module")
-def describe():
-    spec = importlib.util.spec_from_file_location("describe", ROOT / "datasets" / "describe.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
-def test_the_description_of_a_shipped_dataset_is_of_this_file(file, describe):
+def test_the_description_of_a_shipped_dataset_is_of_this_file(file):
     if file.stem.startswith("Sawyer"):
         pytest.importorskip("pybullet")
     written = json.loads(Path(description_file(file)).read_text())
@@ -219,16 +210,3 @@ def test_the_description_of_a_shipped_dataset_is_of_this_file(file, describe):
     known = {version is not None for version in [*written["versions"].values(), written["cpu"]]}
     assert len(known) == 1  # all is known, or nothing
     assert re.match(r"2026-\d\d-\d\dT", written["date"])
-    assert written["reference"] == describe.reference(file.stem) is not None
-
-
-def test_a_score_is_the_mean_of_the_last_three_evaluations(describe, tmp_path):
-    lines = ["gradient_step,env_steps,split,context,task,return,exploration_return"]
-    for step, value in ((5, 100), (10, 1), (20, 2), (30, 6)):
-        lines += [f"{step},0,test,own,{task},{value + task},0" for task in (0, 2)]
-        lines += [f"{step},0,train,own,0,900,0", f"{step},0,train,offline,0,900,0"]
-    (tmp_path / "a.csv").write_text("\n".join(lines) + "\n")
-    assert describe.score(tmp_path / "a.csv") == 4  # (1 + 2 + 6) / 3, and 1 of two tasks
-    lines += ["40,9,test,own,0,7,0", "50,9,test,own,0,8,0"]  # with new transitions: these alone
-    (tmp_path / "a.csv").write_text("\n".join(lines) + "\n")
-    assert describe.score(tmp_path / "a.csv") == 7.5
