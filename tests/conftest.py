@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import importlib.metadata
+import os
 import signal
 import sys
 import threading
@@ -10,13 +12,15 @@ from pathlib import Path
 import gymnasium as gym
 import pytest
 import torch
-from matplotlib.figure import Figure
+from torch.utils.tensorboard import SummaryWriter
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import small as small_runs
 
 import envs
+import plumbing.run
 import sawyer
+from plumbing import pictures
 
 torch.set_num_threads(1)
 
@@ -61,14 +65,47 @@ def without_gpu(monkeypatch, request):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
+DRAWING = {
+    (pictures, "draw_summary"): pictures.draw_summary,
+    (pictures, "tasks_figure"): pictures.tasks_figure,
+    (pictures, "paths_figure"): pictures.paths_figure,
+    (SummaryWriter, "add_figure"): SummaryWriter.add_figure,
+}
+
+
+class Blank:
+    """In place of the figure of summary.png."""
+
+    def savefig(self, file, **style):
+        file.write(b"a picture")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cheap_runs():
+    """Runs do without what takes most of a small one's time: pictures, git, versions, waiting for the disk."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name in DRAWING:
+            patch.setattr(module, name, lambda *_: None)
+        patch.setattr(pictures, "draw_summary", lambda *_: Blank())
+        patch.setattr(plumbing.run, "commit", functools.cache(plumbing.run.commit))
+        patch.setattr(importlib.metadata, "version", functools.cache(importlib.metadata.version))
+        patch.setattr(os, "fsync", lambda file: None)
+        yield
+
+
+@pytest.fixture
+def with_pictures(monkeypatch):
+    """Runs draw their pictures, after all."""
+    for (module, name), function in DRAWING.items():
+        monkeypatch.setattr(module, name, function)
+
+
 @pytest.fixture
 def quick(monkeypatch):
-    """Small evaluations, a point of the loss curves every 5 steps, and no pictures, which take most of the time."""
+    """Small evaluations, and a point of the loss curves every 5 steps."""
     small = functools.partial(envs.make_evaluation, num_train=3, repeats=1)
     monkeypatch.setattr(envs, "make_evaluation", small)
     monkeypatch.setattr("plumbing.run.LOG_EVERY", 5)
-    monkeypatch.setattr("plumbing.pictures.draw_summary", lambda *_: Figure(figsize=(1, 1)))
-    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.add_figure", lambda *_: None)
 
 
 @pytest.fixture

@@ -16,7 +16,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
 
 import buffers
 import meta_bc
@@ -48,7 +47,6 @@ def test_results_of_a_run_that_stopped_and_went_on(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "ROOT", tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(run, "subprocess", SimpleNamespace(Popen=call, PIPE=-1, STDOUT=-2))
-    monkeypatch.setattr("plumbing.pictures.draw_summary", lambda *_: Figure())
     command = f"{COMMAND} --dataset few.npz"
     out, results = (
         tmp_path / "benchmark" / "results" / "point",

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.colors import to_rgba
-from matplotlib.figure import Figure
 from PIL import Image
 
 import borel
@@ -51,7 +50,6 @@ FLAGS = {
     macaw: dict(offline_steps=2, value_hidden=(8,)),
     borel: dict(vae_steps=1, offline_steps=2, vae_tasks=2, elbo_terms=2),
 }
-DRAW_SUMMARY = draw_summary  # the fixture `runs` replaces it
 STEPS = {smac: 4, pearl: 2, meta_bc: 2, macaw: 2, borel: 3}  # of a whole run
 
 
@@ -75,9 +73,6 @@ def runs(tmp_path_factory, data):
     with pytest.MonkeyPatch.context() as patch:
         few = dataclasses.replace(envs.SPECS["PointDirection"], num_train_tasks=2, num_test_tasks=3)
         patch.setitem(envs.SPECS, "PointDirection", few)
-        patch.setattr(
-            "plumbing.pictures.draw_summary", lambda *_: Figure()
-        )  # a second for each picture
         for script in SCRIPTS:
             flags = TINY | FLAGS[script] | ({} if script is pearl else {"dataset": str(data)})
             buffers.train(script, env_id="PointDirection", run_dir=str(folder), **flags)
@@ -384,7 +379,6 @@ def test_masks_of_an_encoder_are_kept_and_watched(data, tmp_path, monkeypatch):
             self.register_buffer("padding", torch.tensor([True, False]))
 
     monkeypatch.setattr(smac, "Encoder", Masked)
-    monkeypatch.setattr("plumbing.pictures.draw_summary", lambda *_: Figure())
     run, flags = (
         tmp_path / "PointDirection__smac_offline_online__1",
         TINY | FLAGS[smac] | dict(dataset=str(data)),
@@ -615,7 +609,7 @@ def test_the_picture_of_a_run_by_hand(tmp_path):
         (40, paths),
     ):  # the last is of a later step than eval.csv has
         np.savez(tmp_path / f"figures_{step}.npz", **kls, **ground)
-    curves, tasks, bar_of_colours, *panels = DRAW_SUMMARY(tmp_path, np.array(rows)).axes
+    curves, tasks, bar_of_colours, *panels = draw_summary(tmp_path, np.array(rows)).axes
     (image,) = tasks.images
     np.testing.assert_array_equal(image.get_array(), [[1, 5], [np.nan, 7]])
     drawn = {
@@ -652,6 +646,14 @@ def test_the_picture_of_a_run_by_hand(tmp_path):
             == [to_rgba(c) for c in in_legend]
             == [to_rgba(c) for c in colours]
         )
+
+
+def test_the_picture_of_a_run_without_posterior_and_paths(tmp_path):
+    np.savez(tmp_path / "figures_10.npz")
+    rows = np.array([(10, 0, 0, 0, 0, 4.0, 0)])
+    figure = draw_summary(tmp_path, rows)
+    assert [axes.get_visible() for axes in figure.axes[-2:]] == [False, False]
+    figure.savefig(tmp_path / "summary.png")
 
 
 BAD_FIGURES = {
