@@ -239,7 +239,9 @@ def sign_and_record(patch, script, log):
 # phase, stopped there
 
 
-CASES = [(name, resumed) for name in RUNS for resumed in (False, True)]
+# Of the others test_resume.py compares a resumed run with a whole one, bit for bit.
+RESUMED = [name for name in RUNS if name.startswith("smac, ")]
+CASES = [(name, False) for name in RUNS] + [(name, True) for name in RESUMED]
 
 
 @functools.cache
@@ -280,7 +282,7 @@ def flow(request, folders):
 
 def over(names):
     """A test over these runs, whole and resumed: a decorator."""
-    cases = [(name, resumed) for name in names for resumed in (False, True)]
+    cases = [case for case in CASES if case[0] in names]
     ids = [name + ", resumed" * resumed for name, resumed in cases]
     return pytest.mark.parametrize("flow", cases, ids=ids, indirect=True)
 
@@ -802,7 +804,7 @@ def paid(request, quick, monkeypatch):
     return steps
 
 
-@pytest.mark.parametrize("paid", PAY, indirect=True)
+@pytest.mark.parametrize("paid", ["what must not be touched"], indirect=True)
 @pytest.mark.parametrize("name", SELF_SUPERVISED)
 def test_the_self_supervised_phase_never_reads_a_reward(name, paid, tmp_path):
     signed.start(name, tmp_path, signed.save_data(tmp_path / "data.npz"))

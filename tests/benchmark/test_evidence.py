@@ -553,7 +553,7 @@ def test_plot_all_run_again_changes_nothing(tmp_path, monkeypatch):
     pictures += [f"{name}/curve" for name in plot.CURVES]
     for name in [*pictures, *(f"{folder}/figures" for folder in plot.GROUND.values())]:
         committed, made = (
-            imageio.imread(results / f"{name}.png").astype(int)
+            imageio.imread(results / f"{name}.png").astype(np.int16)
             for results in (ROOT / "benchmark" / "results", evidence.RESULTS)
         )
         assert committed.shape == made.shape and np.abs(committed - made).mean() < 1, name

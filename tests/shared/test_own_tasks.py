@@ -628,8 +628,8 @@ def random_dataset(rng, kind, num_tasks, episodes, length, obs_dim, action_dim, 
 DATASETS = {
     # kind of numbers; tasks, episodes a task, steps an episode; sizes of observation and action;
     # whether there is an encoder part
-    "one-hot, 24 MB": ("one-hot", 50, 6, 200, 100, 1, False),
-    "constant": ("constant", 50, 6, 200, 100, 6, False),
+    "one-hot": ("one-hot", 10, 3, 200, 100, 1, False),
+    "constant": ("constant", 10, 3, 200, 100, 6, False),
     "more than a reader unpacks": ("constant", 10, 3, 100, 30, 2, True),
     "all zero": ("zero", 10, 3, 100, 30, 1, True),
     "one task": ("normal", 1, 2, 7, 3, 2, False),
