@@ -43,7 +43,7 @@ class Args:
     preset: Literal["original", "matched", "short"] = "original"  # [B], SMAC's sizes, or small ones
     seed: int = 1  # seed of the networks, of exploration and of sampling
     dataset: Optional[str] = None  # offline dataset; by default datasets/{env_id}.npz
-    vae_steps: int = 5_000  # gradient steps of stage 1 (100 epochs of 100 tasks, 4 a step: 2,500)
+    vae_steps: int = 5_000  # gradient steps of stage 1 (ours; 100 epochs, as in the code: 2,500)
     # PAPER: 1,000,000 steps (code; SMAC's authors' fork 400,000). CODE: as many as MACAW here.
     offline_steps: int = 25_000  # gradient steps of stage 2: 102 million transitions (SMAC: 51)
     eval_every: int = 4_000  # steps between checkpoints; in stage 2 each comes with an evaluation

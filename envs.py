@@ -405,7 +405,7 @@ def spread(tasks, num_tasks: int) -> np.ndarray:
     That is the velocity or the direction: tasks drawn at random would favour policies that ignore
     the task. In the Param and the Sawyer families the choice is as good as random: of a Param task
     the entry is the world's mass, which nothing depends on; on Sawyer it is a side, -1 or 1. (NumPy
-    may order equal entries otherwise on a processor that is no x86; then these tasks of Sawyer are
+    may order equal entries otherwise on a processor without AVX2; then these tasks of Sawyer are
     others.)
     """
     middles = (np.arange(num_tasks) + 0.5) / num_tasks * len(tasks)

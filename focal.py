@@ -299,17 +299,17 @@ def critic_loss(agent, batch, z, args):
     return (q - target).square().mean(1).sum(), q
 
 
-def actor_loss(agent, batch, z, q, args, lambda_pearl):
-    """L_actor (Eq. 2) + lambda_pearl * L_actor^PEARL (C.3).
+def actor_loss(agent, batch, z, q, args, pearl_weight):
+    """L_actor (Eq. 2) + pearl_weight * L_actor^PEARL (C.3).
 
-    z (N, dz), q of the batch (num_critics, N) -> loss, weights of Eq. 2 (N,). lambda_pearl is what
-    `update` chooses for the phase, not the flag.
+    z (N, dz), q of the batch (num_critics, N) -> loss, weights of Eq. 2 (N,). pearl_weight is
+    0 but in SMAC's second phase (lambda_pearl) and in the actor ablation (1).
     """
     # --- A new action, a ~ pi(a | s, z), and its Q. Only PEARL's loss differentiates through it;
     # without that loss the graph is not needed.
     mean, log_std = agent.policy(batch["obs"], z)  # (N, a)
     u = mean + log_std.exp() * batch["noise_a"]
-    if not lambda_pearl:
+    if not pearl_weight:
         u = u.detach()
     q_new = agent.q(batch["obs"], torch.tanh(u), z, frozen=True).amin(0)  # (N,)
 
@@ -318,7 +318,8 @@ def actor_loss(agent, batch, z, q, args, lambda_pearl):
     value = q_new  # V(s, z): its one sample is the new action
     advantage = (q.amin(0) - value).detach()
     scaled = advantage / args.awr_lambda  # (N,)
-    # PAPER: exp. CODE: softmax, times N: exp scaled to mean 1. On Sawyer exp, at most 20.
+    # PAPER: exp. CODE: softmax over the batch, all tasks together, times N: exp scaled to mean 1.
+    # On Sawyer exp, at most 20.
     if args.awr_weights == "softmax":
         weights = len(scaled) * F.softmax(scaled, dim=0)
     else:
@@ -329,9 +330,9 @@ def actor_loss(agent, batch, z, q, args, lambda_pearl):
 
     # --- PEARL's: D_KL(pi(a | s, z) || exp Q / Z) up to a constant. As in the text it contains
     # log pi, the entropy term; the authors' code leaves that out.
-    if lambda_pearl:
+    if pearl_weight:
         new_log_prob = tanh_gaussian_log_prob(u, mean, log_std)
-        loss = loss + lambda_pearl * (new_log_prob - q_new).mean()
+        loss = loss + pearl_weight * (new_log_prob - q_new).mean()
     return loss, weights
 
 
@@ -441,7 +442,7 @@ def update(agent, optimizer, batch, args):
     # Here, and not before the backward pass: --compile then makes one graph of losses and gradients
     optimizer.zero_grad(set_to_none=True)
 
-    lambda_pearl = 1.0 if args.actor_ablation else 0.0
+    pearl_weight = 1.0 if args.actor_ablation else 0.0
 
     # --- Transitions as flat rows: N = T * B
     transitions = batch["obs"].shape[1]
@@ -484,7 +485,7 @@ def update(agent, optimizer, batch, args):
     # from SMAC is the encoder.
     z_critic = z if args.critic_to_encoder else z.detach()
     l_critic, q = critic_loss(agent, flat, z_critic, args)
-    l_actor, weights = actor_loss(agent, flat, z.detach(), q, args, lambda_pearl)
+    l_actor, weights = actor_loss(agent, flat, z.detach(), q, args, pearl_weight)
 
     # --- What is logged, detached before the backward pass (for --compile, as above)
     # The effective sample size of Eq. 2's weights, as a share of N

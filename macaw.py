@@ -40,7 +40,7 @@ class Args:
     dataset: Optional[str] = None  # offline dataset; by default datasets/{env_id}.npz
     # PAPER: 1,000,000 steps (code; SMAC's authors' fork 100,000). CODE: about as many transitions
     # as SMAC draws offline, and with --preset short the same learning rates with fewer steps.
-    offline_steps: int = 25_000  # gradient steps: 64 million transitions (SMAC offline: 51)
+    offline_steps: int = 25_000  # gradient steps: 64 million transitions (SMAC offline: 51 + 13)
     eval_every: int = 4_000  # gradient steps between two evaluations, each with a checkpoint
     keep_agents: bool = False  # keep the agent of every evaluation, agent_{step}.npz
     run_dir: str = "runs"  # results go to RUN_DIR/{env_id}__{script}__{seed}/

@@ -67,8 +67,8 @@ class Args:
     tasks_per_iteration: int = 5  # tasks that collect data in one iteration, side by side
     prior_steps: int = 400  # new transitions of each task, z from the prior [authors' code]
     posterior_steps: int = 600  # the same with z from the posterior [authors' code]
-    updates_per_iteration: int = 4_000  # gradient steps an iteration [PEARL; Table 1: 20,000]
-    encoder_buffer: Literal["prior", "all", "frozen"] = "prior"  # new data: z ~ p(z), all, none
+    updates_per_iteration: int = 4_000  # gradient steps an iteration [PEARL; by Table 1 20,000]
+    encoder_buffer: Literal["prior", "all", "frozen"] = "prior"  # of new data: z ~ p(z), all, none
 
     # --- Ablations, and the oracle of Figure 9; that of Figure 5 is pearl_online_oracle.py
     explore_tasks: Literal["train", "test"] = "train"  # where the second phase collects [Figure 9]
@@ -83,7 +83,7 @@ class Args:
 SMALL = dict(q_hidden=(128, 128), policy_hidden=(128, 128), encoder_hidden=(128, 128), lr=1e-3)
 PRESETS = {
     "CheetahVelocity": dict(encoder_buffer="frozen"),  # [C.2]
-    "AntDirection": dict(eval_every=8_000),
+    "AntDirection": dict(eval_every=8_000),  # with --preset short, too
     "SawyerManipulation": dict(
         num_critics=1,
         tasks_per_iteration=1,
@@ -92,7 +92,7 @@ PRESETS = {
         awr_lambda=0.3,
         awr_weights="exp",
         lambda_pearl=0.0,
-        kl_coef=1 / 256,  # Eq. 3 as written, a sum over rl_batch 256: rewards are 0 or -1
+        kl_coef=1 / 256,  # Eq. 3 as written, a sum over 256 transitions: rewards are 0 or -1
         eval_every=8_000,
     ),
     "PointDirection": SMALL  # a point mass, which is not in the paper
@@ -294,17 +294,17 @@ def critic_loss(agent, batch, z, args):
     return (q - target).square().mean(1).sum(), q
 
 
-def actor_loss(agent, batch, z, q, args, lambda_pearl):
-    """L_actor (Eq. 2) + lambda_pearl * L_actor^PEARL (C.3).
+def actor_loss(agent, batch, z, q, args, pearl_weight):
+    """L_actor (Eq. 2) + pearl_weight * L_actor^PEARL (C.3).
 
-    z (N, dz), q of the batch (num_critics, N) -> loss, weights of Eq. 2 (N,). lambda_pearl is what
-    `update` chooses for the phase, not the flag.
+    z (N, dz), q of the batch (num_critics, N) -> loss, weights of Eq. 2 (N,). pearl_weight is
+    0 but in SMAC's second phase (lambda_pearl) and in the actor ablation (1).
     """
     # --- A new action, a ~ pi(a | s, z), and its Q. Only PEARL's loss differentiates through it;
     # without that loss the graph is not needed.
     mean, log_std = agent.policy(batch["obs"], z)  # (N, a)
     u = mean + log_std.exp() * batch["noise_a"]
-    if not lambda_pearl:
+    if not pearl_weight:
         u = u.detach()
     q_new = agent.q(batch["obs"], torch.tanh(u), z, frozen=True).amin(0)  # (N,)
 
@@ -313,7 +313,8 @@ def actor_loss(agent, batch, z, q, args, lambda_pearl):
     value = q_new  # V(s, z): its one sample is the new action
     advantage = (q.amin(0) - value).detach()
     scaled = advantage / args.awr_lambda  # (N,)
-    # PAPER: exp. CODE: softmax, times N: exp scaled to mean 1. On Sawyer exp, at most 20.
+    # PAPER: exp. CODE: softmax over the batch, all tasks together, times N: exp scaled to mean 1.
+    # On Sawyer exp, at most 20.
     if args.awr_weights == "softmax":
         weights = len(scaled) * F.softmax(scaled, dim=0)
     else:
@@ -324,9 +325,9 @@ def actor_loss(agent, batch, z, q, args, lambda_pearl):
 
     # --- PEARL's: D_KL(pi(a | s, z) || exp Q / Z) up to a constant. As in the text it contains
     # log pi, the entropy term; the authors' code leaves that out.
-    if lambda_pearl:
+    if pearl_weight:
         new_log_prob = tanh_gaussian_log_prob(u, mean, log_std)
-        loss = loss + lambda_pearl * (new_log_prob - q_new).mean()
+        loss = loss + pearl_weight * (new_log_prob - q_new).mean()
     return loss, weights
 
 
@@ -412,14 +413,15 @@ def update(agent, optimizer, batch, args, self_supervised):
     else:  # "q": the Q-loss alone, in both phases
         reward_loss_to_encoder = False
         q_loss_to_encoder = True
-    # False: z is a constant, and no loss of it trains the encoder. True: the KL term does, too.
+    # If False, z is a constant: no loss trains the encoder, the KL term neither. If True, one does,
+    # and the KL term with it.
     train_encoder = reward_loss_to_encoder or q_loss_to_encoder
     if args.actor_ablation:
-        lambda_pearl = 1.0
+        pearl_weight = 1.0
     elif self_supervised:
-        lambda_pearl = args.lambda_pearl
+        pearl_weight = args.lambda_pearl
     else:
-        lambda_pearl = 0.0
+        pearl_weight = 0.0
 
     # --- h' as flat rows: N = T * B
     transitions = batch["obs"].shape[1]
@@ -443,7 +445,7 @@ def update(agent, optimizer, batch, args, self_supervised):
         l_reward = reward_loss(agent, flat, z_decoder)
     z_critic = z if q_loss_to_encoder else z.detach()
     l_critic, q = critic_loss(agent, flat, z_critic, args)
-    l_actor, weights = actor_loss(agent, flat, z.detach(), q, args, lambda_pearl)
+    l_actor, weights = actor_loss(agent, flat, z.detach(), q, args, pearl_weight)
 
     # --- What is logged, detached before the backward pass (for --compile, as above)
     # The effective sample size of Eq. 2's weights, as a share of N
@@ -522,15 +524,17 @@ def collect(env_list, tasks, num_steps, from_prior, agent, buffer, args, act_rng
     while unfinished := [e for e in range(len(tasks)) if new_steps[e] < num_steps]:
         # --- l. 8: the buffer D_i that each new trajectory enters
         # PAPER: D_i drawn anew. CODE: the one of the training task that is explored.
-        explored = [tasks[e] for e in unfinished]
+        numbers = [tasks[e] for e in unfinished]
         if args.explore_tasks == "train":
-            owners = explored
+            owners = numbers
         else:
             # A test task has no D_i: as in the text, any of them takes the trajectory. With z from
             # the posterior h, too, is of that D_i.
             owners = torch.randint(num_train, (len(unfinished),), generator=act_rng).tolist()
-            if args.oracle_rewards:  # with true rewards it gets a buffer of its own
-                owners = [num_train + task for task in explored]  # in place of the draw above
+            # With true rewards it gets a buffer of its own. (The draw is made all the same: both
+            # kinds of run then explore with the same random numbers.)
+            if args.oracle_rewards:
+                owners = [num_train + number for number in numbers]
 
         # --- l. 7: one trajectory in each task. Its rewards are not read, unless --oracle-rewards.
         # PAPER: z ~ p(z) only. CODE: by default z ~ q(z | h) in 600 of 1000 transitions.
@@ -691,9 +695,9 @@ def main(args):
     state = dict(agent=agent, optimizer=optimizer, buffer=buffer, act_rng=act_rng, rng=train_rng)
     common = dict(agent=agent, buffer=buffer, args=args, act_rng=act_rng, train_rng=train_rng)
     with buffers.Run(args, __file__, dataset["sha256"], **state) as run:
-        # The same functions, faster. On a GPU a CUDA graph replays them: a second `sample`
-        # overwrites the first batch, `learn` sees no tensor but those of `sample`, and args and lr
-        # stay those of the recording. --no-cuda-graph for a change of any of this.
+        # The same functions, faster. On a GPU they are recorded and replayed as a CUDA graph:
+        # `sample` fills the same tensors each time, `learn` must get these, and later changes of
+        # args or lr have no effect. --no-cuda-graph turns that off.
         sample = run.fast(sample_batch)
         learn = run.fast(update, args.compile)
 
@@ -711,7 +715,7 @@ def main(args):
         for step in run.steps(last_step, "self-supervised"):  # l. 6
             if (step - args.offline_steps) % args.updates_per_iteration == 0:
                 # PAPER: 4 gradient steps for each new transition (Table 1). CODE: 0.8, since five
-                # tasks collect and not one; 4 on Sawyer. With --preset short 0.2 and 1.
+                # tasks collect and not one; 4 on Sawyer. With --preset short 0.2 and 1; point 0.2.
                 size = (args.tasks_per_iteration,)
                 tasks = torch.randint(len(explored_tasks), size, generator=act_rng).tolist()
                 for env, task in zip(env_list, tasks):

@@ -109,7 +109,8 @@ class Run:
             )
         if not args.resume and self.checkpoint.exists():
             raise InputError(
-                f"{self.folder} holds a run: --resume continues it, another --seed makes another"
+                f"{self.folder} holds a run: --resume continues it with its own flags, "
+                "another --run-dir or --seed makes another"
             )
         keep_freed_memory()
         rows = args.meta_batch * args.rl_batch
