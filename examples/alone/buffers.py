@@ -18,7 +18,6 @@ class ReplayBuffer:
 
     def __init__(self, num_tasks, *sizes_and_device):  # it grows as it needs to, on the CPU
         self.trajectories = []
-        self.fields = None  # all their transitions, joined when somebody draws
         self.rows = {}
         for source in ("rl", "encoder", "offline"):
             self.rows[source] = [[] for _ in range(num_tasks)]
@@ -31,10 +30,9 @@ class ReplayBuffer:
         return sizes
 
     def add(self, task, path, encoder=True):
-        first = sum(len(earlier["actions"]) for earlier in self.trajectories)
-        new_rows = range(first, first + len(path["actions"]))
         self.trajectories.append(path)
-        self.fields = None
+        self.fields = join(self.trajectories)
+        new_rows = range(len(self.fields["obs"]))[-len(path["actions"]) :]
         self.rows["rl"][task] += new_rows
         if encoder:
             self.rows["encoder"][task] += new_rows
@@ -44,8 +42,6 @@ class ReplayBuffer:
 
     def sample(self, tasks, n, generator, source="rl"):
         """n random transitions of each of T tasks: {name: (T, n, .)}."""
-        if self.fields is None:
-            self.fields = join(self.trajectories)
         drawn = []
         for task in tasks:
             rows = torch.tensor(self.rows[source][task])
