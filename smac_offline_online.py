@@ -413,8 +413,8 @@ def update(agent, optimizer, batch, args, self_supervised):
     else:  # "q": the Q-loss alone, in both phases
         reward_loss_to_encoder = False
         q_loss_to_encoder = True
-    # If False, z is a constant: no loss trains the encoder, the KL term neither. If True, one does,
-    # and the KL term with it.
+    # If False, z is a constant: no loss trains the encoder, not even the KL term. If True, at least
+    # one does, and the KL term with it.
     train_encoder = reward_loss_to_encoder or q_loss_to_encoder
     if args.actor_ablation:
         pearl_weight = 1.0
@@ -715,7 +715,7 @@ def main(args):
         for step in run.steps(last_step, "self-supervised"):  # l. 6
             if (step - args.offline_steps) % args.updates_per_iteration == 0:
                 # PAPER: 4 gradient steps for each new transition (Table 1). CODE: 0.8, since five
-                # tasks collect and not one; 4 on Sawyer. With --preset short 0.2 and 1; point 0.2.
+                # tasks collect and not one; 4 on Sawyer (short 0.2 and 1; point mass 0.2).
                 size = (args.tasks_per_iteration,)
                 tasks = torch.randint(len(explored_tasks), size, generator=act_rng).tolist()
                 for env, task in zip(env_list, tasks):

@@ -3,8 +3,8 @@
 Writes {name}.json beside each {name}.npz, which stays as it is. `save_dataset` has written most of
 it. What is unknown of older data is null: with which versions, and on which processor, they were
 made; their date is that of the commit that brought them. To this comes what SMAC reaches with
-the data, by the results in benchmark/results/, read as benchmark/plot.py reads them
-(benchmark/requirements.txt).
+the data, by the results in benchmark/results/, read as benchmark/plot.py reads them,
+which needs benchmark/requirements.txt.
 """
 
 import json

@@ -1,6 +1,6 @@
 """A family whose observations say which task, episode and buffer they are of.
 
-There are small runs of the five scripts on it. A test can then read off from every datum where it
+There are small runs of the six scripts on it. A test can then read off from every datum where it
 comes from, and see from its place where it went.
 """
 

@@ -1,6 +1,6 @@
 """Which task, split, buffer and flag every datum comes from, and where it goes.
 
-In all scripts, in both phases, and after a resume. The runs are on tests/signed.py's family, whose
+In all scripts, in both phases, of SMAC after a resume, too. The runs are on tests/signed.py's family, whose
 observations say where they are of. Encoders are replaced by ones that sign their output too: the
 first number of z is the sign of the task that the history is of, and so is every parameter of a
 policy that MACAW has adapted. So a network's input says whether state and z belong to each other.
@@ -235,11 +235,10 @@ def sign_and_record(patch, script, log):
         spy(patch, script, "generate_rewards", after=label, place="label", log=log)
 
 
-# ----- The runs: each once as a whole, and once stopped by SIGTERM and resumed; if it has a second
-# phase, stopped there
+# ----- The runs: each as a whole, and SMAC's variants also stopped by SIGTERM in the second phase
+# and resumed. Of the others test_resume.py compares a resumed run with a whole one, bit for bit.
 
 
-# Of the others test_resume.py compares a resumed run with a whole one, bit for bit.
 RESUMED = [name for name in RUNS if name.startswith("smac, ")]
 CASES = [(name, False) for name in RUNS] + [(name, True) for name in RESUMED]
 
@@ -257,7 +256,7 @@ def cached(folder, name, resumed):
         script = RUNS[name][0]
         sign_and_record(patch, script, log)
         if resumed:
-            log.stop_at = signed.OFFLINE + 1 if script is smac else 4
+            log.stop_at = signed.OFFLINE + 1
             with pytest.raises(SystemExit, match="stopped after step"):
                 signed.start(name, folder, data)
             log.stopped = len(log.acted)
@@ -281,7 +280,8 @@ def flow(request, folders):
 
 
 def over(names):
-    """A test over these runs, whole and resumed: a decorator."""
+    """A test over the cases of these runs: a decorator."""
+    names = list(names)
     cases = [case for case in CASES if case[0] in names]
     ids = [name + ", resumed" * resumed for name, resumed in cases]
     return pytest.mark.parametrize("flow", cases, ids=ids, indirect=True)

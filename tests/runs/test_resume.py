@@ -32,6 +32,7 @@ from benchmark.robustness.hostile import write
 from buffers import InputError
 from plumbing.files import table_text
 from plumbing.flags import PATHS, check_flags, parse_args, preset
+from plumbing.pictures import draw_summary  # before a fixture replaces it
 
 SMALL = pytest.mark.usefixtures("small")  # runs on PointDirection, see small.py
 SCRIPTS = ("smac", "pearl", "meta_bc", "focal", "macaw", "borel")
@@ -160,6 +161,9 @@ def test_a_run_leaves_its_flags_table_curves_agents_figures_and_picture(name, wh
         and table_text(checkpoint["evaluations"]).encode() == (run / "eval.csv").read_bytes()
     )
 
+    titles = [axes.get_title() for axes in draw_summary(run, checkpoint["evaluations"]).axes]
+    panels = [title for title in titles if title.startswith("after")]
+    assert panels == [f"after {end} gradient steps" for end in ends for _ in range(2)]
     (points, _), kls = (
         curves(run),
         {"kl_test_own_context", "kl_train_own_context", "kl_train_offline_context"},
@@ -422,7 +426,7 @@ def test_curves_are_compared_in_the_order_of_writing(whole, dataset, tmp_path, m
 
 
 def spoil_table(file, how):
-    """What editors and people do to an eval.csv."""
+    """Leave other bytes in its place, or a FIFO, or nothing."""
     file.unlink()
     if how == "no text":
         file.write_bytes(bytes(range(256)))
@@ -552,7 +556,7 @@ def test_another_dataset_is_refused_and_the_same_one_elsewhere_is_taken(
     others = [{name: array} for name, array in others.items()] + [
         fewer | {"train_tasks": arrays["train_tasks"][:3]}
     ]
-    if script is not meta_bc:  # what a hash covers is not the script's
+    if script is not meta_bc:  # the hash is the same for all: what it covers is tried with one
         others = others[:1]
     run = small.stopped(script, dataset, tmp_path, monkeypatch)
     before = small.snapshot(run)
