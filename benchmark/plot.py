@@ -112,7 +112,14 @@ GROUND = {  # pictures of Figures 2, 6 and 8: the folder of seed 1 of SMAC
     "ant": "short/AntDirection",
     "point": "point_direction",
 }
-CURVES = ["point_direction", "hopper_param", "hopper_small", "cheetah_small", "sawyer_small"]
+CURVES = [
+    "point_direction",
+    "hopper_param",
+    "hopper_small",
+    "walker_small",
+    "cheetah_small",
+    "sawyer_small",
+]
 PANELS = {  # of the picture of one benchmark
     "methods": METHODS,
     "the controls": ["smac", "smac_more_offline", "smac_no_new_data"],
