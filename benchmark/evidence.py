@@ -261,8 +261,14 @@ def interval(values):
     values = np.asarray(list(values), float)
     if len(values) < 2:
         return float(values.mean()), math.nan
-    quantile = scipy.stats.t.ppf(0.975, len(values) - 1)
-    return float(values.mean()), float(quantile * scipy.stats.sem(values))
+    error = values.std(ddof=1) / math.sqrt(len(values))  # standard error of the mean
+    return float(values.mean()), float(quantile(len(values)) * error)
+
+
+@functools.cache
+def quantile(number):
+    """Student's t, two-sided 95 %, for the mean of so many values."""
+    return scipy.stats.t.ppf(0.975, number - 1)
 
 
 def paired(first, second):

@@ -55,6 +55,8 @@ STYLES = {
     "smac_lambda_10_no_pearl": ("tab:gray", ":"),
     "smac_lambda_10_no_pearl_no_new_data": ("tab:gray", "-."),
     "smac_lambda_10_more_offline": ("tab:gray", "--"),
+    "smac_text_kl": ("darkseagreen", "-"),
+    "smac_text_kl_more_offline": ("darkseagreen", "--"),
     "smac_small_kl": ("slategray", "-"),
     "smac_small_kl_more_offline": ("slategray", "--"),
     "smac_small_kl_lambda_10": ("slategray", "-."),

@@ -46,6 +46,8 @@ NAMES = {  # label of a run: its name in pictures and texts, in this order
     "smac_lambda_10_no_pearl": "lambda 10, lambda_pearl 0",
     "smac_lambda_10_no_pearl_no_new_data": "lambda 10, lambda_pearl 0, on the old data",
     "smac_lambda_10_more_offline": "lambda 10, as many steps, all offline",
+    "smac_text_kl": "the text's KL weight",
+    "smac_text_kl_more_offline": "the text's KL weight, as many steps, all offline",
     "smac_small_kl": "KL weight .004",
     "smac_small_kl_more_offline": "KL weight .004, as many steps, all offline",
     "smac_small_kl_lambda_10": "KL weight .004, lambda 10",

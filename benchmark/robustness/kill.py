@@ -9,7 +9,6 @@ optimizer, buffer, generators, curves and eval.csv, bit for bit, of a run that w
 import dataclasses
 import functools
 import importlib
-import math
 import os
 import shutil
 import signal
@@ -89,10 +88,10 @@ def start(script, flags, log, threads=1):
         os._exit(1)
 
 
-def wait(pid, until=lambda: False):
+def wait(pid, until=None):
     """Wait for the end of a process, or until something holds; whether the process has ended. Raises if it failed."""
     while True:
-        done, status = os.waitpid(pid, os.WNOHANG)
+        done, status = os.waitpid(pid, os.WNOHANG if until else 0)
         if done:
             if status:
                 raise RuntimeError(f"a run failed with status {status}")
@@ -174,9 +173,8 @@ def kill(name, kills, rng, folder, threads=1):
             threads,
         )
         moment, in_write = time.time() + rng.uniform(0, 0.7 * duration), rng.random() < 0.5
-        if counts.total() == kills:
-            moment = math.inf
-        if wait(pid, functools.partial(is_time, moment, temporary if in_write else folder)):
+        until = functools.partial(is_time, moment, temporary if in_write else folder)
+        if wait(pid, until if counts.total() < kills else None):
             equal.append(content(run) == expected)
             if counts.total() == kills:
                 return counts, equal
