@@ -9,6 +9,9 @@ import sys
 import threading
 from pathlib import Path
 
+# Before PyTorch is imported; programs that tests start have it, too.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import gymnasium as gym
 import pytest
 import torch
