@@ -59,7 +59,7 @@ class Args:
     policy_hidden: tuple[int, ...] = (300, 300, 300)  # hidden sizes of the policy [Table 1]
     encoder_hidden: tuple[int, ...] = (200, 200, 200)  # hidden sizes of the encoder, and of psi
     decoder_hidden: tuple[int, ...] = (64, 64)  # hidden sizes of UNICORN's decoder [Table 1]
-    # PAPER: mostly z of 20 to 40 numbers, 16 to 20 tasks a batch, 100 to 1024 transitions a
+    # PAPER: mostly z of 20 to 40 numbers, 16 tasks a batch, 100 to 1024 transitions a
     # history, 65,000 steps and more (code). CODE: SMAC's sizes, so that all methods have the same.
     latent_dim: int = 5  # size of z [Table 1]
     num_critics: Literal[1, 2] = 2  # one Q-function (paper), or the smaller of two (authors' code)

@@ -212,7 +212,7 @@ def told_table():
             ):
                 row.append(mean_words(phase_means(folder, label, runs, column, phase), 2))
             rows.append(row)
-    bound = ["", "upper bound: the policy that is told its task", "", told_return()]
+    bound = ["", "the policy that is told its task", "", told_return()]
     rows.append(bound + [""] * (len(head) - len(bound)))
     return markdown(head, rows)
 
