@@ -204,7 +204,9 @@ class ReplayBuffer:
         data = {name: field[index].cpu().numpy() for name, field in self.fields.items()}
 
         # A trajectory goes on while one transition starts where the one before it ended.
-        is_break = (data["obs"][1:] != data["next_obs"][:-1]).any(1)
+        is_elsewhere = (data["obs"][1:] != data["next_obs"][:-1]).any(1)
+        has_fallen = data["terminals"][:-1, 0] > 0
+        is_break = is_elsewhere | has_fallen
         parts = np.split(np.arange(len(index)), np.flatnonzero(is_break) + 1)
         trajectories = []
         for part in parts:
@@ -287,10 +289,10 @@ class ReplayBuffer:
 def save_dataset(
     file, env_id: str, train_tasks, test_tasks, rl: list, encoder: list, command: str
 ) -> None:
-    """Write an offline dataset.
+    """Write an offline dataset, and {name}.json beside it, which describes it.
 
     Args:
-        file: the file to write.
+        file: the file to write. It and the description replace what was there.
         env_id: the family, also as "module:key".
         train_tasks, test_tasks: (N, k) and (M, k) task descriptions, from `envs.sample_tasks`.
         rl, encoder: lists of (task number, trajectory), a trajectory as in `ReplayBuffer.add`.
@@ -298,6 +300,8 @@ def save_dataset(
 
     Raises InputError: `load_dataset` would not take it.
     """
+    if not isinstance(command, str) or len(command) > files.MAX_TEXT:
+        raise InputError(f"{file}: command must be text of at most {files.MAX_TEXT} characters")
     files.check_entries(file, env_id, rl, encoder)
     data = {
         "format_version": np.array(files.FORMAT_VERSION),

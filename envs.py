@@ -164,6 +164,11 @@ def check_class(env_class) -> None:
     """Raises InputError: this class is no task family."""
     if not (isinstance(env_class, type) and issubclass(env_class, gym.Env)):
         raise InputError(f"{env_class} is no task family: it is no subclass of gymnasium.Env")
+    if issubclass(env_class, gym.Wrapper):
+        raise InputError(
+            f"{env_class} is a wrapper, whose set_task would not be called, since tasks are set on "
+            "env.unwrapped: make it a subclass of what it wraps"
+        )
     missing = [name for name in ("set_task", "sample_tasks") if not hasattr(env_class, name)]
     if missing:
         raise InputError(f"{env_class} is no task family: it has no {', '.join(missing)}")
@@ -331,7 +336,7 @@ def check_environment(name: str, spec: Spec) -> None:
 
     # --- One reset and one step
     env.unwrapped.set_task(tasks[0])
-    obs, _ = env.reset(seed=0)
+    obs, _ = env.reset(seed=0, options=None)  # as Gymnasium's wrappers call it
     compare("obs_dim", np.shape(obs), (spec.obs_dim,))
     next_obs, reward, terminated, _, _ = env.step(np.zeros(spec.action_dim, np.float32))
     compare("obs_dim of a step", np.shape(next_obs), (spec.obs_dim,))
@@ -741,7 +746,7 @@ class AntDirection(Direction, Robot, AntEnv):
 
     @staticmethod
     def sample_tasks(rng, num_tasks):
-        # In degrees, as the authors' list: drawn in rad the last bits of some differ
+        # In degrees, as in the authors' list: drawn in rad, some would differ in their last bits
         return np.deg2rad(rng.uniform(0, 360, num_tasks))[:, None]
 
     def __init__(self, **kwargs):

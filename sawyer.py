@@ -380,7 +380,7 @@ class Bullet:
         return create(**arguments, **colours)
 
     def add(self, links, at, yaw=0.0, rgb=None):
-        """Make a body, its first link at `at`. Nothing draws it if `rgb` is None.
+        """Make a body, its first link at `at`. It is drawn in grey if `rgb` is None.
 
         Returns its number.
         """

@@ -87,6 +87,8 @@ def play(env, heading, stride, phase, noise, seed, most_steps, rng):
 
 def main(args):
     """Write the dataset. Raises InputError."""
+    if not 0 <= args.own_share <= 1:
+        raise buffers.InputError(f"--own-share is {args.own_share}, expected 0 to 1")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     env = envs.make("AntDirection")

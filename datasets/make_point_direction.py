@@ -5,6 +5,7 @@ A scripted policy heads for a direction near the task's, at a random speed and w
 early PEARL run), or by N(0, 0.6^2) rad, hence the task shows in the actions alone (`PointDirectionGoal.npz`).
 """
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -13,46 +14,61 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import buffers
 import envs
+from plumbing.flags import launch_tool
 
-EPISODES, ACTION_NOISE = 6, 0.5
+EPISODES = 6  # of each task
+ACTION_NOISE = 0.5
+DIRECTION_ERRORS = {"PointDirection": 2.0, "PointDirectionGoal": 0.6}  # rad, standard deviations
 
-for name, direction_error in (("PointDirection", 2.0), ("PointDirectionGoal", 0.6)):
-    rng, env, spec = (
-        np.random.default_rng(0),
-        envs.make("PointDirection"),
-        envs.SPECS["PointDirection"],
-    )
+
+def play(env, heading, speed, seed, rng):
+    """One trajectory of the scripted policy, as `ReplayBuffer.add` takes it."""
+    path = {"obs": [env.reset(seed=seed)[0]], "actions": [], "rewards": [], "terminals": []}
+    push = speed * np.array([np.cos(heading), np.sin(heading)])
+    truncated = False
+    while not truncated:
+        action = push + rng.normal(0, ACTION_NOISE, 2)
+        action = np.clip(action, -1, 1).astype(np.float32)
+        obs, reward, terminated, truncated, _ = env.step(action)
+        path["actions"].append(action)
+        path["obs"].append(obs)
+        path["rewards"].append(reward)
+        path["terminals"].append(terminated)
+    return {name: np.array(values) for name, values in path.items()}
+
+
+def make(name, direction_error):
+    """Write one dataset."""
+    rng = np.random.default_rng(0)
+    env = envs.make("PointDirection")
+    spec = envs.lookup("PointDirection")
     tasks = envs.sample_tasks("PointDirection", spec.num_train_tasks + spec.num_test_tasks)
     train_tasks, test_tasks = np.split(tasks, [spec.num_train_tasks])
-    entries, returns = [], []
+    entries = []
     for task, (angle,) in enumerate(train_tasks):
         env.unwrapped.set_task([angle])
         for episode in range(EPISODES):
-            heading, speed = angle + rng.normal(0, direction_error), rng.uniform(0.1, 0.8)
-            path = {
-                "obs": [env.reset(seed=EPISODES * task + episode)[0]],
-                "actions": [],
-                "rewards": [],
-                "terminals": [],
-            }
-            for _ in range(spec.horizon):
-                action = speed * np.array([np.cos(heading), np.sin(heading)]) + rng.normal(
-                    0, ACTION_NOISE, 2
-                )
-                path["actions"].append(np.clip(action, -1, 1).astype(np.float32))
-                obs, reward, terminated, _, _ = env.step(path["actions"][-1])
-                for key, value in (("obs", obs), ("rewards", reward), ("terminals", terminated)):
-                    path[key].append(value)
-            returns.append(sum(path["rewards"]))
-            entries.append((task, {key: np.array(values) for key, values in path.items()}))
+            heading = angle + rng.normal(0, direction_error)
+            speed = rng.uniform(0.1, 0.8)
+            path = play(env, heading, speed, EPISODES * task + episode, rng)
+            entries.append((task, path))
     file = Path(__file__).parent / f"{name}.npz"
-    buffers.save_dataset(
-        file,
-        "PointDirection",
-        train_tasks,
-        test_tasks,
-        entries,
-        [],
-        "python datasets/make_point_direction.py",
-    )
+    command = "python datasets/make_point_direction.py"
+    buffers.save_dataset(file, "PointDirection", train_tasks, test_tasks, entries, [], command)
+    returns = [path["rewards"].sum() for _, path in entries]
     print(f"{file.name}: {len(entries)} trajectories, mean return {np.mean(returns):.1f}")
+
+
+@dataclasses.dataclass
+class Args:
+    pass
+
+
+def main(args):
+    """Write both datasets."""
+    for name, direction_error in DIRECTION_ERRORS.items():
+        make(name, direction_error)
+
+
+if __name__ == "__main__":
+    launch_tool(main, Args)

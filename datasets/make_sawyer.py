@@ -11,7 +11,7 @@ import dataclasses
 import multiprocessing
 import sys
 from pathlib import Path
-from typing import Optional
+from typing import Literal, Optional
 
 import numpy as np
 import tyro
@@ -24,23 +24,21 @@ import envs
 import sawyer
 from plumbing.flags import launch_tool
 
-TRAJECTORIES, STEPS = 50, 75  # Table 2: 3750 transitions a task
+TRAJECTORIES = 50  # of a task
+STEPS = 75  # of a trajectory; by Table 2 3750 transitions a task
+MOST_TASKS = 50 * TRAJECTORIES  # with more there is no trajectory for each
 
 
 def collect(env_id, number, task, trajectories=TRAJECTORIES):
     """The trajectories of one task, a list of (task number, trajectory)."""
-    env, rng, entries = (
-        envs.make(env_id).unwrapped,
-        np.random.default_rng(number),
-        [],
-    )  # unwrapped: beyond the horizon
+    env = envs.make(env_id).unwrapped  # goes on beyond the horizon
+    rng = np.random.default_rng(number)
+    entries = []
     env.set_task(task)
     for trajectory in range(trajectories):
         obs, _ = env.reset(seed=TRAJECTORIES * number + trajectory)
-        policy, path = (
-            SawyerPolicy(env, rng),
-            {"obs": [obs], "actions": [], "rewards": [], "terminals": []},
-        )
+        policy = SawyerPolicy(env, rng)
+        path = {"obs": [obs], "actions": [], "rewards": [], "terminals": []}
         for _ in range(STEPS):
             action = policy()
             obs, reward, terminated, _, _ = env.step(action)
@@ -67,12 +65,18 @@ def draw_tasks(env_id, number=None):
 
 @dataclasses.dataclass
 class Args:
-    env_id: tyro.conf.Positional[str] = "SawyerManipulation"  # or SawyerManipulation8
+    env_id: tyro.conf.Positional[Literal["SawyerManipulation", "SawyerManipulation8"]] = (
+        "SawyerManipulation"
+    )
     number: tyro.conf.Positional[Optional[int]] = None  # of training tasks, in place of 50
 
 
 def main(args):
     """Write the dataset. Raises InputError."""
+    if args.number is not None and not 1 <= args.number <= MOST_TASKS:
+        raise buffers.InputError(
+            f"the number of tasks is {args.number}, expected 1 to {MOST_TASKS}"
+        )
     train_tasks, test_tasks = draw_tasks(args.env_id, args.number)
     trajectories = TRAJECTORIES * envs.lookup(args.env_id).num_train_tasks // len(train_tasks)
     with multiprocessing.Pool(2) as pool:
@@ -82,9 +86,8 @@ def main(args):
     file = Path(__file__).parent / f"{args.env_id}{args.number or ''}.npz"
     command = " ".join(["python datasets/make_sawyer.py", *sys.argv[1:]])
     buffers.save_dataset(file, args.env_id, train_tasks, test_tasks, entries, [], command)
-    solved = np.array(
-        [np.mean([path["rewards"] == 0 for _, path in part]) for part in parts]
-    )  # (50,) shares of steps
+    # The share of a task's steps in which its behaviour is achieved, (tasks,)
+    solved = np.array([np.mean([path["rewards"] == 0 for _, path in part]) for part in parts])
     print(f"{file.name}: {len(entries)} trajectories, reward 0 in {solved.mean():.1%} of the steps")
     for behaviour in np.unique(train_tasks[:, -1]).astype(int):
         of = train_tasks[:, -1] == behaviour

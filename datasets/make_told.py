@@ -37,12 +37,14 @@ from plumbing.flags import launch_tool
 
 ENV_ID = "HumanoidDirection"
 SEEN = 45  # numbers of the observation that the policy sees: qpos[2:] (22) and qvel (23)
-PAY = {  # while it learns, from a step on: for a step in which it is up, for a m/s along the task
-    0: (2.0, 2.5),  # the task's own are 5 and 1.25: for those it stands
+# What it is paid while it learns, {from this step on: (for a step in which it is up, for one m/s
+# along the task)}. The task itself pays 5 and 1.25, and for these the policy only stands.
+PAY = {
+    0: (2.0, 2.5),
     400_000: (1.0, 5.0),  # once it stays up
 }
 LEARNING_STARTS = 5_000  # environment steps with random actions
-LARGEST_ACTION = 0.97  # the log-density of an action of 1 is that of an outlier
+LARGEST_ACTION = 0.97  # of an action of 1 the policy's log-density would be an outlier
 DIRECTION_ERROR = 0.5  # rad, standard deviation of a heading around the task's, in the others
 COLUMNS = "steps", "hours", "steps_up", "along", "speed", "return"
 
@@ -192,7 +194,10 @@ def load_actor(model, file):
 
 
 def save(model, folder):
-    """Write a checkpoint, so that a stop in the middle leaves the one before."""
+    """Write a checkpoint, so that a stop while it is written leaves the one before.
+
+    (A stop between the two last lines leaves the new buffer with the old model, which can go on.)
+    """
     model.save_replay_buffer(folder / "buffer.new.pkl")
     model.save(folder / "model.new.zip")
     (folder / "buffer.new.pkl").replace(folder / "buffer.pkl")
@@ -241,10 +246,13 @@ def train(args):
 
 
 def chosen_stages(folder, number):
-    """Files of `number` policies, at even distances over the second half of the training.
+    """Files of at most `number` policies, at even distances over the second half of the training.
 
-    Of a folder that holds no more than `number` of them all are taken.
+    Of a folder that holds no more than `number` of them all are taken; else as many as its second
+    half has, if that is fewer.
     """
+    if number < 1:
+        raise buffers.InputError(f"--stages is {number}, expected 1 at least")
     files = sorted(folder.glob("actor_*.npz"), key=lambda file: int(file.stem.split("_")[1]))
     if not files:
         raise buffers.InputError(f"there is no actor in {folder}: train one first, with --steps")
@@ -305,6 +313,8 @@ def collect(args):
     flags = f"--stages {args.stages} --transitions {args.transitions}"
     if args.other_share != Args.other_share:
         flags += f" --other-share {args.other_share}"
+    if args.seed != Args.seed:
+        flags += f" --seed {args.seed}"
     command = f"python datasets/make_told.py --run-dir RUN {flags}"
     buffers.save_dataset(args.out, ENV_ID, train_tasks, test_tasks, entries, [], command)
     returns = [path["rewards"].sum() for _, path in entries]

@@ -8,8 +8,11 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sawyer
 
-UP, LEVEL = np.array([0.0, 0.0, 1.0]), np.array([1.0, 1.0, 0.0])
-LIMIT = 0.97  # of an action. Of one at 1 the policy's log-density, of atanh(1 - 1e-6) = 7, is all outliers
+UP = np.array([0.0, 0.0, 1.0])
+LEVEL = np.array([1.0, 1.0, 0.0])
+LIMIT = (
+    0.97  # of an action. Of 1 the policy's log-density is that of atanh(1 - 1e-6) = 7, an outlier
+)
 
 
 class SawyerPolicy:
@@ -24,17 +27,14 @@ class SawyerPolicy:
     def __init__(self, env, rng):
         self.env = env = env.unwrapped
         self.rng = rng
-        self.scene, self.top_z, self.button_z, self.side = (
-            env.scene,
-            env.top_z,
-            env.button_z,
-            env.scene["side"],
-        )
-        self.pull, self.grip = (
-            rng.uniform(0.09, 0.15),
-            -1.0,
-        )  # how far to pull the drawer out; the gripper's command
-        thing, tray = self.scene["object"] >= 0, self.scene["tray"] >= 0
+        self.scene = env.scene
+        self.top_z = env.top_z
+        self.button_z = env.button_z
+        self.side = env.scene["side"]
+        self.pull = rng.uniform(0.09, 0.15)  # how far to pull the drawer out
+        self.grip = -1.0  # the gripper's command
+        thing = self.scene["object"] >= 0
+        tray = self.scene["tray"] >= 0
         to_tray = thing and tray and env.num_behaviours == 8
         jobs = [  # is it possible in this scene, the job, its arguments
             (True, self.move_hand),
@@ -53,54 +53,54 @@ class SawyerPolicy:
         if done:
             del self.jobs[self.job]
             self.job = self.rng.integers(len(self.jobs))
-        return np.clip([*motion, self.grip] + self.rng.normal(0, 0.1, 4), -LIMIT, LIMIT).astype(
-            np.float32
-        )
+        action = [*motion, self.grip] + self.rng.normal(0, 0.1, 4)
+        return np.clip(action, -LIMIT, LIMIT).astype(np.float32)
 
     # A job: state in metres -> motion (3,) in 5 cm, gripper, done. Most go up, then over something, then down to it.
 
     def move_hand(self, state):
         """To sawyer.GOAL, and stay there: never done."""
-        return UP if state[2] < -0.2 else 3 * (sawyer.GOAL - state[:3]), -1, False
+        if state[2] < -0.2:
+            return UP, -1, False
+        return 3 * (sawyer.GOAL - state[:3]), -1, False
 
     def move_top_drawer(self, state):
         """Lower the open fingers around the handle and drag it: one of them is in the gap behind it."""
         way = np.array([0.6, state[11] + 0.0255 * self.side, self.top_z]) - state[:3]
-        ahead, pulled, close = (
-            self.side * way[1],
-            -0.0125 - self.side * state[11],
-            self.scene["top_open"],
-        )
-        aligned, lowered = abs(way[0]) < 0.035 and 0 < ahead < 0.065, abs(way[2]) < 0.01
+        ahead = self.side * way[1]
+        pulled = -0.0125 - self.side * state[11]
+        close = self.scene["top_open"]
+        aligned = abs(way[0]) < 0.035 and 0 < ahead < 0.065
+        lowered = abs(way[2]) < 0.01
         done = pulled < 0.04 if close else pulled > self.pull
         if not done and close and lowered and ahead > -0.02:
             return (0, self.side, 0), -1, False
-        if done or not aligned and state[2] < -0.105:
+        if done or (not aligned and state[2] < -0.105):
             return UP, -1, done
-        if not aligned or ahead < 0.017:
-            return (6 * way[0], -2 * self.side if ahead < 0.017 else 6 * way[1], 0), -1, done
+        if ahead < 0.017:
+            return (6 * way[0], -2 * self.side, 0), -1, done
+        if not aligned:
+            return (6 * way[0], 6 * way[1], 0), -1, done
         if not lowered:
             return 3 * (way - 0.03 * UP) * [1, 1, 2], -1, done
         return (0, -self.side, 0), -1, done
 
     def press_button(self, state):
         """With a finger, from above."""
-        way, done = (
-            np.array([0.6, 0.125 * self.side, state[12]]) - state[:3],
-            self.button_z - state[12] > sawyer.IS_PRESSED,
-        )
+        way = np.array([0.6, 0.125 * self.side, state[12]]) - state[:3]
+        done = self.button_z - state[12] > sawyer.IS_PRESSED
         if np.hypot(*way[:2]) < 0.05:
             return (way[0], way[1], -1), -1, done
-        return UP if state[2] < -0.101 else 9 * way * LEVEL, -1, done
+        if state[2] < -0.101:
+            return UP, -1, done
+        return 9 * way * LEVEL, -1, done
 
     def carry(self, state, goal):
         """Grasp the object, carry it over `goal` (2,) and let go."""
         thing = state[4:7] + [0, -0.011 * self.side, 0]
-        way, high, done = (
-            thing - state[:3],
-            state[2] >= -0.125,
-            np.hypot(*(thing[:2] - goal)) < 0.05,
-        )
+        way = thing - state[:3]
+        high = state[2] >= -0.125
+        done = np.hypot(*(thing[:2] - goal)) < 0.05
         down = 3 * (way - 0.03 * UP)
         if np.hypot(*way[:2]) > 0.055:
             return 6 * way * LEVEL if high else UP, -1, done
@@ -110,4 +110,6 @@ class SawyerPolicy:
             return down * [1, 1, 2], self.grip + 0.5, done
         if not high:
             return UP, 1, done
-        return ((0, 0, 0), -1, True) if done else (np.append(3 * (goal - state[:2]), 0), 1, False)
+        if done:
+            return (0, 0, 0), -1, True
+        return np.append(3 * (goal - state[:2]), 0), 1, False

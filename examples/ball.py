@@ -1,6 +1,6 @@
 """A ball on a line that shall be at a place which only its rewards tell.
 
-`python ball.py` makes the data. The README, "Your own tasks", says how to use it. Copy this file,
+Copied beside envs.py, `python ball.py` makes the data. The README, "Your own tasks", says how to use it. Copy this file,
 and put your own environment in.
 """
 

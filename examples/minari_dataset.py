@@ -61,10 +61,14 @@ def from_minari(minari_id, env_id, file):
         tasks = [description["train_tasks"], description["test_tasks"]]
     except (KeyError, TypeError, ValueError):
         raise buffers.InputError(f"{minari_id} does not describe its tasks") from None
+    if description.get("env_id") != envs.short_name(env_id):
+        raise buffers.InputError(f"{minari_id} is of {description.get('env_id')}, not of {env_id}")
     parts = {"rl": [], "encoder": []}
     for episode in data:
         (metadata,) = data.storage.get_episode_metadata([episode.id])
-        options = metadata["options"]
+        options = metadata.get("options") or {}
+        if not {"part", "task_number"} <= options.keys():
+            raise buffers.InputError(f"{minari_id}: an episode does not say its task")
         path = {"obs": episode.observations, "actions": episode.actions}
         path |= {"rewards": episode.rewards, "terminals": episode.terminations}
         parts[options["part"]].append((int(options["task_number"]), path))

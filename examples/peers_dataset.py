@@ -106,5 +106,12 @@ if __name__ == "__main__":
             to_folder(buffers.load_dataset(args.env_id, args.file), args.folder)
         else:
             from_folder(args.folder, args.env_id, args.file, args.i_trust_these_files)
-    except (ValueError, OSError, pickle.UnpicklingError) as error:
+    except (
+        ValueError,
+        OSError,
+        EOFError,
+        ImportError,
+        AttributeError,
+        pickle.UnpicklingError,
+    ) as error:
         parser.exit(2, f"error: {error}\n")

@@ -319,6 +319,12 @@ def check_part(path, spec, part, data):
         if rows != expected:
             wanted = f"expected {expected} by {part}_lengths"
             raise InputError(f"{path}: {part}_{name} has {rows} rows, {wanted}")
+    is_inside = np.ones(total, bool)  # not the last transition of a trajectory
+    is_inside[np.cumsum(lengths, dtype=np.int64) - 1] = False
+    if data[f"{part}_terminals"][is_inside].any():
+        raise InputError(
+            f"{path}: {part}_terminals is true inside of a trajectory, which is one episode"
+        )
     if np.abs(data[f"{part}_actions"]).max(initial=0) > 1:
         raise InputError(f"{path}: {part}_actions must lie in [-1, 1]")
     missing = np.setdiff1d(np.arange(num_tasks), tasks)

@@ -19,6 +19,7 @@ import tyro
 import envs
 from plumbing.errors import InputError, called_exit
 from plumbing.files import MAX_TEXT, check_array, check_replaceable, read_npz
+from plumbing.provenance import description_file
 
 # ----- What flags may be
 
@@ -194,6 +195,7 @@ def check_flags(args, resumed=None) -> None:
     check_together(values)
     if values.get("save_dataset"):
         check_writable("--save-dataset", args.save_dataset)
+        check_writable("--save-dataset", description_file(args.save_dataset))
     if args.compile and not shutil.which("g++"):
         raise InputError("--compile needs a C++ compiler, and there is no g++ here")
 
@@ -347,7 +349,7 @@ def launch(main, args_class, presets):
 
 
 def launch_tool(main, args_class):
-    """`launch` for a script of benchmark/, which has no presets."""
+    """`launch` for a script without presets, of benchmark/ or datasets/."""
     description = sys.modules[main.__module__].__doc__
     with one_sentence(), no_silent_exit():
         try:

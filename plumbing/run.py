@@ -11,7 +11,6 @@ import json
 import os
 import shlex
 import signal
-import stat
 import sys
 import threading
 import time
@@ -37,6 +36,7 @@ from plumbing.evaluation import (
 from plumbing.files import (
     CSV_COLUMNS,
     SPLITS,
+    check_replaceable,
     check_table,
     flatten,
     table_text,
@@ -69,8 +69,8 @@ class Run:
     Args:
         script: the script's file.
         sha256: of the dataset. A run is resumed with the same data only, wherever the file is.
-        parts: everything that a checkpoint must hold: modules, optimizer, buffer, generators. With
-            --resume they get the state of the checkpoint.
+        parts: everything that a checkpoint must hold: the `agent`, one `optimizer`, an Adam, and
+            other modules, buffer, generators. With --resume they get the state of the checkpoint.
 
     Raises InputError: the folder, the flags or the checkpoint cannot be used.
     """
@@ -79,6 +79,7 @@ class Run:
 
     def __init__(self, args, script, sha256="", **parts):
         check_flags(args)
+        check_optimizer(parts)
         self.args = args
         self.script = Path(script).resolve()
         self.sha256 = sha256
@@ -418,9 +419,9 @@ class Run:
         with self.writing():
             self.add_scalars(curves)
             for name in histograms:
-                # With the scalar's name TensorBoard would show neither. Its histograms end at 1e19.
-                values = np.minimum(arrays[name], 1e19)
-                self.writer.add_histogram(f"eval/{name}/histogram", values, self.step + 1)
+                # With the scalar's name TensorBoard would show neither.
+                tag = f"eval/{name}/histogram"
+                self.writer.add_histogram(tag, arrays[name], self.step + 1)
             figure = pictures.tasks_figure(self.table)
             self.writer.add_figure("eval/returns_by_task", figure, self.step + 1)
             if "exploration" in arrays:
@@ -440,7 +441,9 @@ class Run:
     def write_table(self):
         """Write eval.csv, all of it: whatever became of the file meanwhile."""
         file = self.folder / "eval.csv"
-        if not is_replaceable(file):
+        try:
+            check_replaceable(file)
+        except InputError:
             words = "is no regular file and stays as it is; the table is in the checkpoint"
             print_safely(f"warning: {file} {words}", "stderr")
             return
@@ -546,20 +549,23 @@ class Run:
         return command
 
 
+def check_optimizer(parts):
+    """Raise an InputError unless a checkpoint can hold the optimizer (see checkpoint.py)."""
+    optimizers = [name for name, part in parts.items() if isinstance(part, torch.optim.Optimizer)]
+    adam = parts.get("optimizer")
+    is_adam = isinstance(adam, torch.optim.Adam) and not adam.defaults["amsgrad"]
+    if optimizers != ["optimizer"] or not is_adam:
+        raise InputError(
+            "a checkpoint holds one optimizer, an Adam without amsgrad, under the name `optimizer`"
+        )
+
+
 def lock(file):
     """Lock a file for this process; Windows has no such lock. Raises OSError, ImportError."""
     if os.name == "posix":
         import fcntl
 
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-def is_replaceable(file):
-    """Whether there is no such file, or a regular one."""
-    try:
-        return stat.S_ISREG(os.lstat(file).st_mode)
-    except FileNotFoundError:
-        return True
 
 
 def in_ipython():

@@ -80,6 +80,7 @@ def load_dataset(env_id, file=None):
 
 
 def from_dataset(dataset, env_id, device, more_tasks=0, more_steps=0):
+    assert not dataset["encoder"], "here the RL data fill both buffers"
     buffer = ReplayBuffer(len(dataset["train_tasks"]) + more_tasks)
     for task, path in dataset["rl"]:
         buffer.add(task, path)

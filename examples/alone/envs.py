@@ -60,7 +60,7 @@ class Episodes:
         for env in env_list:
             seed = torch.randint(2**31 - 1, (1,), generator=rng).item()
             obs, _ = env.reset(seed=seed)
-            self.records.append({"obs": [obs], "actions": [], "terminals": []})
+            self.records.append({"obs": [np.array(obs)], "actions": [], "terminals": []})
             if read_rewards:
                 self.records[-1]["rewards"] = []
 
@@ -76,8 +76,10 @@ class Episodes:
         """Act in the live episodes: actions (live, a)."""
         still_live = []
         for i, action in zip(self.live, actions.cpu().numpy()):
-            obs, reward, terminated, truncated, _ = self.env_list[i].step(action)
-            new = {"obs": obs, "actions": action, "rewards": reward, "terminals": terminated}
+            # Copies: an environment may go on writing into its own arrays
+            obs, reward, terminated, truncated, _ = self.env_list[i].step(action.copy())
+            new = {"obs": np.array(obs), "actions": action}
+            new |= {"rewards": reward, "terminals": terminated}
             for name, values in self.records[i].items():
                 values.append(new[name])
             if not (terminated or truncated):

@@ -335,3 +335,19 @@ def test_a_full_disk_at_the_start_names_the_place(dataset, tmp_path, monkeypatch
             message = refusal(functools.partial(start, meta_bc, dataset, tmp_path))
         assert message.startswith(f"cannot write to {run}: No space left on device")
     assert read(start(meta_bc, dataset, tmp_path)) == RUNS[meta_bc]["offline_steps"]
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        lambda weight: {"optimizer": torch.optim.SGD([weight], lr=1.0, momentum=0.9)},
+        lambda weight: {"optimizer": torch.optim.Adam([weight], amsgrad=True)},
+        lambda weight: {"adam": torch.optim.Adam([weight])},
+        lambda weight: {name: torch.optim.Adam([weight]) for name in ("optimizer", "second")},
+    ],
+)
+def test_an_optimizer_that_no_checkpoint_can_hold_is_refused_at_once(parts, tmp_path):
+    args = meta_bc.Args(env_id="PointDirection", run_dir=str(tmp_path))
+    with pytest.raises(InputError, match="one optimizer, an Adam without amsgrad"):
+        buffers.Run(args, meta_bc.__file__, **parts(torch.nn.Parameter(torch.zeros(1))))
+    assert not list(tmp_path.iterdir())

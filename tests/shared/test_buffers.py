@@ -414,7 +414,7 @@ def test_the_hash_is_of_what_a_dataset_says_and_not_of_its_file(tmp_path):
     assert digest == expected.hexdigest()
     others = {  # all that a dataset consists of
         "train_tasks": whole["train_tasks"][::-1], "test_tasks": whole["test_tasks"][::-1],
-        "rl_tasks": 2 - whole["rl_tasks"], "rl_terminals": ~whole["rl_terminals"],
+        "rl_tasks": 2 - whole["rl_tasks"], "rl_terminals": with_value(whole["rl_terminals"], -1, not whole["rl_terminals"][-1]),
         "encoder_rewards": whole["encoder_rewards"] + 1, "rl_obs": whole["rl_obs"] * 2,
         "encoder_lengths": whole["encoder_lengths"][::-1], "rl_actions": -whole["rl_actions"],
         "command": np.array("python other.py"),
@@ -557,6 +557,7 @@ REFUSED = {  # name: (what is changed, given the file's fields; what the message
     "task without context": (lambda d: dict(encoder_tasks=d["encoder_tasks"] % 2), "encoder has no transition of task"),
     "env id with a line break": (lambda d: dict(env_id=np.array("Point\nDirection")), "env_id is Point Direction"),
     "env id for the terminal": (lambda d: dict(env_id=np.array("\x1b[31mX")), r"env_id is \?\[31mX, expected"),
+    "two episodes in one": (lambda d: dict(rl_terminals=with_value(d["rl_terminals"], 0, True)), "true inside of a traj"),
     "a long command": (lambda d: dict(command=np.array("x" * 10_001)), "command has 10001 entries, expected at most"),
     "no text": (lambda d: dict(command=np.array(1)), r"command is int64 \(\), expected text"),
     "no data": (lambda d: {f"rl_{n}": d[f"rl_{n}"][:0] for n in (*PATH_FIELDS, "tasks", "lengths")}, "no tran"),
@@ -571,6 +572,12 @@ def test_refused_dataset(tmp_path, case):
     with pytest.raises(InputError, match=message) as error:
         load(tmp_path / "d.npz")
     assert "d.npz" in str(error.value) and str(error.value).isprintable()
+
+
+@pytest.mark.parametrize("command", ["x" * 10_001, None, 5])
+def test_a_command_that_no_dataset_can_hold(tmp_path, command):
+    with pytest.raises(InputError, match="command must be text of at most 10000 characters"):
+        buffers.save_dataset(tmp_path / "d.npz", "PointDirection", [], [], [], [], command)
 
 
 def test_missing_and_damaged_files(tmp_path):

@@ -23,6 +23,7 @@ def test_the_point_direction_datasets_are_what_their_script_makes(tmp_path, monk
 
     monkeypatch.setattr(buffers, "save_dataset", save_elsewhere)
     monkeypatch.setattr(sys, "path", list(sys.path))  # the script adds to it
+    monkeypatch.setattr(sys, "argv", ["make_point_direction.py"])
     runpy.run_path(str(FOLDER / "make_point_direction.py"), run_name="__main__")
     names = ["PointDirection.npz", "PointDirectionGoal.npz"]
     assert sorted(file.name for file in tmp_path.glob("*.npz")) == names

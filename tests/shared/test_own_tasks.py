@@ -986,18 +986,28 @@ def test_what_a_flag_says_comes_before_the_preset_of_a_row_and_that_before_the_d
     assert words == "python meta_bc.py --env-id Mine --lr 0.25"
 
 
-def test_a_wrapper_is_refused_if_what_it_wraps_has_no_set_task(register):
+def test_a_wrapper_is_refused_since_its_set_task_would_not_be_called(register):
     """Tasks are set on `env.unwrapped`."""
 
     class Wrapped(gym.Wrapper):
         sample_tasks, set_task = staticmethod(Family.sample_tasks), Family.set_task
 
         def __init__(self):
-            super().__init__(gym.make("Pendulum-v1"))
-            self.action_space = gym.spaces.Box(-1.0, 1.0, (1,))
+            super().__init__(envs.PointDirection())
 
-    register(base=Wrapped, obs_dim=3, action_dim=1)
-    assert "no attribute 'set_task'" in refusal(envs.make, "Mine")
+    with pytest.raises(InputError, match="is a wrapper, whose set_task would not be called"):
+        register(base=Wrapped, obs_dim=4, action_dim=2)
+
+
+def test_a_reset_without_options_is_refused_before_training(register):
+    """Gymnasium's wrappers, which every script has around an environment, pass them on."""
+
+    class Without(Family):
+        def reset(self, seed=None):
+            return super().reset(seed=seed)
+
+    register(base=Without)
+    assert "unexpected keyword argument 'options'" in refusal(envs.make, "Mine")
 
 
 @pytest.mark.parametrize("name", ["Slow", "Lazy"])  # that of the class, and another
