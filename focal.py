@@ -521,15 +521,14 @@ def prior(num, args, device):
 
 
 @torch.no_grad()
-def rollout(env_list, agent, mu, sigma, rng, deterministic=False, read_rewards=True):
+def rollout(env_list, agent, mu, sigma, rng, deterministic=False):
     """One episode in each of E environments, side by side.
 
     A new z_t ~ N(mu, sigma^2) is drawn at every step [Alg. 1, l. 7]; mu, sigma (E, dz).
 
-    Returns E trajectories: obs (L+1, o), actions (L, a), terminals (L,), and rewards (L,) if they
-    may be read.
+    Returns E trajectories: obs (L+1, o), actions (L, a), terminals (L,), rewards (L,).
     """
-    episodes = envs.Episodes(env_list, rng, read_rewards)
+    episodes = envs.Episodes(env_list, rng)
     while episodes.live:  # the numbers of the episodes that have not ended
         z = mu + sigma * torch.randn(mu.shape, generator=rng).to(mu.device)
         obs = episodes.obs().to(mu.device)  # (live, o)

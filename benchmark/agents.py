@@ -47,7 +47,10 @@ def main(args):
     arrays, returns = {"script": script.__name__, "test_tasks": tasks}, {}
     arrays["sha256"] = watch.data_hash(args.run) or ""
     kept = watch.SCRIPTS[script.__name__]
-    for step in sorted({getattr(flags, "offline_steps", max(files)), max(files)} & set(files)):
+    last = max(files)
+    # BOReL's offline phase begins after the steps of its VAE.
+    offline_end = getattr(flags, "vae_steps", 0) + getattr(flags, "offline_steps", last)
+    for step in sorted({offline_end, last} & set(files)):
         found = read_npz(files[step], lambda name, *_: name.startswith((*kept, "flags", "returns")))
         arrays |= {
             f"{step}/{name}": array for name, array in found.items() if name.startswith(kept)

@@ -114,7 +114,8 @@ def load(name):
     """The runs of a benchmark: {label: {seed: Run}}.
 
     Of a label there are the seeds that have come farthest: a run that was stopped, or goes on, is
-    no seed beside runs that have ended.
+    no seed beside runs that have ended. If none has ended, these are stopped runs, scored as they
+    are.
     """
     return _load(RESULTS, name)
 
@@ -210,7 +211,6 @@ def explored():
 def _data(file, horizon):
     with np.load(file, allow_pickle=False) as arrays:
         tasks, lengths, rewards = (arrays[f"rl_{key}"] for key in ("tasks", "lengths", "rewards"))
-        size = len(rewards) + len(arrays["encoder_rewards"])
     trajectories = np.split(rewards, lengths.cumsum()[:-1])
     returns = np.array([path[:horizon].sum(dtype=np.float64) for path in trajectories])
     means = []
@@ -219,20 +219,20 @@ def _data(file, horizon):
         of_task = tasks == task
         means.append(returns[of_task].mean())
         triples.append(lengths[of_task].sum() / math.ceil(of_task.sum() / 3))
-    return float(np.mean(means)), float(np.mean(triples)), size
+    return float(np.mean(means)), float(np.mean(triples))
 
 
 def data_of(flags):
     """The RL part of a run's dataset, by the run's flags.
 
-    Returns the mean over tasks of the mean return of a task's trajectories, up to the horizon; the
-    mean length of three trajectories in a row; the number of transitions, of the encoder's part
-    too. All are NaN if there is no dataset, as the Online Oracle has none.
+    Returns the mean over tasks of the mean return of a task's trajectories, up to the horizon; and
+    the mean length of three trajectories in a row. Both are NaN if there is no dataset, as the
+    Online Oracle has none.
     """
     env_id = flags["env_id"]
     file = RESULTS.parent.parent / (flags.get("dataset") or f"datasets/{env_id}.npz")
     if "dataset" not in flags or env_id not in envs.SPECS or not file.exists():
-        return math.nan, math.nan, math.nan
+        return math.nan, math.nan
     return _data(file, envs.SPECS[env_id].horizon)
 
 

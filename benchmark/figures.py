@@ -67,7 +67,13 @@ def read(folder, flags_file, csv_file):
     # A family of one's own is a module, and a file must not run code
     if is_own_family or not issubclass(envs.lookup(env_id).env_class, envs.Direction):
         return figures, None
-    train_tasks = buffers.load_dataset(env_id, flags.get("dataset"))["train_tasks"]
+    if "task_seed" in flags:  # PEARL has no dataset
+        spec = envs.lookup(env_id)
+        number = spec.num_train_tasks + spec.num_test_tasks
+        drawn = envs.sample_tasks(env_id, number, flags["task_seed"])
+        train_tasks = drawn[: spec.num_train_tasks]
+    else:
+        train_tasks = buffers.load_dataset(env_id, flags.get("dataset"))["train_tasks"]
     if not tasks or not 0 <= min(tasks) <= max(tasks) < len(train_tasks):
         raise buffers.InputError(f"{csv_file} has training tasks that its dataset has not")
     return figures, train_tasks[tasks, 0]
@@ -164,6 +170,8 @@ def draw(figures, angles):
 
 def main(args):
     """Draw. Raises InputError."""
+    if args.out.suffix not in ("", ".png", ".pdf", ".svg"):
+        raise buffers.InputError(f"--out is {args.out}, expected .png, .pdf or .svg")
     found = read(args.run, args.run / "args.json", args.run / "eval.csv")
     figure = draw(*found)
     # "tight": without the room for what is not drawn

@@ -80,7 +80,10 @@ def smaller_lambda(smac, steps):
 
 
 def text_kl(smac, steps):
-    """Eq. 3 as the text has it: a sum over the 64 transitions of h, so a mean with KL weight 1/64."""
+    """Eq. 3 as the text has it: a sum over h', which has 64 transitions with --preset short.
+
+    So a mean with KL weight 1/64.
+    """
     smac = f"{smac} --kl-coef 0.015625"
     return {
         "smac_text_kl": (smac, FOUR),
@@ -538,7 +541,7 @@ def wait_until_free(file):
     with contextlib.suppress(ImportError, OSError), open(file, "r+") as held:
         import fcntl
 
-        fcntl.lockf(held, fcntl.LOCK_EX)
+        fcntl.flock(held, fcntl.LOCK_EX)  # as a run does: `lock` in plumbing/run.py
 
 
 def on_ray(jobs, args):
@@ -581,6 +584,8 @@ def here(jobs, args):
 
 def main(args):
     """Make the runs. Raises InputError: there is no such benchmark, or a run failed."""
+    if args.parallel < 1:
+        raise buffers.InputError(f"--parallel is {args.parallel}, expected 1 at least")
     names, failed = [name for name in BENCHMARKS if f"{name}/".startswith(f"{args.name}/")], 0
     if not names:
         raise buffers.InputError(f"there is no benchmark {args.name}, only {', '.join(BENCHMARKS)}")

@@ -184,8 +184,7 @@ def places(environment):
 
 
 def rounded(value, digits, sign=""):
-    text = f"{value:{sign}.{digits}f}"
-    return text.replace("-0.0", "0.0") if float(text) == 0 else text
+    return f"{value:{sign}z.{digits}f}"  # z: no minus before a zero
 
 
 def mean_words(values, digits=1, sign=""):
@@ -1055,7 +1054,8 @@ def second_phase_is_more(is_more):
     """
     names = []
     for agent, returns in choosing().items():
-        _, (chosen, chosen_error), (after, after_error) = returns.values()
+        *choices, (after, after_error) = returns.values()
+        chosen, chosen_error = max(choices)
         margin = 2 * math.hypot(chosen_error, after_error)
         if (after - chosen > margin) == is_more:
             names.append(Path(agent).stem)

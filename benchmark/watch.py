@@ -348,7 +348,8 @@ def main(args):
     if args.explore and script.__name__ not in CAN_EXPLORE:
         raise InputError(f"--explore is for agents of {', '.join(CAN_EXPLORE)}")
     ways = WAYS if args.explore else ()
-    if ways:  # which read the data
+    reads_data = bool(ways) or script.__name__ == "focal"
+    if reads_data:
         load_dataset(args.agent, flags.env_id, args.dataset)
     num_tasks, columns = len(tasks) if args.out else min(args.tasks, len(tasks)), []
     if num_tasks * args.episodes > MAX_PLAYED:

@@ -126,7 +126,7 @@ def main(options):
         lines += [f"| {' | '.join(COLUMNS)} |", "| --- " * len(COLUMNS) + "|"]
     for step, agent in agents.items():
         rng = torch.Generator().manual_seed(args.seed)
-        cells = ["/".join(options.agent.resolve().parts[-3:]), str(step)]
+        cells = [watch.name_in_tables(options.agent), str(step)]
         cells += on_test_tasks(script, agent, args, tasks, rng)
         cells += on_training_tasks(script, agent, args, dataset, rng)
         lines.append(f"| {' | '.join(cells)} |")

@@ -39,7 +39,7 @@ def play(script, agent, args, dataset, rounds):
     evaluation = envs.make_evaluation(args.env_id, train_tasks, dataset["test_tasks"])
     tasks, env_list = evaluation["train"]
     rng = torch.Generator().manual_seed(args.seed)
-    length = 2 * envs.lookup(args.env_id).horizon  # as long as two episodes
+    length = 2 * envs.lookup(args.env_id).horizon  # as two episodes to the time limit
     every_step, once = [], []
     for _ in range(rounds):
         h_offline = buffer.sample(tasks, length, rng, "offline")
@@ -64,6 +64,8 @@ def main(cli):
     ]
     for file in cli.agents:
         script, args, _, agents = watch.load(file)
+        if script.__name__ not in ("smac_offline_online", "meta_bc"):
+            raise buffers.InputError(f"{file} is of {script.__name__}.py, expected SMAC or meta-BC")
         dataset = watch.load_dataset(file, args.env_id)
         for step, agent in agents.items():
             every_step, once = play(script, agent, args, dataset, cli.rounds)

@@ -57,7 +57,7 @@ def measure(agent, buffer, args):
 
 
 def train(buffer, kl_coef):
-    """Encoder and decoder after the offline phase."""
+    """Encoder and decoder after STEPS gradient steps of Eq. 3."""
     args = dataclasses.replace(preset(smac.Args, smac.PRESETS, ENV_ID), kl_coef=kl_coef, seed=SEED)
     torch.manual_seed(SEED)
     agent = smac.Agent(SPEC.obs_dim, SPEC.action_dim, args)

@@ -30,6 +30,8 @@ class Args:
 
 def main(cli):
     """Print the table. Raises InputError."""
+    if cli.every < 1:
+        raise buffers.InputError(f"--every is {cli.every}, expected 1 at least")
     file = cli.run / "checkpoint.npz"
     args = read_flags(pearl.Args, pearl.PRESETS, file)
     spec = envs.lookup(args.env_id)
@@ -50,7 +52,7 @@ def main(cli):
     )
     owners = np.empty(len(data["index/rl"]), int)  # the task of each transition
     owners[data["index/rl"]] = np.repeat(np.arange(spec.num_train_tasks), data["sizes/rl"])
-    first, seconds = spec.env_class.ground_velocity
+    first, _ = spec.env_class.ground_velocity
     velocity = data["fields/next_obs"][:, first : first + 2]
     direction = np.stack([np.cos(tasks[owners, 0]), np.sin(tasks[owners, 0])], axis=1)
     columns = {

@@ -17,6 +17,7 @@ import dataclasses
 import shlex
 import sys
 from pathlib import Path
+from typing import Optional
 
 import numpy as np
 import torch
@@ -38,6 +39,7 @@ COLUMNS = "run", "gradient steps", "names", "neighbours", "linear map", "Q", "po
 @dataclasses.dataclass
 class Args:
     runs: tyro.conf.Positional[tuple[Path, ...]]  # folders of runs; agent files have no Q-functions
+    dataset: Optional[Path] = None  # of the runs; by default datasets/PointDirection.npz
     out: Path = ROOT / "benchmark" / "results" / "context" / "z_of_tasks.md"
 
 
@@ -97,10 +99,12 @@ def main(cli):
         raise buffers.InputError("name at least one folder of a run")
     for run in cli.runs:
         script, args, _, agents = watch.load(run)
+        if script.__name__ not in ("smac_offline_online", "focal"):
+            raise buffers.InputError(f"{run} is of {script.__name__}.py, expected SMAC or focal.py")
         if args.env_id != "PointDirection":
             raise buffers.InputError(f"{run} is of {args.env_id}, expected PointDirection")
         agent = whole_agent(script, args, run)
-        dataset = watch.load_dataset(run, args.env_id, args.dataset)
+        dataset = watch.load_dataset(run, args.env_id, cli.dataset)
         buffer = buffers.from_dataset(dataset, args.env_id)
         angles = dataset["train_tasks"][:, 0]
         directions = np.stack([np.cos(angles), np.sin(angles)], axis=1)

@@ -117,6 +117,8 @@ def main(cli):
         variant, flags = SIZES[name]
         args = preset(smac.Args, smac.PRESETS, cli.env_id, variant)
         args = dataclasses.replace(args, **flags)
+        if args.num_critics != 2 or args.awr_weights != "softmax":
+            sys.exit(f"error: plain_update.py has two critics and softmax, {cli.env_id} has not")
         for phase, self_supervised in (("offline", False), ("self-supervised", True)):
             rows.append([name, phase, *measure(spec, args, self_supervised, cli.rounds)])
             print(*rows[-1], sep="  ", flush=True)

@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-import fcntl
 import functools
 import importlib
 import json
@@ -23,6 +22,7 @@ import smac_offline_online as smac
 from benchmark import run, tables, watch
 from benchmark.speed import gpu
 from plumbing.flags import parse_args
+from plumbing.run import lock
 
 SMALL = "--q-hidden 8 --policy-hidden 8 --encoder-hidden 8 --rl-batch 8 --context-batch 8"
 SHORT = "--offline-steps 20 --online-iterations 1 --updates-per-iteration 10 --eval-every 10"
@@ -211,7 +211,7 @@ def test_a_lost_run_is_waited_for(tmp_path):
     child = os.fork()
     if not child:
         with open(file, "r+") as held:
-            fcntl.lockf(held, fcntl.LOCK_EX)
+            lock(held)
             os.write(writing, b"locked")
             time.sleep(0.3)
             os.write(writing, b"over")
