@@ -119,6 +119,7 @@ CURVES = [
     "hopper_param",
     "hopper_small",
     "walker_small",
+    "ant_small",
     "cheetah_small",
     "sawyer_small",
 ]
