@@ -176,15 +176,15 @@ def diagnostics(name, label, seed, column):
     return {int(row["gradient_step"]): float(row[column]) for row in rows if row.get(column)}
 
 
-def adaptation(name, label="smac"):
-    """Returns of a run at its end with z from three sources, as benchmark/watch.py --out wrote them.
+def adaptation(name):
+    """Returns of SMAC at its end with z from three sources, as benchmark/watch.py --out wrote them.
 
     Returns {seed: (own context, another task's, the prior)}, read from the benchmark's own
     adaptation.md or, where it has none, from the one in results/.
     """
     own = RESULTS / name / "adaptation.md"
     file = own if own.exists() else RESULTS / "adaptation.md"
-    pattern = rf"^\| {re.escape(name)}/{label}(?:/\w+)?__(\d+)(?:\.npz)? \| (\d+) \| (.*) \|$"
+    pattern = rf"^\| {re.escape(name)}/smac(?:/\w+)?__(\d+)(?:\.npz)? \| (\d+) \| (.*) \|$"
     rows = re.findall(pattern, file.read_text(), re.MULTILINE) if file.exists() else []
     last = max((int(step) for _, step, _ in rows), default=0)
     found = {}

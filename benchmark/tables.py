@@ -654,7 +654,6 @@ def adaptation_table():
 
 
 ESS = "train/actor_weight_ess"
-KL = "eval/kl_train_offline_context"
 LABEL_ERROR = "eval/generated_reward_mse_over_reward_variance"
 DATA_ERROR = "eval/decoder_loss_over_reward_variance"
 
@@ -711,36 +710,6 @@ def lambda_table():
             columns = (smac, BEFORE), (control, OFFLINE), (smac, SECOND), (no_pearl, SECOND)
             for runs, phase in columns:
                 row.append(mean_words(scores(runs, phase).values(), digits))
-            rows.append(row)
-    return markdown(head, rows)
-
-
-def kl_table():
-    """What the weight of the KL in Eq. 3 changes: 0.1, and the text's."""
-    head = "environment", "KL weight", "KL", "end of the offline phase", "control", "after"
-    head += "> control", "own - another's", "own - prior"
-    rows = []
-    for environment in COMPARED:
-        folder = FOLDERS[environment]
-        found = evidence.load(folder)
-        if "smac_text_kl" not in found:
-            continue
-        digits = places(environment)
-        for value, label in (("0.1", "smac"), ("1/64", "smac_text_kl")):
-            smac = found[label]
-            control = found.get(f"{label}_more_offline", {})
-            divergences = []
-            for seed, run in smac.items():
-                curve = evidence.diagnostics(folder, label, seed, KL)
-                divergences += [kl for step, kl in curve.items() if step == run.offline_end]
-            row = [environment, value, spread(divergences, 1)]
-            for runs, phase in (smac, BEFORE), (control, OFFLINE), (smac, SECOND):
-                row.append(mean_words(scores(runs, phase).values(), digits))
-            differences = paired(scores(smac, SECOND), scores(control, OFFLINE))
-            row.append(verdict_cell(verdict(differences), differences, environment))
-            returns = np.array(list(evidence.adaptation(folder, label).values())).reshape(-1, 3)
-            for other in (1, 2):
-                row.append(mean_words(returns[:, 0] - returns[:, other], digits, "+"))
             rows.append(row)
     return markdown(head, rows)
 
@@ -1198,7 +1167,6 @@ TABLES = {
     "lambda": lambda_table,
     "lambda_where": lambda_where_table,
     "lambda_rivals": lambda_rivals_table,
-    "kl": kl_table,
     "verdicts": verdicts_table,
     "context": context_table,
     "context_variants": context_variants_table,

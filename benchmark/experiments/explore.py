@@ -5,9 +5,9 @@ python benchmark/experiments/explore.py agents/PointDirection.npz runs/PointDire
 Each agent, of SMAC, meta-BC or focal.py, plays meta-episodes on all test tasks, once for each way to
 explore (`explore` in focal.py says what they are) and number of exploration episodes, and once with
 offline context in ten training tasks, of as many transitions as two episodes to the time limit have
-(where robots fall these are more than in the evaluations of a run). This writes a table in Markdown, by default into
-benchmark/results/context/, which plot.py puts together with the others there. Training is not
-changed by any of it.
+(where robots fall these are more than in the evaluations of a run). This writes a table in Markdown,
+by default into benchmark/results/context/, which plot.py puts together with the others there.
+Training is not changed by any of it.
 """
 
 import dataclasses

@@ -107,7 +107,7 @@ def test_it_imitates_goal_directed_data(tmp_path, quick):
     """With offline context it heads for the task: 39, 45 and 47 for seeds 1 to 3, and about 0 if it
     ignored z.
     """
-    flags = dict(rl_batch=64, offline_steps=500, eval_every=500, device="cpu", dataset=GOAL_DATA)
+    flags = dict(rl_batch=64, offline_steps=1500, eval_every=1500, device="cpu", dataset=GOAL_DATA)
     buffers.train(meta_bc, env_id="PointDirection", run_dir=str(tmp_path), **flags)
     with open(tmp_path / "PointDirection__meta_bc__1" / "eval.csv", newline="") as file:
         returns = [

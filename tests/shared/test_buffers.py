@@ -414,7 +414,8 @@ def test_the_hash_is_of_what_a_dataset_says_and_not_of_its_file(tmp_path):
     assert digest == expected.hexdigest()
     others = {  # all that a dataset consists of
         "train_tasks": whole["train_tasks"][::-1], "test_tasks": whole["test_tasks"][::-1],
-        "rl_tasks": 2 - whole["rl_tasks"], "rl_terminals": with_value(whole["rl_terminals"], -1, not whole["rl_terminals"][-1]),
+        "rl_tasks": 2 - whole["rl_tasks"],
+        "rl_terminals": with_value(whole["rl_terminals"], -1, not whole["rl_terminals"][-1]),
         "encoder_rewards": whole["encoder_rewards"] + 1, "rl_obs": whole["rl_obs"] * 2,
         "encoder_lengths": whole["encoder_lengths"][::-1], "rl_actions": -whole["rl_actions"],
         "command": np.array("python other.py"),
