@@ -1,7 +1,7 @@
 """A ball on a line that shall be at a place which only its rewards tell.
 
-Copied beside envs.py, `python ball.py` makes the data. The README, "Your own tasks", says how to use it. Copy this file,
-and put your own environment in.
+Copied beside envs.py, `python ball.py` makes the data. The README, "Your own tasks", says how to
+use it. Copy this file, and put your own environment in.
 """
 
 import gymnasium as gym
